@@ -1,0 +1,58 @@
+"""The `inl` command: which commands there are and where each one lives.
+
+- Nothing here imports torch, pandas or pydantic: `inl --help` must be instant. A command imports the core in its body.
+- Help and usage errors are plain text (no rich markup): it is half the start-up time, and it pipes and greps.
+"""
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from inl_cli.commands import data, recipe, train
+
+app = typer.Typer(
+    name="inl",
+    help="Train, evaluate, generate with and inspect INL-LLM language models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("prepare-data")(data.prepare_data)
+app.command("train")(train.train)
+app.command("resume")(train.resume)
+
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
+recipe_app.command("show")(recipe.show)
+recipe_app.command("schema")(recipe.schema)
+app.add_typer(recipe_app, name="recipe")
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"inl {version('inl')}")
+        except PackageNotFoundError:
+            typer.echo("inl (a checkout that is not installed)")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train, evaluate, generate with and inspect INL-LLM language models."""
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m inl_cli`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # generated text may hold what an old terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    app()

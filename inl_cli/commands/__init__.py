@@ -1,0 +1,1 @@
+"""The commands, a module a group; each a plain typed function that imports the core inside its body."""

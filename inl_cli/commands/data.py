@@ -1,0 +1,127 @@
+"""`inl prepare-data`: text -> a prepared data set, and the progress that `inl train` shows when it prepares one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.options import JsonOption, QuietOption
+from inl_core.errors import Interrupted, RecipeError
+
+if TYPE_CHECKING:
+    from inl_core.corpus.shards import Manifest, PrepareProgress
+    from inl_core.recipe import DataSettings
+
+_STAGES = {
+    "hash": ("hashing the sources", "B"),
+    "read": ("reading", "B"),
+    "tokenizer": ("training the tokenizer", ""),
+    "tokenise": ("tokenising", "B"),
+    "shards": ("writing shards", "shards"),
+}
+
+SourcesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE",
+        help="Files, directories, globs, - for stdin, or builtin:python. Text, .jsonl and .parquet; .gz and .zst too.",
+    ),
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", help="The data set's directory; derived as data/NAME when not given.")
+]
+VocabSizeOption = Annotated[int, typer.Option(help="Size of the tokenizer to train, special tokens included.")]
+TokenizerOption = Annotated[Path | None, typer.Option(help="Use this tokenizer.json and train none.")]
+FractionOption = Annotated[float, typer.Option(help="Share of the documents held out, chosen by a hash of their text.")]
+ShardsOption = Annotated[int, typer.Option(help="Training shards; documents go to them by hash.")]
+BadRatioOption = Annotated[float, typer.Option(help="Fail when a larger share of the rows is unreadable.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in the directory.")]
+
+
+@errors_to_exit_codes()
+def prepare_data(
+    sources: SourcesArgument,
+    output: OutputOption = None,
+    vocab_size: VocabSizeOption = 2048,
+    tokenizer: TokenizerOption = None,
+    validation_fraction: FractionOption = 0.05,
+    num_shards: ShardsOption = 8,
+    max_bad_ratio: BadRatioOption = 0.01,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn text into a tokenizer and verified token shards; a stopped run goes on when started again."""
+    from inl_core.corpus.shards import default_directory
+
+    console = Console(json=json, quiet=quiet)
+    settings = _settings(
+        sources=tuple(sources),
+        tokenizer={"vocab_size": vocab_size, "file": tokenizer},
+        validation_fraction=validation_fraction,
+        num_shards=num_shards,
+        max_bad_ratio=max_bad_ratio,
+    )
+    directory = output or default_directory(settings)
+    manifest = prepare_with_progress(settings, directory, console, overwrite=overwrite)
+    console.result(_summary(manifest, directory), lambda: _show(manifest, directory, console))
+
+
+def prepare_with_progress(
+    settings: "DataSettings", directory: Path, console: Console, *, overwrite: bool = False
+) -> "Manifest":
+    """Prepare a data set while the console shows how far it is; Interrupted on Ctrl-C, which loses nothing."""
+    from inl_core.corpus.shards import prepare
+
+    stage = ""
+    with console.progress() as progress:
+
+        def report(event: "PrepareProgress") -> None:
+            nonlocal stage
+            if event.message:
+                console.info(event.message)
+            elif event.stage in _STAGES:
+                if event.stage != stage:
+                    stage = event.stage
+                    progress.start(*_STAGES[stage])
+                progress.update(event.done, event.total)
+
+        try:
+            return prepare(settings, directory, progress=report, overwrite=overwrite)
+        except KeyboardInterrupt:
+            raise Interrupted(f"{directory}: stopped; the same command goes on where it was") from None
+
+
+def _settings(**values: Any) -> "DataSettings":
+    """Validated settings; what is wrong is told by the option's name."""
+    from pydantic import ValidationError
+
+    from inl_core.recipe import DataSettings
+    from inl_core.recipe.problems import find_problems
+
+    try:
+        return DataSettings(**values)
+    except ValidationError as error:
+        options = {"file": "--tokenizer", "sources": "SOURCE"}
+        named = [
+            f"{options.get(str(path[-1]), '--' + str(path[-1]).replace('_', '-')) if path else 'SOURCE'}: {message}"
+            for path, message in find_problems(error, DataSettings).items()
+        ]
+        raise RecipeError("\n".join(named)) from None
+
+
+def _summary(manifest: "Manifest", directory: Path) -> dict[str, Any]:
+    """The manifest without its lists of files, which may be long and lie in the directory."""
+    plain = manifest.model_dump(mode="json", exclude={"sources": True, "splits": {"__all__": {"shards"}}})
+    return {"directory": str(directory), "num_sources": len(manifest.sources), **plain}
+
+
+def _show(manifest: "Manifest", directory: Path, console: Console) -> None:
+    rows = [(name, split.documents, split.tokens, split.bytes) for name, split in manifest.splits.items()]
+    console.table(f"{directory}", ("split", "documents", "tokens", "bytes of text"), rows)
+    console.write(
+        f"vocabulary {manifest.vocab_size:,}   duplicates dropped {manifest.duplicates:,}   "
+        f"empty {manifest.empty:,}   unreadable rows {manifest.quarantined:,}\n"
+    )
+    console.write(f"fingerprint {manifest.fingerprint[:16]}\n")

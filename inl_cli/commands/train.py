@@ -1,0 +1,69 @@
+"""`inl train` and `inl resume`: one flow, from a recipe or from a run's newest intact checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption
+
+if TYPE_CHECKING:
+    from inl_core.recipe import Recipe
+
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.")
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", metavar="KEY", help="Accept a change of this key that alters the experiment."),
+]
+
+
+@errors_to_exit_codes()
+def train(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a model: prepare missing data, plan, train, evaluate, save.
+
+    Ctrl-C saves first; `inl resume RUN` goes on. Several processes: torchrun --nproc-per-node N -m inl_cli train RECIPE.
+    """
+    from inl_cli.training_flow import run_training
+    from inl_core.recipe.load import load_recipe
+
+    console = Console(json=json, quiet=quiet)
+    result = run_training(console, load_recipe(recipe, overrides or ()), run_dir=run_dir)
+    _report(console, result)
+
+
+@errors_to_exit_codes()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, e.g. runs/tiny.")],
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Train up to this step instead.")] = None,
+    overrides: SetOption = None,
+    allow_change: AllowOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Continue a run exactly from its newest intact checkpoint, and say how its recipe differs, if it does."""
+    from inl_cli.training_flow import changed_recipe, run_training
+
+    console = Console(json=json, quiet=quiet)
+    given = [*(overrides or ()), *([f"training.steps={steps}", "training.tokens=null"] if steps else ())]
+    recipe = changed_recipe(console, run, given, allow_change or ())
+    result = run_training(console, recipe, run_dir=run, resume=True)
+    _report(console, result)
+
+
+def _report(console: Console, result: dict[str, Any]) -> None:
+    score = result["evaluation"]
+
+    def render() -> None:
+        rows = [(name.replace("_", " "), score[name]) for name in score]
+        console.table(f"{result['run']}: step {result['step']:,}", ("validation", ""), rows)
+
+    console.result(result, render)

@@ -1,0 +1,227 @@
+"""The one place that talks to the user: stdout, stderr, tables, progress, --json, and errors -> exit codes.
+
+- Data goes to stdout, everything else to stderr; with --json stdout carries one object and nothing else.
+- Colour and live bars only on a terminal; elsewhere plain lines. NO_COLOR is respected.
+- Of several processes (torchrun's RANK) only the first talks, but a crash shows its traceback whatever the rank.
+- rich is imported only when something needs it, so that `inl --help` is instant.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
+
+import typer
+
+from inl_cli.progress import LineProgress, Progress, SilentProgress, open_bar
+from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+EXIT_FAILURE = 1
+EXIT_CODES: tuple[tuple[type[InlError], int], ...] = (
+    (RecipeError, 2),
+    (NonFiniteError, 3),
+    (ArtefactError, 4),
+    (Interrupted, 75),
+)
+_WIDTH_OFF_TERMINAL = 160
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Console:
+    """What one command prints. `quiet` drops information and progress; warnings, results and errors stay."""
+
+    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+        self.json = json
+        self.quiet = quiet
+        self.is_main = is_main_process()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether bars and live views may be drawn (on stderr)."""
+        return self.is_main and not self.quiet and _is_terminal(sys.stderr)
+
+    @functools.cached_property
+    def rich_stdout(self) -> "RichConsole":
+        """Rich's console for data."""
+        return _rich_console(sys.stdout, quiet=not self.is_main or self.json)
+
+    @functools.cached_property
+    def rich_stderr(self) -> "RichConsole":
+        """Rich's console for everything else: live views, tables of information."""
+        return _rich_console(sys.stderr, quiet=not self.is_main or self.quiet)
+
+    def info(self, text: str) -> None:
+        """A line of information, on stderr."""
+        if self.is_main and not self.quiet:
+            _write_line(sys.stderr, text)
+
+    def warn(self, text: str) -> None:
+        """A warning, on stderr, also under --quiet."""
+        if self.is_main:
+            _write_line(sys.stderr, f"warning: {text}", style="yellow")
+
+    def write(self, text: str) -> None:
+        """Data as it is, on stdout, without a line end and at once; nothing under --json."""
+        if self.is_main and not self.json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, is_data: bool = True) -> None:
+        """A table, on stdout when it is data; columns whose cells are all numbers are set to the right."""
+        from rich import box
+        from rich.table import Table
+
+        cells = [[format_value(cell) for cell in row] for row in rows]
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for index, name in enumerate(columns):
+            numeric = bool(cells) and all(_looks_numeric(row[index]) for row in cells)
+            table.add_column(name, justify="right" if numeric else "left")
+        for row in cells:
+            table.add_row(*(_plain_text(cell) for cell in row))
+        console = self.rich_stdout if is_data else self.rich_stderr
+        if title:  # not the table's own title, which is folded to the table's width
+            console.print(_plain_text(title), style="bold", soft_wrap=True)
+        console.print(table)
+
+    def result(self, data: Any, render: Callable[[], None]) -> None:
+        """The command's outcome: `data` as one JSON object under --json, else whatever `render` prints."""
+        if not self.is_main:
+            return
+        if self.json:
+            _write_line(sys.stdout, json.dumps(to_plain(data), ensure_ascii=False, allow_nan=False))
+        else:
+            render()
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A bar on a terminal, a plain line per interval elsewhere, nothing under --quiet.
+
+        `with console.progress() as progress: progress.start("reading", "B"); progress.update(done, total)`
+        """
+        if self.quiet or not self.is_main:
+            yield SilentProgress()
+        elif self.is_live:
+            with open_bar(self.rich_stderr) as bar:
+                yield bar
+        else:
+            yield LineProgress(self.info)
+
+
+def errors_to_exit_codes() -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a command: a user's error becomes its lines on stderr and its exit code, a bug keeps its traceback."""
+
+    def decorate(command: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return command(*args, **kwargs)
+            except InlError as error:
+                _show_error(str(error), is_shown=is_main_process())
+                raise typer.Exit(exit_code(error)) from None
+            except BrokenPipeError:
+                raise  # `inl ... | head`: Typer ends quietly
+            except OSError as error:
+                # Shown on every rank: a full disk or a missing right may concern one machine only.
+                _show_error(_describe_os_error(error), is_shown=True)
+                raise typer.Exit(EXIT_FAILURE) from None
+
+        run.__dict__["maps_errors"] = True
+        return run
+
+    return decorate
+
+
+def exit_code(error: InlError) -> int:
+    """The exit code of a user's error."""
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), EXIT_FAILURE)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that talks: rank 0, or one that knows no rank."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def format_value(value: Any) -> str:
+    """One table cell: whole numbers grouped, others to four significant digits, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_plain(value: Any) -> Any:
+    """Anything a command returns as JSON values; what JSON cannot say (NaN, infinity) becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    for method, arguments in (("model_dump", {"mode": "json"}), ("tolist", {})):  # pydantic; numpy and torch
+        if not isinstance(value, type) and hasattr(value, method):
+            return to_plain(getattr(value, method)(**arguments))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Iterable):
+        return [to_plain(item) for item in value]
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _show_error(text: str, *, is_shown: bool) -> None:
+    if is_shown:
+        sys.stdout.flush()
+        _write_line(sys.stderr, text, style="red")
+
+
+def _describe_os_error(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
+
+
+def _write_line(stream: TextIO, text: str, *, style: str = "") -> None:
+    """Colour only where it shows; the text itself is never interpreted."""
+    if style and _is_terminal(stream) and not os.environ.get("NO_COLOR"):
+        _rich_console(stream).print(_plain_text(text), style=style, soft_wrap=True)
+    else:
+        stream.write(text + "\n")
+        stream.flush()
+
+
+def _rich_console(stream: TextIO, *, quiet: bool = False) -> "RichConsole":
+    from rich.console import Console as RichConsole
+
+    is_terminal = _is_terminal(stream)
+    width = None if is_terminal else _WIDTH_OFF_TERMINAL
+    return RichConsole(
+        file=stream, quiet=quiet, width=width, highlight=False, markup=False, emoji=False, force_terminal=is_terminal
+    )
+
+
+def _plain_text(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _looks_numeric(text: str) -> bool:
+    return text == "-" or text.lstrip("+-")[:1].isdigit()
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,129 @@
+"""What a person sees of a run: the plan before it, a live view on a terminal, plain lines elsewhere."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inl_cli.console import Console
+from inl_cli.progress import amount
+
+if TYPE_CHECKING:
+    from inl_core.analysis.planning import Plan
+    from inl_core.inference.evaluate import Evaluation
+    from inl_core.training.optimizers import Assignment
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def show_plan(console: Console, plan: "Plan", assignments: "list[Assignment]", facts: dict[str, str]) -> None:
+    """Parameters by part and the run's figures, on stderr, before the first step."""
+    total = plan.total_parameters
+    rows = [(part, count, f"{count / total:.1%}") for part, count in plan.parameters.items()]
+    console.table("parameters", ("part", "number", "share"), [*rows, ("total", total, "100%")], is_data=False)
+    schedule = {
+        "steps": f"{plan.num_steps:,} steps, {plan.train_tokens:,} tokens, {plan.epochs:.2f} epochs",
+        "compute": f"{plan.flops_per_token / 1e6:,.1f} MFLOP per token, {plan.total_flops:.2e} FLOP in all",
+        "memory": f"{amount(plan.state_bytes, 'B')} weights, gradients, moments; "
+        f"about {amount(plan.activation_bytes, 'B')} activations",
+        "disk": f"{amount(plan.checkpoint_bytes, 'B')} a checkpoint, at most {amount(plan.disk_bytes, 'B')} kept",
+    }
+    for entry in assignments:
+        schedule[f"{entry.optimizer}, {entry.group}"] = f"{entry.num_parameters:,} in {entry.num_tensors} tensors"
+    console.table("plan", ("", ""), list((schedule | facts).items()), is_data=False)
+
+
+class TrainingView:
+    """Hears the trainer (training.trainer.Observer) and shows it; enter it around the run."""
+
+    def __init__(self, console: Console, *, num_steps: int, first_step: int = 0) -> None:
+        self.console, self.num_steps, self.first_step = console, num_steps, first_step
+        self.start = self.last_line = time.monotonic()
+        self.row: dict[str, Any] = {}
+        self.evaluation = ""
+        self.live: Any = None
+
+    def __enter__(self) -> "TrainingView":
+        self.start = time.monotonic()
+        if self.console.is_live:
+            from rich.live import Live
+
+            self.live = Live(self._panel(), console=self.console.rich_stderr, refresh_per_second=4)
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live is not None:
+            self.live.update(self._panel())
+            self.live.stop()
+
+    def on_metrics(self, row: dict[str, Any]) -> None:
+        """Show a row: in the live view at once, as a line when the interval is over."""
+        self.row = row
+        if self.live is not None:
+            self.live.update(self._panel())
+            return
+        now = time.monotonic()
+        if now - self.last_line >= _SECONDS_BETWEEN_LINES or row["step"] in (1, self.num_steps):
+            self.last_line = now
+            self.console.info("  ".join(f"{name} {value}" for name, value in self._figures().items()))
+
+    def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
+        """One line for each evaluation."""
+        self.evaluation = f"{evaluation.bits_per_byte:.4f} bits per byte at step {step}"
+        self._line(
+            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.4f} bits per byte, "
+            f"accuracy {evaluation.accuracy:.1%} on {evaluation.tokens:,} tokens in {evaluation.seconds:.1f} s"
+        )
+
+    def on_checkpoint(self, path: Path, seconds: float) -> None:
+        """One line for each checkpoint."""
+        self._line(f"saved {path} in {seconds:.2f} s")
+
+    def on_message(self, text: str, warning: bool = False) -> None:
+        """Anything else."""
+        (self.console.warn if warning else self._line)(text)
+
+    def _line(self, text: str) -> None:
+        if self.live is not None:
+            self.live.console.print(text, markup=False, highlight=False)
+        else:
+            self.console.info(text)
+
+    def _figures(self) -> dict[str, str]:
+        """The current row as short texts."""
+        row = self.row
+        if not row:
+            return {"step": f"{self.first_step}/{self.num_steps}"}
+        figures = {
+            "step": f"{row['step']}/{self.num_steps}",
+            "loss": f"{row['loss']:.4f}",
+            "bits/byte": "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}",
+            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            "eta": self._eta(row["step"]),
+            "lr": f"{row['learning_rate']:.2e}",
+            "norm": f"{row['gradient_norm']:.2f}",
+        }
+        if "phase" in row:
+            figures |= {"phase": row["phase"], "A": f"{row['A']:.3g}", "T": f"{row['iterations']:.2g}"}
+        if "alpha_mean" in row:
+            figures["alpha"] = f"{row['alpha_mean']:.3f}"
+        return figures
+
+    def _eta(self, step: int) -> str:
+        done = step - self.first_step
+        left = (time.monotonic() - self.start) / max(1, done) * (self.num_steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+    def _panel(self) -> Any:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 2))
+        figures = self._figures() | ({"validation": self.evaluation} if self.evaluation else {})
+        items = list(figures.items())
+        for start in range(0, len(items), 6):
+            line = items[start : start + 6]
+            grid.add_row(*(f"{name} {value}" for name, value in line))
+        return Group(ProgressBar(self.num_steps, self.row.get("step", self.first_step), width=80), grid)

@@ -1,0 +1,134 @@
+"""Token chunks -> shards: each document goes by its hash to a training shard or to validation."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from inl_core.corpus.manifest import Shard, SplitInfo, sha256_of
+from inl_core.corpus.split import Split, shard_of
+from inl_core.corpus.spool import ChunkInfo, Spool
+
+_BUFFERED_TOKENS = 1 << 25  # over all shards together
+
+
+class _ShardWriter:
+    """One shard, written under another name in record batches of a few million tokens."""
+
+    def __init__(self, path: Path, schema: pa.Schema, batch_tokens: int) -> None:
+        self.path, self._batch_tokens, self._schema = path, batch_tokens, schema
+        self._aside = path.with_name(path.name + ".tmp")
+        self._file = self._aside.open("wb")
+        self._writer = pa.ipc.new_file(self._file, schema)
+        self._held: list[pa.RecordBatch] = []
+        self._held_tokens = 0
+        self.documents = self.tokens = self.bytes = 0
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Add documents; rows become one record batch when enough are held."""
+        num_tokens = len(rows["tokens"].flatten())
+        self._held.append(rows)
+        self._held_tokens += num_tokens
+        self.documents += rows.num_rows
+        self.tokens += num_tokens
+        self.bytes += int(rows["num_bytes"].to_numpy().sum(dtype=np.int64))
+        if self._held_tokens >= self._batch_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            for batch in pa.Table.from_batches(self._held, self._schema).combine_chunks().to_batches():
+                self._writer.write_batch(batch)
+        self._held, self._held_tokens = [], 0
+
+    def finish(self) -> Shard:
+        """Reach the disk, take the final name, hash."""
+        self._flush()
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._aside.replace(self.path)
+        return Shard(
+            file=self.path.name,
+            documents=self.documents,
+            tokens=self.tokens,
+            bytes=self.bytes,
+            size=self.path.stat().st_size,
+            sha256=sha256_of(self.path),
+        )
+
+
+def write_shards(
+    spool: Spool,
+    directory: Path,
+    split: Split,
+    *,
+    num_shards: int,
+    token_type: np.dtype,
+    on_chunk: Callable[[int, int], None],
+) -> tuple[dict, bool]:
+    """Write every shard; returns ({split: SplitInfo}, whether any document has a prompt).
+
+    The number of training shards is lowered until none is empty.
+    """
+    numbers = range(spool.num_chunks())
+    hashes = np.concatenate([spool.hashes(number)[0] for number in numbers])
+    is_validation = split.is_validation(hashes)
+    num_shards = _without_empty(hashes[~is_validation], num_shards)
+    schema = pa.schema(
+        {
+            "tokens": pa.large_list(pa.from_numpy_dtype(token_type)),
+            "prompt_length": pa.int32(),
+            "num_bytes": pa.int32(),
+        }
+    )
+    names = [f"train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
+    if is_validation.any():
+        names.append("validation-00000-of-00001.arrow")
+    writers = [_ShardWriter(directory / name, schema, _BUFFERED_TOKENS // len(names)) for name in names]
+    has_prompts = False
+    for number in numbers:
+        for batch in spool.read_tokens(number):
+            has_prompts |= bool(batch["prompt_length"].to_numpy().any())
+            keys = batch["hash"].to_numpy()
+            target = np.where(split.is_validation(keys), num_shards, shard_of(keys, max(1, num_shards)))
+            rows = batch.select(schema.names).cast(schema)
+            for shard in np.unique(target).tolist():
+                writers[shard].add(rows.filter(pa.array(target == shard)))
+        on_chunk(number + 1, len(numbers))
+    shards = [writer.finish() for writer in writers]
+    train, validation = shards[:num_shards], shards[num_shards:]
+    return {"train": _total(train), "validation": _total(validation)}, has_prompts
+
+
+def write_quarantine(path: Path, infos: Iterable[ChunkInfo]) -> None:
+    """One JSON object a bad row: where it stands, why it was left out, how it begins."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8", newline="\n") as file:
+        for info in infos:
+            file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in info.bad_rows)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _without_empty(hashes: np.ndarray, num_shards: int) -> int:
+    """The largest number of shards, at most `num_shards`, that leaves none empty."""
+    num_shards = min(num_shards, len(hashes))
+    while num_shards > 1 and len(np.unique(shard_of(hashes, num_shards))) < num_shards:
+        num_shards -= 1
+    return num_shards
+
+
+def _total(shards: list[Shard]) -> SplitInfo:
+    return SplitInfo(
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        shards=tuple(shards),
+    )

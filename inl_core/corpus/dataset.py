@@ -1,0 +1,153 @@
+"""A split as one long token stream: memory-mapped shards, read by position, with the documents' boundaries.
+
+- Nothing is loaded: a record batch is a numpy view of its mapped values, and windows copy what they need.
+- Document starts are found in the tokens themselves (bos), so that no index grows with the data. Only data with
+  prompts keeps one: 12 bytes a document.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from inl_core.corpus.manifest import MANIFEST, load_manifest
+from inl_core.errors import ArtefactError
+
+
+class TokenStream:
+    """Consecutive arrays of token ids read as one, with the ids that mark documents.
+
+    document_starts, prompt_lengths: (N,) positions and prompt sizes; given only when there are prompts.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[np.ndarray],
+        *,
+        bos_id: int,
+        eos_id: int,
+        document_starts: np.ndarray | None = None,
+        prompt_lengths: np.ndarray | None = None,
+    ) -> None:
+        self.segments = [segment for segment in segments if len(segment)]
+        self.bos_id, self.eos_id = bos_id, eos_id
+        self.document_starts, self.prompt_lengths = document_starts, prompt_lengths
+        self.ends = np.cumsum([len(segment) for segment in self.segments], dtype=np.int64)
+        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """(n, length) int64: the tokens from each start on; past the end, eos."""
+        out = np.empty((len(starts), length), dtype=np.int64)
+        segments, ends = self.segments, self.ends
+        indices = np.searchsorted(ends, starts, side="right").tolist()
+        for row, (start, index) in enumerate(zip(starts.tolist(), indices, strict=True)):
+            if index < len(segments) and start + length <= ends[index]:
+                offset = start - int(ends[index]) + len(segments[index])
+                out[row] = segments[index][offset : offset + length]
+            else:
+                self._read_across(out[row], start, index)
+        return out
+
+    def _read_across(self, row: np.ndarray, start: int, index: int) -> None:
+        filled = 0
+        while filled < len(row) and index < len(self.segments):
+            segment = self.segments[index]
+            offset = start + filled - (int(self.ends[index]) - len(segment))
+            part = segment[offset : offset + len(row) - filled]
+            row[filled : filled + len(part)] = part
+            filled, index = filled + len(part), index + 1
+        row[filled:] = self.eos_id
+
+    def starts_in(self, tokens: np.ndarray) -> np.ndarray:
+        """(n, L) bool: which tokens begin a document."""
+        is_start = tokens == self.bos_id
+        if self.bos_id == self.eos_id:
+            # One token for both ends. A document has content, so of two in a row the second begins one; alone at the
+            # window's first place it begins one unless the next is the second of such a pair.
+            pair = is_start[:, 1:] & is_start[:, :-1]
+            first = is_start[:, 0] & ~pair[:, 0] if tokens.shape[1] > 1 else is_start[:, 0]
+            is_start = np.concatenate([first[:, None], pair], axis=1)
+        return is_start
+
+    def prompt_mask(self, starts: np.ndarray, is_start: np.ndarray) -> np.ndarray | None:
+        """(n, L) bool: which tokens belong to a prompt (bos included); None when no document has one."""
+        if self.document_starts is None or self.prompt_lengths is None:
+            return None
+        positions = starts[:, None] + np.arange(is_start.shape[1])
+        # The document of the window's first token, then one further at each start after it.
+        documents = np.searchsorted(self.document_starts, starts, side="right")[:, None] - 1
+        documents = np.minimum(documents + np.cumsum(is_start[:, 1:], axis=1), len(self.document_starts) - 1)
+        first = np.searchsorted(self.document_starts, starts, side="right")[:, None] - 1
+        documents = np.concatenate([first, documents], axis=1)
+        return positions - self.document_starts[documents] < self.prompt_lengths[documents]
+
+
+class TokenDataset(TokenStream):
+    """One split of a prepared data set.
+
+    Attributes:
+        num_tokens, num_documents, num_bytes: totals; bytes of text, without special tokens.
+        fingerprint: names the data set's content, both splits and the tokenizer.
+        document_mask: whether batches carry document ids and positions.
+    """
+
+    def __init__(self, directory: Path, split: str, *, document_mask: bool) -> None:
+        manifest = load_manifest(directory)
+        info = manifest.splits.get(split)  # pyright: ignore[reportArgumentType]
+        if info is None or not info.documents:
+            raise ArtefactError(f"{directory}: holds no {split} documents; prepare it from more text")
+        self._tables = [_open(directory / shard.file, shard.tokens) for shard in info.shards]
+        batches = [batch for table in self._tables for batch in table]
+        segments = [batch["tokens"].values.to_numpy(zero_copy_only=True) for batch in batches]
+        index = _document_index(batches) if manifest.has_prompts else (None, None)
+        super().__init__(
+            segments,
+            bos_id=manifest.bos_id,
+            eos_id=manifest.eos_id,
+            document_starts=index[0],
+            prompt_lengths=index[1],
+        )
+        self.directory, self.split, self.document_mask = directory, split, document_mask
+        self.num_documents, self.num_bytes = info.documents, info.bytes
+        self.vocab_size, self.fingerprint = manifest.vocab_size, manifest.fingerprint
+
+    @classmethod
+    def open(
+        cls, directory: str | os.PathLike[str], split: str = "train", *, document_mask: bool = True
+    ) -> "TokenDataset":
+        """Map the shards of `train` or `validation`; ArtefactError when one is missing, cut short or not Arrow."""
+        return cls(Path(directory), split, document_mask=document_mask)
+
+    @cached_property
+    def mean_document_tokens(self) -> float:
+        """Tokens of an average document, bos and eos included."""
+        return self.num_tokens / self.num_documents
+
+
+def _open(path: Path, num_tokens: int) -> list[pa.RecordBatch]:
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        reason = "missing" if not path.exists() else f"not a readable Arrow file ({error})"
+        raise ArtefactError(f"{path}: {reason}; prepare the data set again with --overwrite") from None
+    found = sum(len(batch["tokens"].values) for batch in batches)
+    if found != num_tokens:
+        raise ArtefactError(
+            f"{path}: {found:,} tokens, {path.parent / MANIFEST} says {num_tokens:,}; "
+            "prepare the data set again with --overwrite"
+        )
+    return batches
+
+
+def _document_index(batches: list[pa.RecordBatch]) -> tuple[np.ndarray, np.ndarray]:
+    starts, prompts, base = [], [], 0
+    for batch in batches:
+        offsets = batch["tokens"].offsets.to_numpy()
+        starts.append(offsets[:-1] + base)
+        prompts.append(batch["prompt_length"].to_numpy())
+        base += int(offsets[-1])
+    return np.concatenate(starts), np.concatenate(prompts)

@@ -1,0 +1,219 @@
+"""Token stream -> batches, a pure function of (seed, step, rank, world size).
+
+    windows of S + 1 tokens, stride S -> shuffled anew each epoch in blocks of 2^20 -> sliced [rank::world_size]
+
+- No state: any step can be asked for at any time, by any number of workers, in any order.
+- The shuffle sorts raw Philox output, which numpy promises never to change; its `permutation` has no such promise.
+
+Shapes: b rows of this rank, S tokens a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from inl_core.corpus.dataset import TokenDataset, TokenStream
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.errors import ArtefactError, RecipeError
+
+__all__ = ["IGNORED", "Batch", "BatchLoader", "TokenDataset", "TokenStream", "evaluation_batches", "text_batches"]
+
+IGNORED = -100
+"""A target that no loss counts."""
+BLOCK_WINDOWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and next tokens.
+
+    tokens: (b, S) int64.
+    targets: (b, S) int64, the next tokens; IGNORED where the next token is a prompt's, begins another document, or
+        is padding.
+    document_ids: (b, S) int32, from 0 in each window; None when no window touches two documents, or the mask is off.
+    positions: (b, S) int64, from 0 at the window's start and at each document's; None together with document_ids.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    document_ids: np.ndarray | None = None
+    positions: np.ndarray | None = None
+
+    @property
+    def num_targets(self) -> int:
+        """How many targets count."""
+        return int(np.count_nonzero(self.targets != IGNORED))
+
+
+class BatchLoader:
+    """Batch `step` for this rank: samples [step * G, (step + 1) * G) of the shuffled windows, every world_size-th.
+
+    `batch_size` is G, the sequences of one step over all ranks. An epoch is one pass over all windows; a batch may
+    span two.
+
+    Raises:
+        ArtefactError: the split has fewer tokens than one window.
+        RecipeError: the ranks do not divide the batch.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise RecipeError(f"a batch of {batch_size} sequences does not divide by {world_size} processes")
+        if not 0 <= rank < world_size:
+            raise RecipeError(f"rank {rank} is not one of {world_size} processes")
+        self.num_windows = (dataset.num_tokens - 1) // sequence_length
+        if self.num_windows < 1:
+            raise ArtefactError(
+                f"{dataset.directory}: its {dataset.split} split has {dataset.num_tokens:,} tokens, a window needs "
+                f"{sequence_length + 1:,}; prepare more text or lower the sequence length"
+            )
+        self.dataset, self.sequence_length, self.batch_size = dataset, sequence_length, batch_size
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, counted from 0; the same whenever it is asked for."""
+        samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world_size]
+        starts = self.windows(samples) * self.sequence_length
+        return make_batch(self.dataset, starts, self.sequence_length, document_mask=self.dataset.document_mask)
+
+    def windows(self, samples: np.ndarray) -> np.ndarray:
+        """(n,) the window each sample number stands for."""
+        epochs, places = np.divmod(samples, self.num_windows)
+        windows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            blocks, ends = _block_order(self.seed, epoch, self.num_windows)
+            in_epoch = epochs == epoch
+            order = np.searchsorted(ends, places, side="right")
+            for index in np.unique(order[in_epoch]).tolist():
+                chosen = in_epoch & (order == index)
+                block, size = int(blocks[index]), _block_size(int(blocks[index]), self.num_windows)
+                shuffled = _shuffled(self.seed, epoch, block, size)
+                windows[chosen] = block * BLOCK_WINDOWS + shuffled[places[chosen] - (int(ends[index]) - size)]
+        return windows
+
+
+def make_batch(stream: TokenStream, starts: np.ndarray, sequence_length: int, *, document_mask: bool) -> Batch:
+    """The windows that begin at `starts`, (b,) positions in the stream."""
+    window = stream.read(starts, sequence_length + 1)
+    tokens, targets = window[:, :-1], window[:, 1:].copy()
+    is_start = stream.starts_in(window)
+    prompt = stream.prompt_mask(starts, is_start)
+    if prompt is not None:
+        targets[prompt[:, 1:]] = IGNORED
+    inner = is_start[:, 1:]
+    if not inner.any():
+        return Batch(np.ascontiguousarray(tokens), targets)
+    targets[inner] = IGNORED
+    if not document_mask or not inner[:, :-1].any():
+        return Batch(np.ascontiguousarray(tokens), targets)
+    is_start[:, 0] = False
+    begins = is_start[:, :-1]
+    places = np.arange(sequence_length)
+    document_ids = np.zeros(tokens.shape, dtype=np.int32)
+    positions = np.broadcast_to(places, tokens.shape).copy()
+    rows = np.flatnonzero(begins.any(axis=1))  # the others lie inside one document
+    document_ids[rows] = np.cumsum(begins[rows], axis=1, dtype=np.int32)
+    positions[rows] -= np.maximum.accumulate(np.where(begins[rows], places, 0), axis=1)
+    return Batch(np.ascontiguousarray(tokens), targets, document_ids, positions)
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    *,
+    sequence_length: int,
+    stride: int | None = None,
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> Iterator[Batch]:
+    """Windows in order, every target of the first `max_tokens` scored exactly once.
+
+    With stride < S the windows overlap, and each after the first scores its last `stride` targets only, so that they
+    have a context of at least S - stride tokens. The last window is padded; the last batch may have fewer rows.
+    """
+    return _sequential(
+        dataset,
+        sequence_length=sequence_length,
+        stride=stride or sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        document_mask=dataset.document_mask,
+    )
+
+
+def text_batches(
+    tokenizer: Tokenizer,
+    text_or_tokens: str | Sequence[int] | np.ndarray,
+    *,
+    sequence_length: int,
+    stride: int | None = None,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+) -> Iterator[Batch]:
+    """`evaluation_batches` of one raw text, or its tokens, as one document: bos, tokens, eos."""
+    tokens = tokenizer.encode(text_or_tokens) if isinstance(text_or_tokens, str) else text_or_tokens
+    document = np.concatenate([[tokenizer.bos_id], np.asarray(tokens, dtype=np.int64), [tokenizer.eos_id]])
+    stream = TokenStream([document], bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    return _sequential(
+        stream,
+        sequence_length=sequence_length,
+        stride=stride or sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        document_mask=False,
+    )
+
+
+def _sequential(
+    stream: TokenStream,
+    *,
+    sequence_length: int,
+    stride: int,
+    batch_size: int,
+    max_tokens: int | None,
+    document_mask: bool,
+) -> Iterator[Batch]:
+    if not 0 < stride <= sequence_length:
+        raise RecipeError(f"a stride of {stride} is not between 1 and the sequence length {sequence_length}")
+    num_targets = min(stream.num_tokens - 1, max_tokens or stream.num_tokens)
+    num_windows = 1 + max(0, -(-(num_targets - sequence_length) // stride))
+    places = np.arange(sequence_length)
+    for first in range(0, num_windows, batch_size):
+        starts = np.arange(first, min(first + batch_size, num_windows)) * stride
+        batch = make_batch(stream, starts, sequence_length, document_mask=document_mask)
+        scored = (places >= sequence_length - stride) | (starts[:, None] == 0)
+        scored &= starts[:, None] + places < num_targets
+        batch.targets[~scored] = IGNORED
+        yield batch
+
+
+def _block_size(block: int, num_windows: int) -> int:
+    return min(BLOCK_WINDOWS, num_windows - block * BLOCK_WINDOWS)
+
+
+@lru_cache(maxsize=4)
+def _block_order(seed: int, epoch: int, num_windows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(blocks in their order, where each ends among the epoch's samples)."""
+    num_blocks = -(-num_windows // BLOCK_WINDOWS)
+    blocks = _permutation((seed, epoch, 0), num_blocks)
+    return blocks, np.cumsum([_block_size(block, num_windows) for block in blocks.tolist()])
+
+
+@lru_cache(maxsize=3)  # a batch may span two blocks; the third is for evaluation between steps
+def _shuffled(seed: int, epoch: int, block: int, size: int) -> np.ndarray:
+    return _permutation((seed, epoch, block + 1), size)
+
+
+def _permutation(key: tuple[int, ...], size: int) -> np.ndarray:
+    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
+    return np.argsort(raw, kind="stable")

@@ -1,0 +1,255 @@
+"""The manifest of a prepared data set: what it holds, what it was made of, and whether it still is that."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from inl_core.corpus.builtin import python_signature
+from inl_core.corpus.sources import BUILTIN_PYTHON, STDIN, SourceFile, hash_file, resolve_sources
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.errors import ArtefactError, InlError
+from inl_core.recipe.data import DataSettings
+
+MANIFEST, TOKENIZER, QUARANTINE, WORK = "manifest.json", "tokenizer.json", "quarantine.jsonl", ".prepare"
+SPLITS = ("train", "validation")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Frozen):
+    """One Arrow file: `size` and `sha256` of the file, `bytes` of its documents' text."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    size: int
+    sha256: str
+
+
+class SplitInfo(_Frozen):
+    """Totals of a split; `bytes` counts UTF-8 text without special tokens."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: tuple[Shard, ...]
+
+
+class Source(_Frozen):
+    """One file that was read: absolute path, size, time (ns) and hash at preparation, and what it was read as."""
+
+    name: str
+    path: str
+    argument: str
+    format: str
+    size: int
+    modified: int
+    sha256: str
+
+
+class Manifest(_Frozen):
+    """Everything about a data set but its tokens. `fingerprint` covers tokenizer and shards: it names the content."""
+
+    format: Literal[1] = 1
+    fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    document_policy: str
+    has_prompts: bool
+    splits: dict[Literal["train", "validation"], SplitInfo]
+    rows: int
+    duplicates: int
+    empty: int
+    quarantined: int
+    sources: tuple[Source, ...]
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) -> dict[str, Any]:
+    """The settings that decide the content, in a form that compares: paths absolute, the tokenizer by its hash.
+
+    A tokenizer file that is gone counts as the `prepared` data set's own, which keeps a copy.
+    """
+    tokenizer = settings.tokenizer
+    if tokenizer.file is None:
+        chosen: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "sample_bytes": tokenizer.sample_bytes}
+    elif prepared is not None and not tokenizer.file.exists():
+        chosen = {"tokenizer": prepared.settings.get("tokenizer")}
+    else:
+        chosen = {"tokenizer": Tokenizer.load(tokenizer.file).fingerprint}
+    return {
+        "sources": [_absolute(source) for source in settings.sources],
+        **chosen,
+        "validation_fraction": settings.validation_fraction,
+        "num_shards": settings.num_shards,
+    }
+
+
+def default_directory(settings: DataSettings) -> Path:
+    """data/NAME from the sources and the tokenizer; a short hash keeps apart what the name cannot tell."""
+    stems = [_stem(source) for source in settings.sources]
+    name = stems[0] + (f"-and-{len(stems) - 1}-more" if len(stems) > 1 else "")
+    tokenizer = settings.tokenizer
+    name += f"-{tokenizer.file.stem if tokenizer.file else tokenizer.vocab_size}"
+    plain = DataSettings(tokenizer=type(tokenizer)(vocab_size=tokenizer.vocab_size))
+    fields = {"sources", "tokenizer", "validation_fraction", "num_shards"}
+    if settings.model_dump(include=fields) != plain.model_dump(include=fields):
+        canonical = settings.model_copy(update={"sources": tuple(map(_absolute, settings.sources))})
+        name += f"-{hashlib.sha256(canonical.model_dump_json(include=fields).encode()).hexdigest()[:6]}"
+    return Path("data") / name
+
+
+def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Read manifest.json; ArtefactError when the data set is missing, unfinished or not one."""
+    directory = Path(directory)
+    path = directory / MANIFEST
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        if (directory / WORK).exists():
+            raise ArtefactError(f"{directory}: preparation was not finished; run the same prepare-data again") from None
+        raise ArtefactError(f"{directory}: no data set here (no {MANIFEST}); make one with inl prepare-data") from None
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise ArtefactError(f"{path}: damaged: {where}: {first['msg']}; {_again(directory)}") from None
+
+
+def verify(directory: str | os.PathLike[str], *, deep: bool = False, settings: DataSettings | None = None) -> Manifest:
+    """Check a data set and return its manifest.
+
+    Always: every file is there with its size, the tokenizer is the one that encoded it, and the sources that still
+    exist are unchanged (size and time; the hash when only the time differs). `deep` hashes the shards too.
+    With `settings`, they must be those it was prepared with.
+
+    Raises:
+        ArtefactError: names the file, what is wrong and the fix.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    _check_files(directory, manifest, deep=deep)
+    if settings is not None and (problem := settings_difference(manifest, settings)):
+        raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {_again(directory)}")
+    if problem := stale_source(directory, manifest):
+        raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {_again(directory)}")
+    return manifest
+
+
+def settings_difference(manifest: Manifest, settings: DataSettings) -> str | None:
+    """The first setting that differs from those of the preparation, in words, or None."""
+    wanted = settings_key(settings, prepared=manifest)
+    for key in sorted(wanted.keys() | manifest.settings.keys()):
+        before, now = manifest.settings.get(key), wanted.get(key)
+        if before != now:
+            return f"{key} was {_brief(before)}, is now {_brief(now)}"
+    return None
+
+
+def stale_source(directory: Path, manifest: Manifest) -> str | None:
+    """Which source changed since the preparation, in words; None also for sources that no longer exist here."""
+    recorded = {source.path: source for source in manifest.sources}
+    for argument in manifest.settings["sources"]:
+        if argument == STDIN:
+            continue
+        if argument.startswith("builtin:"):
+            if problem := _stale_builtin(recorded):
+                return problem
+            continue
+        try:
+            files = resolve_sources([argument], exclude=directory)
+        except InlError:
+            continue  # gone: the data set is complete without it
+        for file in files:
+            if problem := _changed(file, recorded.get(file.path)):
+                return problem
+        here = {file.path for file in files}
+        gone = [s.path for s in manifest.sources if _absolute(s.argument) == argument and s.path not in here]
+        if gone:
+            return f"{gone[0]} was removed"
+    return None
+
+
+def data_fingerprint(tokenizer_fingerprint: str, shards: list[Shard]) -> str:
+    """sha256 over the tokenizer and every shard's content."""
+    lines = [tokenizer_fingerprint, *(f"{shard.file} {shard.sha256}" for shard in shards)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check_files(directory: Path, manifest: Manifest, *, deep: bool) -> None:
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            path = directory / shard.file
+            if not path.is_file():
+                raise ArtefactError(f"{path}: missing; {_again(directory)}")
+            size = path.stat().st_size
+            if size != shard.size:
+                raise ArtefactError(f"{path}: {size:,} bytes, the manifest says {shard.size:,}; {_again(directory)}")
+            if deep and sha256_of(path) != shard.sha256:
+                raise ArtefactError(f"{path}: damaged (its sha256 is not the manifest's); {_again(directory)}")
+            if deep:
+                _check_arrow(path, directory)
+    path = directory / TOKENIZER
+    if Tokenizer.load(path).fingerprint != manifest.tokenizer_fingerprint:
+        raise ArtefactError(f"{path}: not the tokenizer that encoded this data set; {_again(directory)}")
+
+
+def _check_arrow(path: Path, directory: Path) -> None:
+    try:
+        pa.ipc.open_file(pa.memory_map(str(path)))
+    except (pa.ArrowException, OSError) as error:
+        raise ArtefactError(f"{path}: not a readable Arrow file ({error}); {_again(directory)}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stale_builtin(recorded: dict[str, Source]) -> str | None:
+    where, _, digest = python_signature()
+    source = recorded.get(where)  # another interpreter than the one that prepared it says nothing about it
+    return f"{BUILTIN_PYTHON} ({where}) changed" if source and source.sha256 != digest else None
+
+
+def _changed(file: SourceFile, before: Source | None) -> str | None:
+    if before is None:
+        return f"{file.name} is new"
+    if file.size != before.size:
+        return f"{file.name} changed"
+    if file.modified != before.modified and hash_file(file).sha256 != before.sha256:
+        return f"{file.name} changed"
+    return None
+
+
+def _again(directory: Path) -> str:
+    return f"prepare it again: inl prepare-data ... --output {directory} --overwrite"
+
+
+def _absolute(source: str) -> str:
+    return source if source == STDIN or source.startswith("builtin:") else str(Path(source).expanduser().resolve())
+
+
+def _stem(source: str) -> str:
+    if source == STDIN:
+        return "stdin"
+    if source.startswith("builtin:"):
+        return source.replace(":", "-")
+    name = Path(source).resolve().name.split(".")[0]
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name).strip("-") or "text"
+
+
+def _brief(value: object) -> str:
+    return str(value)[:12] + "..." if isinstance(value, str) and len(value) > 40 else str(value)

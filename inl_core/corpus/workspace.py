@@ -1,0 +1,91 @@
+"""The directory of a data set while it is being prepared: the lock, the plan, stdin's copy, and cleaning up."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from inl_core.corpus.manifest import MANIFEST, QUARANTINE, TOKENIZER, WORK
+from inl_core.errors import ArtefactError, RecipeError
+
+PLAN, _STDIN, _LOCK = "plan.json", "stdin", "lock"
+
+
+def check_directory(directory: Path) -> None:
+    """RecipeError when the output is a file, or a directory with something else in it."""
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"{directory}: a file; the output is a directory")
+    ours = any((directory / name).exists() for name in (MANIFEST, WORK))
+    if directory.is_dir() and not ours and any(directory.iterdir()):
+        raise RecipeError(f"{directory}: not empty and not a data set; name another --output")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[Path]:
+    """The working directory, for one preparation at a time; the system drops the lock of a killed process."""
+    work = directory / WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = (work / _LOCK).open("w")
+    except OSError as error:
+        raise ArtefactError(f"{directory}: cannot be written: {error.strerror or error}") from None
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows: without the guard
+            pass
+        except OSError:
+            raise ArtefactError(f"{directory}: another process is preparing this data set; wait for it") from None
+        try:
+            yield work
+        finally:
+            if not (work / PLAN).exists():  # nothing to go on from
+                clear(work)
+                shutil.rmtree(work)
+                if not any(directory.iterdir()):
+                    directory.rmdir()
+
+
+def keep_stdin(work: Path) -> Path:
+    """Copy stdin to a file: it cannot be read twice, and a restart must see what the stopped run saw."""
+    if sys.stdin.isatty():
+        raise RecipeError("`-` reads stdin, which is a terminal here: pipe text into the command")
+    aside = work / (_STDIN + ".tmp")
+    with aside.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    aside.replace(work / _STDIN)
+    return work / _STDIN
+
+
+def read_plan(path: Path) -> dict | None:
+    """The plan of a stopped run, or None."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def plan_content(plan: dict | None) -> object:
+    """What makes two plans the same: settings and file contents; times do not."""
+    return plan and (plan["settings"], [(f["path"], f["format"], f["sha256"]) for f in plan["files"]])
+
+
+def clear(work: Path, *, keep_stdin: bool = False) -> None:
+    """Drop the work; the plan first, so that what a killed process leaves is not taken for work to go on from."""
+    (work / PLAN).unlink(missing_ok=True)
+    for path in work.iterdir():
+        if path.name != _LOCK and not (keep_stdin and path.name == _STDIN):
+            path.unlink()
+
+
+def remove_data_set(directory: Path) -> None:
+    """The manifest first: from then on there is no data set, whatever else is left."""
+    for path in [directory / MANIFEST, directory / TOKENIZER, directory / QUARANTINE]:
+        path.unlink(missing_ok=True)
+    for pattern in ("train-*.arrow*", "validation-*.arrow*"):  # .tmp too, from a killed run
+        for path in directory.glob(pattern):
+            path.unlink()

@@ -1,0 +1,153 @@
+"""Find, verify and open what training leaves behind: runs, checkpoints, and the model inside one.
+
+- Weights alone are read here: evaluation, generation and inspection need no optimizer.
+- Everything is verified before it is used; what fails says which file and what to do.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.errors import ArtefactError
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import ModelConfig
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to evaluate, its tokenizer, and where it came from."""
+
+    model: IntegratorLanguageModel
+    tokenizer: Tokenizer
+    path: Path
+    config: dict[str, Any]
+    """The checkpoint's config.json."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps it was trained for."""
+        return checkpoint_step(self.path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else 0
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """The directories named step-N below `parent`, by step, valid or not."""
+    found = [path for path in parent.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=checkpoint_step)
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of an intact checkpoint; ArtefactError names the first thing that is wrong."""
+    manifest_path = path / MANIFEST
+    if not path.is_dir():
+        raise ArtefactError(f"{path}: no such checkpoint")
+    if not manifest_path.is_file():
+        raise ArtefactError(f"{path}: has no {MANIFEST}, so the save never finished; use an earlier checkpoint")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"{manifest_path}: damaged ({error}); use an earlier checkpoint") from error
+    for name, (size, digest) in entries.items():
+        file = path / name
+        if not file.is_file():
+            raise ArtefactError(f"{file}: missing; use an earlier checkpoint")
+        if file.stat().st_size != size:
+            raise ArtefactError(
+                f"{file}: {file.stat().st_size} bytes where the manifest says {size}, truncated or changed; "
+                "use an earlier checkpoint"
+            )
+        if file_digest(file) != digest:
+            raise ArtefactError(f"{file}: its checksum is wrong, the file is damaged; use an earlier checkpoint")
+    return manifest
+
+
+def find_checkpoint(path: Path | None, runs: Path = Path("runs"), note: Callable[[str], None] = lambda text: None) -> Path:
+    """A checkpoint from what a user names: a checkpoint, a run, or nothing (the newest run's newest valid one).
+
+    `note` hears what was chosen and what was passed over; the result is verified.
+    """
+    if path is None:
+        path = _newest_run(runs)
+    if not path.exists():
+        raise ArtefactError(f"{path}: no such run or checkpoint")
+    if (path / MANIFEST).is_file() or path.name.startswith("step-"):
+        verify_checkpoint(path)
+        return path
+    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for candidate in reversed(list_checkpoints(parent)):
+        try:
+            verify_checkpoint(candidate)
+        except ArtefactError as error:
+            note(f"skipped: {error}")
+        else:
+            note(f"using {candidate}")
+            return candidate
+    raise ArtefactError(f"{path}: holds no intact checkpoint; `inl train RECIPE` makes one")
+
+
+def _newest_run(runs: Path) -> Path:
+    """The run with the newest checkpoint below `runs`."""
+    candidates = [path for path in runs.glob("*/checkpoints/step-*") if (path / MANIFEST).is_file()]
+    if not candidates:
+        raise ArtefactError(f"{runs}/: no run with a checkpoint here; name one, or train with `inl train RECIPE`")
+    return max(candidates, key=lambda path: (path / MANIFEST).stat().st_mtime).parent.parent
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
+    """The model and tokenizer of a verified checkpoint, in evaluation mode."""
+    config = read_json(path / "config.json")
+    try:
+        model_config = ModelConfig.model_validate(config["model"])
+    except (KeyError, ValidationError) as error:
+        raise ArtefactError(f"{path / 'config.json'}: not a model configuration this version knows ({error})") from error
+    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    if tokenizer.vocab_size != model_config.vocab_size:
+        raise ArtefactError(
+            f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens where the model has {model_config.vocab_size}; "
+            "put back the tokenizer the model was trained with"
+        )
+    with torch.device("meta"):
+        model = IntegratorLanguageModel(model_config)
+    model.to_empty(device=device)
+    model.reset_buffers()
+    weights = load_file(path / "model.safetensors", device=str(device))
+    problems = model.load_state_dict(weights, strict=False)
+    if problems.missing_keys or problems.unexpected_keys:
+        wrong = [*problems.missing_keys, *problems.unexpected_keys][0]
+        raise ArtefactError(f"{path / 'model.safetensors'}: does not fit config.json (first difference: {wrong})")
+    return LoadedModel(model.eval(), tokenizer, path, config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or an ArtefactError."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path}: missing") from error
+    except ValueError as error:
+        raise ArtefactError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{path}: not a JSON object")
+    return value

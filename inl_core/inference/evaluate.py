@@ -1,0 +1,109 @@
+"""Cross-entropy, perplexity, bits per byte and accuracy of a model on token windows.
+
+- Bits per byte = bits spent on text tokens / bytes of those tokens. Special tokens have no bytes, so neither their bits
+  nor their bytes count; loss, perplexity and accuracy count every target.
+- Sums are kept in float64, so the order of the batches does not matter to the printed digits.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inl_core.corpus.loader import Batch
+from inl_core.errors import ArtefactError
+from inl_core.model import IntegratorLanguageModel, Options
+
+_LOGIT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a text."""
+
+    loss: float
+    """Mean nats per target token."""
+    perplexity: float
+    bits_per_byte: float
+    accuracy: float
+    """Share of targets that are the most probable token."""
+    iterations: float
+    """Mean integrator iterations per token and layer."""
+    tokens: int
+    """Target tokens."""
+    bytes: int
+    """Bytes of text behind them."""
+    seconds: float
+
+
+@torch.inference_mode()
+def evaluate(
+    model: IntegratorLanguageModel,
+    batches: Iterable[Batch],
+    token_num_bytes: np.ndarray,
+    *,
+    num_iterations: int | None = None,
+    autocast: AbstractContextManager | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Evaluation:
+    """Score `batches`; the model is left in the mode it came in.
+
+    Args:
+        token_num_bytes: (V,) bytes of each token, 0 for special ones.
+        num_iterations: T instead of the model's own.
+        reduce: adds the sums over ranks, when each rank scores a part.
+    """
+    was_training, start = model.training, time.perf_counter()
+    model.eval()
+    device = model.embedding.table.weight.device
+    byte_table = torch.from_numpy(token_num_bytes.astype(np.int64)).to(device)
+    # nats, nats of text, targets, bytes, correct, iterations
+    sums = torch.zeros(6, dtype=torch.float64)
+    for batch in batches:
+        with autocast or nullcontext():
+            sums += _score(model, batch, byte_table, Options(num_iterations=num_iterations), device).cpu()
+    nats, text_nats, tokens, num_bytes, correct, iterations = reduce(sums.to(device)).tolist()
+    model.train(was_training)
+    if not tokens:
+        raise ArtefactError("evaluation: the text holds no target token; give it more text")
+    loss = nats / tokens
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=text_nats / math.log(2) / num_bytes if num_bytes else math.nan,
+        accuracy=correct / tokens,
+        iterations=iterations / tokens,
+        tokens=int(tokens),
+        bytes=int(num_bytes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _score(model: IntegratorLanguageModel, batch: Batch, byte_table: Tensor, options: Options, device: torch.device) -> Tensor:
+    """The six sums of one batch, (6,) float64."""
+    tensors = {name: None if (array := getattr(batch, name)) is None else torch.from_numpy(array).to(device)
+               for name in ("tokens", "targets", "positions", "document_ids")}
+    ids, targets = tensors["tokens"], tensors["targets"]
+    assert ids is not None and targets is not None
+    output = model(ids, positions=tensors["positions"], document_ids=tensors["document_ids"], options=options)
+    valid = targets != -100
+    hidden, wanted = output.hidden[valid], targets[valid]  # (N, D), (N,)
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    rows = max(1, _LOGIT_BYTES // (4 * model.vocab_size))
+    for start in range(0, len(wanted), rows):
+        part = wanted[start : start + rows]
+        logits = model.logits(hidden[start : start + rows])
+        nats = F.cross_entropy(logits, part, reduction="none").double()
+        num_bytes = byte_table[part]
+        correct = (logits.argmax(-1) == part).sum()
+        sums[:5] += torch.stack(
+            (nats.sum(), nats[num_bytes > 0].sum(), nats.new_tensor(len(part)), num_bytes.sum().double(), correct.double())
+        )
+    sums[5] = output.iterations(model.config.num_iterations if options.num_iterations is None else int(options.num_iterations))[valid].double().sum()  # type: ignore[arg-type]
+    return sums

@@ -1,0 +1,296 @@
+"""Prompts -> completions: prefill in one pass, then a token a step for all rows, with a key-value cache.
+
+    for piece in stream(model, tokenizer, ["def "], settings):
+        print(piece.text, end="")
+
+- A row is one sample of one prompt. Rows of different length share a batch by left padding; each row's tokens are those it
+  would get alone, and a finished row leaves the batch.
+- The samples of a prompt share its prefill.
+- A token's iterations are those spent at the position that predicted it, the mean over layers.
+- Legend: B rows, S tokens, V vocabulary, T iterations.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from inl_core.corpus.tokenizer import StreamDecoder, Tokenizer
+from inl_core.errors import RecipeError
+from inl_core.inference.sampling import Sampler
+from inl_core.inference.settings import GenerationSettings
+from inl_core.inference.streaming import TextStream
+from inl_core.model import IntegratorLanguageModel, ModelOutput, Options
+
+__all__ = ["Completion", "GenerationSettings", "Piece", "generate", "stream", "token_texts"]
+
+FinishReason = Literal["eos", "stop", "length", "context"]
+_DEFAULTS = GenerationSettings()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample of one prompt."""
+
+    prompt: str
+    text: str
+    """Without the prompt, special tokens and the stop string."""
+    finish_reason: FinishReason
+    """eos: the model ended it; stop: a stop string; length: max_new_tokens; context: the model's context is full."""
+    token_ids: tuple[int, ...]
+    """Every generated token, the closing eos and a stop string's tokens included."""
+    iterations: tuple[float, ...]
+    """Mean integrator iterations over layers, a token; 0 without an integrator."""
+    prompt_tokens: int
+    """Tokens of the prompt, bos included."""
+    prompt_index: int = 0
+    sample_index: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that one row adds, never half a character; the last piece of a row carries its completion."""
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    completion: Completion | None = None
+
+
+def generate(
+    model: IntegratorLanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: GenerationSettings = _DEFAULTS,
+    *,
+    on_text: Callable[[Piece], None] = lambda piece: None,
+) -> list[Completion]:
+    """Complete every prompt `num_samples` times; by prompt, then by sample. `on_text` hears each piece as it comes."""
+    done = []
+    for piece in stream(model, tokenizer, prompts, settings):
+        on_text(piece)
+        if piece.completion is not None:
+            done.append(piece.completion)
+    return sorted(done, key=lambda completion: (completion.prompt_index, completion.sample_index))
+
+
+def stream(
+    model: IntegratorLanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: GenerationSettings = _DEFAULTS,
+) -> Iterator[Piece]:
+    """`generate` as an iterator of pieces. Prompts are checked here, before the first token.
+
+    Raises:
+        RecipeError: a prompt is not UTF-8 text or is longer than the model's context.
+        NonFiniteError: the model's logits are not finite.
+    """
+    rows = _make_rows(tokenizer, prompts, settings, max_seq_len=model.config.max_seq_len)
+    batches = (rows[first : first + settings.batch_size] for first in range(0, len(rows), settings.batch_size))
+    return (piece for batch in batches for piece in _complete(model, tokenizer, batch, settings))
+
+
+def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[tuple[str, float]]:
+    """The completion's text divided among its tokens, each with its iterations; joined they are the text.
+
+    A character made of several tokens belongs to the last of them; tokens beyond a stop string have no text.
+    """
+    decoder, left, parts = StreamDecoder(tokenizer), completion.text, []
+    for index, token in enumerate(completion.token_ids):
+        is_last = index + 1 == len(completion.token_ids)
+        text = "" if is_last and completion.finish_reason == "eos" else decoder.push(token)
+        text += decoder.flush() if is_last else ""
+        text, left = left[: len(text)], left[len(text) :]
+        parts.append((text, completion.iterations[index]))
+    return parts
+
+
+@dataclass
+class _Row:
+    """One sample of one prompt while it grows."""
+
+    prompt: str
+    prompt_ids: list[int]
+    prompt_index: int
+    sample_index: int
+    random: random.Random
+    text: TextStream
+    limit: int
+    """Tokens it may generate; the context may leave room for fewer than max_new_tokens."""
+    limit_reason: FinishReason
+    token_ids: list[int] = field(default_factory=list)
+    iterations: list[float] = field(default_factory=list)
+
+    def add(self, token: int, iterations: float, eos_id: int) -> Piece:
+        """Take the next token."""
+        self.token_ids.append(token)
+        self.iterations.append(iterations)
+        shown = "" if token == eos_id else self.text.push(token)
+        reason = self._finish_reason(token, eos_id)
+        if reason is None:
+            return Piece(self.prompt_index, self.sample_index, shown)
+        shown += self.text.finish()
+        # The very end of the text may still have completed a stop string.
+        return Piece(self.prompt_index, self.sample_index, shown, self._completion(reason))
+
+    def _finish_reason(self, token: int, eos_id: int) -> FinishReason | None:
+        if token == eos_id:
+            return "eos"
+        if self.text.is_stopped:
+            return "stop"
+        return self.limit_reason if len(self.token_ids) >= self.limit else None
+
+    def _completion(self, reason: FinishReason) -> Completion:
+        return Completion(
+            prompt=self.prompt,
+            text=self.text.text,
+            finish_reason="stop" if self.text.is_stopped else reason,
+            token_ids=tuple(self.token_ids),
+            iterations=tuple(self.iterations),
+            prompt_tokens=len(self.prompt_ids),
+            prompt_index=self.prompt_index,
+            sample_index=self.sample_index,
+        )
+
+
+def _make_rows(
+    tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationSettings, *, max_seq_len: int
+) -> list[_Row]:
+    rows, repeats = [], Counter()
+    for index, prompt in enumerate(prompts):
+        ids = _encode_prompt(tokenizer, prompt, f"prompt {index + 1}" if len(prompts) > 1 else "the prompt", max_seq_len)
+        # The last token needs no place in the context: nothing is predicted from it.
+        room = max_seq_len - len(ids) + 1
+        limit = min(settings.max_new_tokens, room)
+        for sample in range(settings.num_samples):
+            row = _Row(
+                prompt=prompt,
+                prompt_ids=ids,
+                prompt_index=index,
+                sample_index=sample,
+                random=_row_random(settings.seed, prompt, repeats[prompt]),
+                text=TextStream(tokenizer, settings.stop),
+                limit=limit,
+                limit_reason="length" if settings.max_new_tokens <= room else "context",
+            )
+            repeats[prompt] += 1
+            rows.append(row)
+    return rows
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: str, name: str, max_seq_len: int) -> list[int]:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{name}: not UTF-8 text (character {error.start})") from None
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if len(ids) > max_seq_len:
+        raise RecipeError(
+            f"{name}: {len(ids):,} tokens with the beginning-of-text token, the model's context holds {max_seq_len:,}; "
+            f"shorten it by {len(ids) - max_seq_len:,} tokens"
+        )
+    return ids
+
+
+def _row_random(seed: int, prompt: str, sample: int) -> random.Random:
+    """The row's own stream of draws: the same wherever the row stands. A prompt given twice counts its samples on."""
+    digest = hashlib.blake2b(f"sampling/{seed}/{sample}/{prompt}".encode(), digest_size=8).digest()
+    return random.Random(int.from_bytes(digest, "little"))
+
+
+def _complete(
+    model: IntegratorLanguageModel, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
+) -> Iterator[Piece]:
+    """All rows to their ends, side by side."""
+    was_training = model.training
+    model.eval()
+    try:
+        batch = _Batch(model, tokenizer, rows, settings)
+        while rows:
+            tokens, iterations = batch.choose([row.random.random() for row in rows])
+            pieces = [row.add(*new, tokenizer.eos_id) for row, *new in zip(rows, tokens, iterations, strict=True)]
+            yield from (piece for piece in pieces if piece.text or piece.completion)
+            going = [index for index, piece in enumerate(pieces) if piece.completion is None]
+            rows = [rows[index] for index in going]
+            if rows:
+                batch.advance([row.token_ids[-1] for row in rows], going if len(going) < len(pieces) else None)
+    finally:
+        model.train(was_training)
+
+
+class _Batch:
+    """The device's side of a batch of rows: their cache, and the logits of their next tokens."""
+
+    def __init__(
+        self, model: IntegratorLanguageModel, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
+    ) -> None:
+        self.model, self.device = model, model.embedding.table.weight.device
+        # Without an integrator there is nothing to iterate.
+        own = model.config.num_iterations
+        self.default_iterations = (settings.num_iterations or own) if own else 0
+        self.options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
+        banned = sorted(set(tokenizer.special_ids.values()) - {tokenizer.eos_id})
+        prompts, places = _unique_prompts(rows)
+        with torch.inference_mode():
+            ids = self._prefill(prompts, max(row.limit for row in rows), tokenizer.bos_id)
+            if len(places) > len(prompts):
+                self._select(torch.tensor(places, device=self.device))
+                ids = ids[places]
+            self.sampler = Sampler(
+                settings,
+                banned=torch.tensor(banned, dtype=torch.long, device=self.device),
+                prompts=ids,
+                vocab_size=model.vocab_size,
+            )
+
+    def _prefill(self, prompts: list[list[int]], max_new_tokens: int, bos_id: int) -> Tensor:
+        """Run the prompts, aligned to the right, in one pass; their ids (P, S) come back, padded with bos."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[bos_id] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
+        self.cache = self.model.new_cache(len(prompts), width + max_new_tokens - 1)
+        padding = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
+        self.cache.padding = padding if bool(padding.any()) else None
+        self._keep_last(self.model(ids, cache=self.cache, options=self.options))
+        return ids
+
+    def choose(self, draws: list[float]) -> tuple[list[int], list[float]]:
+        """The next token of each row and the iterations that predicting it took."""
+        with torch.inference_mode():
+            return self.sampler(self.model.logits(self.hidden), draws).tolist(), self.iterations.tolist()
+
+    def advance(self, tokens: list[int], going: list[int] | None) -> None:
+        """Feed each row its new token; `going` are the places of the rows that stay, None when all do."""
+        with torch.inference_mode():
+            if going is not None:
+                rows = torch.tensor(going, device=self.device)
+                self._select(rows)
+                self.sampler.select(rows)
+            ids = torch.tensor(tokens, device=self.device)[:, None]
+            self._keep_last(self.model(ids, cache=self.cache, options=self.options))
+
+    def _select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+        if self.cache.padding is not None and not bool(self.cache.padding.any()):
+            self.cache.padding = None  # the plain path is faster
+        self.hidden, self.iterations = self.hidden[rows], self.iterations[rows]
+
+    def _keep_last(self, output: ModelOutput) -> None:
+        self.hidden = output.hidden[:, -1]  # (B, D)
+        self.iterations = output.iterations(self.default_iterations)[:, -1]  # (B,)
+
+
+def _unique_prompts(rows: list[_Row]) -> tuple[list[list[int]], list[int]]:
+    """The different prompts of the rows, and for each row the place of its prompt among them."""
+    prompts: list[list[int]] = []
+    numbers: dict[int, int] = {}
+    for row in rows:
+        if row.prompt_index not in numbers:
+            numbers[row.prompt_index] = len(prompts)
+            prompts.append(row.prompt_ids)
+    return prompts, [numbers[row.prompt_index] for row in rows]

@@ -1,0 +1,86 @@
+"""Logits -> next tokens: repetition penalty, temperature, top-k, top-p, min-p, and the draw.
+
+- Every filter keeps a prefix of the tokens sorted by probability, so one sort serves them all.
+- The draw inverts the cumulative distribution at one uniform number a row. The numbers come from outside, one stream a
+  row, so a row's text does not depend on which rows share its batch.
+- Legend: B rows, V vocabulary, N candidates.
+"""
+
+import torch
+from torch import Tensor
+
+from inl_core.errors import NonFiniteError
+from inl_core.inference.settings import GenerationSettings
+
+
+class Sampler:
+    """Chooses a token for each of B rows; remembers which tokens a row holds when a repetition penalty asks for it.
+
+    Args:
+        banned: (n,) ids that are never chosen.
+        prompts: (B, S) ids of the prompts, padded with a banned id.
+    """
+
+    def __init__(self, settings: GenerationSettings, *, banned: Tensor, prompts: Tensor, vocab_size: int) -> None:
+        self.settings, self.banned = settings, banned
+        self.seen: Tensor | None = None
+        if settings.repetition_penalty != 1.0:
+            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts.device)
+            self.seen.scatter_(1, prompts, True)
+
+    def __call__(self, logits: Tensor, draws: list[float]) -> Tensor:
+        """The next token of each row, (B,), from logits (B, V) and a uniform number in [0, 1) a row.
+
+        Raises:
+            NonFiniteError: a logit is NaN or infinite.
+        """
+        if not bool(logits.isfinite().all()):
+            raise NonFiniteError("the model's logits are not finite: its weights have diverged; use an earlier checkpoint")
+        if self.seen is not None:
+            logits = penalise(logits, self.seen, self.settings.repetition_penalty)
+        logits = logits.index_fill(1, self.banned, -torch.inf)
+        chosen = logits.argmax(-1) if self.settings.is_greedy else draw(*candidates(logits, self.settings), draws)
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None], True)
+        return chosen
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows only."""
+        self.seen = None if self.seen is None else self.seen[rows]
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of seen tokens by the penalty and multiply negative ones, so that both become less likely.
+
+    arXiv 1909.05858, section 4.1, divides whatever the sign, which would favour tokens with negative logits.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def candidates(logits: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (B, N) after temperature and filters, and the tokens they belong to (B, N); None = all, in order."""
+    scaled = (logits - logits.max(-1, keepdim=True).values) / settings.temperature
+    if settings.top_k is None and settings.top_p is None and not settings.min_p:
+        return scaled.softmax(-1), None
+    if settings.top_k is not None:
+        values, ids = scaled.topk(min(settings.top_k, scaled.shape[-1]))
+    else:
+        values, ids = scaled.sort(descending=True, stable=True)
+    probabilities = values.softmax(-1)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if settings.top_p is not None:
+        doubled = probabilities.double()
+        keep = doubled.cumsum(-1) - doubled < settings.top_p  # what is more probable does not reach top_p yet
+    if settings.min_p:
+        keep &= probabilities >= settings.min_p * probabilities[:, :1]
+    probabilities = probabilities.masked_fill(~keep, 0.0)
+    return probabilities / probabilities.sum(-1, keepdim=True), ids
+
+
+def draw(probabilities: Tensor, ids: Tensor | None, draws: list[float]) -> Tensor:
+    """The token of each row at which the cumulative distribution passes the row's uniform number, (B,)."""
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    uniform = torch.tensor(draws, dtype=torch.float64, device=cumulative.device)[:, None]
+    # `right` takes the first place strictly above, so a token without probability is never taken.
+    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return (index if ids is None else ids.gather(1, index)).squeeze(1)

@@ -1,0 +1,70 @@
+"""What a user may ask of generation, validated; without torch, so that the command line can show the defaults."""
+
+from dataclasses import dataclass
+
+from inl_core.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How tokens are chosen and when to stop. The order is: repetition penalty, temperature, top-k, top-p, min-p."""
+
+    max_new_tokens: int = 200
+    """Tokens generated per completion, at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most probable token (greedy)."""
+    top_k: int | None = None
+    """Only the k most probable tokens."""
+    top_p: float | None = None
+    """Only the most probable tokens that together reach this probability (arXiv 1904.09751)."""
+    min_p: float | None = None
+    """Only tokens at least this fraction as probable as the most probable one (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Lowers the logits of tokens already in prompt or completion (CTRL, arXiv 1909.05858); 1 is off."""
+    seed: int = 0
+    """Seed of the draws; a completion depends on it, its prompt and its sample number, not on its neighbours."""
+    stop: tuple[str, ...] = ()
+    """A completion ends before the first of these strings."""
+    num_samples: int = 1
+    """Completions per prompt."""
+    num_iterations: int | None = None
+    """Integrator iterations T instead of the model's own."""
+    early_stopping: bool = True
+    """Let tokens stop iterating early where the model's configuration says so."""
+    batch_size: int = 32
+    """Completions generated side by side, at most; it changes speed and memory, not text."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "num_samples", "num_iterations", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{_spelt(name)} {value}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise RecipeError(f"temperature {self.temperature:g}: must be a number from 0 (greedy) up")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise RecipeError(f"top-p {self.top_p:g}: must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise RecipeError(f"min-p {self.min_p:g}: must be between 0 and 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise RecipeError(f"repetition-penalty {self.repetition_penalty:g}: must be above 0; 1 is off, 1.1 is mild")
+        if any(not text for text in self.stop):
+            raise RecipeError("stop '': an empty stop string would end every completion at once; remove it")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether no draw is made."""
+        return self.temperature == 0
+
+    def without_effect(self) -> list[str]:
+        """The settings that a greedy choice ignores, in words."""
+        if not self.is_greedy:
+            return []
+        given = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        found = [f"{_spelt(name)} has no effect at temperature 0" for name in given]
+        if self.num_samples > 1:
+            found.append(f"{self.num_samples} samples at temperature 0 are all the same")
+        return found
+
+
+def _spelt(name: str) -> str:
+    return name.replace("_", "-")

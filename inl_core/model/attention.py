@@ -1,0 +1,140 @@
+"""Causal attention: norms, rotary positions, grouped queries, and the key-value cache.
+
+- Legend: B batch, S sequence, D d_model, H query heads, K key-value heads, F head size, M cache slots.
+- `scaled_dot_product_attention` does the work; what may look at what is decided once per forward pass, in `AttentionPlan`,
+  and shared by every layer.
+- The integrator runs inside a token, so the cache holds keys and values of attention alone and does not depend on T:
+  a token that stops early leaves no hole in it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inl_core.recipe import ModelConfig
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The configuration's norm over D."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (length, F/2), of position * theta^(-2i/F) (RoFormer, arXiv 2104.09864)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+def sinusoidal_table(length: int, d_model: int) -> Tensor:
+    """Sines on even and cosines on odd dimensions, (length, D) (arXiv 1706.03762)."""
+    frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :d_model].float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + F/2) of x (B, heads, S, F) by the angles in cos, sin (..., S, F/2)."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, each (L, B, K, M, F), and the number of filled slots.
+
+    `padding` (B,) is the number of leading slots of a row that hold no token (left padding), or None.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, batch, config.key_value_heads, slots, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.padding: Tensor | None = None
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write S new slots (B, K, S, F) of a layer; all its filled slots come back as views."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch only (finished requests leave)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.padding = None if self.padding is None else self.padding[rows]
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Positions and visibility of one forward pass, the same for all layers."""
+
+    positions: Tensor  # (S,) or (B, S): position of each query inside its document
+    mask: Tensor | None  # (B, 1, S, M) bool, True = visible; None = the plain causal (or one-token) case
+    is_causal: bool
+
+
+def plan_attention(
+    batch_shape: torch.Size, device: torch.device, *, positions: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
+) -> AttentionPlan:
+    """Decide who sees whom.
+
+    Args:
+        batch_shape: (B, S) of the new tokens.
+        positions: (B, S) positions, or None for 0..S-1 after what the cache holds.
+        document_ids: (B, S) document of each token; attention stays inside a document. Not with a cache.
+    """
+    num_new = batch_shape[1]
+    start = cache.length if cache else 0
+    slots = torch.arange(start + num_new, device=device)
+    queries = slots[start:]
+    if cache is not None and cache.padding is not None:
+        real = slots >= cache.padding[:, None]  # (B, M)
+        # A padding query would see nothing and softmax to NaN; it sees itself instead, and nobody sees it.
+        visible = (real[:, None, :] & (slots <= queries[:, None])) | (slots == queries[:, None])
+        where = (queries - cache.padding[:, None]).clamp(min=0)
+        return AttentionPlan(where, visible[:, None], is_causal=False)
+    if document_ids is not None:
+        same = document_ids[:, :, None] == document_ids[:, None, :]
+        visible = same & (slots <= queries[:, None])
+        return AttentionPlan(queries if positions is None else positions, visible[:, None], is_causal=False)
+    where = queries if positions is None else positions
+    if start and num_new > 1:
+        return AttentionPlan(where, (slots <= queries[:, None])[None, None], is_causal=False)
+    return AttentionPlan(where, None, is_causal=num_new > 1)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.key_value_heads, config.head_dim
+        kv_dim = self.num_kv_heads * self.head_dim
+        self.splits = (config.d_model, kv_dim, kv_dim)
+        self.query_key_value = nn.Linear(config.d_model, sum(self.splits), bias=config.bias)
+        self.output = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, S, D) -> (B, S, D); `rotary` is (cos, sin) at the plan's positions, or None without rotary positions."""
+        batch, length, _ = x.shape
+        query, key, value = (
+            part.view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for part in self.query_key_value(x).split(self.splits, dim=-1)
+        )
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if cache is not None:
+            key, value = cache.store(layer, key.to(cache.keys.dtype), value.to(cache.values.dtype))
+            query = query.to(key.dtype)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal,
+            scale=1.0 / math.sqrt(self.head_dim), enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))

@@ -1,0 +1,58 @@
+"""The deterministic harmonic excitation A sin(gamma t + phi), dense or sparse.
+
+- Source: doc 002 pillar 2 (dense), doc 001 level 2 (sparse).
+- A is state of the run: the cycle sets it, the checkpoint stores it, so it comes in as a tensor.
+- The start draws no random numbers: the fractional parts of i * (powers of the plastic and golden ratios) spread
+  gamma and phi evenly over their ranges for any D.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from inl_core.recipe import ExcitationConfig
+
+
+def excited_dims(dim: int, sparsity: float) -> Tensor:
+    """Indices of the max(1, floor(D * sparsity)) evenly spaced excited dimensions."""
+    count = max(1, int(dim * sparsity))
+    return torch.arange(count) * dim // count
+
+
+class Excitation(nn.Module):
+    """gamma and phi of one layer, each (number of excited dims,); gamma in radians per iteration, phi in radians."""
+
+    excited: Tensor
+
+    def __init__(self, config: ExcitationConfig, dim: int) -> None:
+        super().__init__()
+        self.dim, self.sparsity = dim, config.sparsity
+        count = max(1, int(dim * config.sparsity))
+        self.dense = count == dim
+        self.gamma = nn.Parameter(torch.empty(count))
+        self.phi = nn.Parameter(torch.empty(count))
+        self.register_buffer("excited", torch.empty(count, dtype=torch.long), persistent=False)
+
+    def initialise(self) -> None:
+        """gamma_i = 1 + 0.2 (frac(0.7548776662 i) - 0.5), phi_i = 2 pi frac(0.6180339887 i)."""
+        i = torch.arange(self.gamma.numel(), dtype=torch.float64)
+        with torch.no_grad():
+            self.gamma.copy_(1 + 0.2 * ((i * 0.7548776662).frac() - 0.5))
+            self.phi.copy_(2 * math.pi * (i * 0.6180339887).frac())
+
+    def reset_buffers(self) -> None:
+        """Fill what is derived from the configuration and not saved."""
+        self.excited.copy_(excited_dims(self.dim, self.sparsity))
+
+    def forward(self, num_iterations: int, amplitude: Tensor) -> Tensor:
+        """The forcing of every iteration, (T, D), zero on dimensions that are not excited.
+
+        Sines are evaluated on the excited dimensions only; the step adds a row of this inside an operation it needs
+        anyway, so the other dimensions cost nothing.
+        """
+        t = torch.arange(num_iterations, device=self.gamma.device, dtype=self.gamma.dtype)
+        wave = amplitude * torch.sin(torch.outer(t, self.gamma) + self.phi)
+        if self.dense:
+            return wave
+        return wave.new_zeros(num_iterations, self.dim).index_copy(1, self.excited, wave)

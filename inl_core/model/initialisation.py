@@ -1,0 +1,61 @@
+"""Every initialisation of the language model, in one place; safe after the meta device.
+
+- Each parameter is drawn from its own generator, seeded by (seed, parameter name): adding a part to the model moves no
+  other part's start, two presets start alike where they are alike, and the device does not matter.
+- Matrices N(0, 0.6/sqrt(D)); matrices that write into the residual stream N(0, 0.02/sqrt(2L)); the controller's output
+  N(0, 0.01). The factors of a low-rank embedding are drawn so that their product has a full embedding's spread.
+- mu, gamma, phi, modulation and gains draw nothing.
+"""
+
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from inl_core.model.integrator import Integrator
+
+if TYPE_CHECKING:
+    from inl_core.model.language_model import IntegratorLanguageModel
+
+
+@torch.no_grad()
+def initialise(model: "IntegratorLanguageModel", seed: int) -> None:
+    """Set every parameter and buffer of `model` to its start."""
+    model.reset_buffers()
+    for module in model.modules():
+        if isinstance(module, Integrator):
+            module.initialise()
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            module.reset_parameters()
+    integrator = model.config.integrator
+    model.excitation_amplitude.fill_(integrator.excitation.amplitude if integrator else 0.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_gain"):
+            parameter.fill_(1.0)
+        elif name.endswith(".weight") and parameter.dim() == 2:
+            draw(parameter, _spread(model, name), seed, name)
+        elif name.endswith(".bias") and "modulation" not in name and "norm" not in name:
+            parameter.zero_()
+
+
+def draw(parameter: torch.Tensor, std: float, seed: int, name: str) -> None:
+    """Fill with N(0, std) from the generator that belongs to (seed, name), drawn on the CPU."""
+    digest = hashlib.blake2b(f"initialisation/{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def _spread(model: "IntegratorLanguageModel", name: str) -> float:
+    """Standard deviation of one matrix."""
+    config = model.config
+    if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+        return 0.02 / math.sqrt(2 * config.num_layers)
+    if name.endswith("controller.output.weight"):
+        return 0.01
+    if config.rank and name == "embedding.table.weight":
+        return 0.6 / math.sqrt(config.rank)
+    if config.rank and name == "embedding.project_up.weight":
+        return 1.0 / math.sqrt(config.d_model)
+    return 0.6 / math.sqrt(config.d_model)

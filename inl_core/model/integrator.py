@@ -1,0 +1,251 @@
+"""The integrator: one step, T steps, per-token early stopping.
+
+    u      = act(h W_h + b_h + x_t W_x + v_t W_v)
+    a,b,g,c = (u W_out) * scale_l + bias_l
+    alpha_base = sigmoid(a)    beta = min(softplus(b), beta_max)    gate = sigmoid(g)    v_cand = c or given
+    error  = x_t - mu
+    alpha  = alpha_base (1 - exp(-kappa rms(error)))
+    v_{t+1} = alpha v_t + (1 - alpha) v_cand - beta error + A sin(gamma t + phi)
+    x_{t+1} = x_t + dt velocity_scale gate v_{t+1}
+
+- Source: docs 000 and 002, and model.md sections 1-2, which bounds beta and takes the rms for the seeds' norm.
+- No trajectory is kept unless asked for; the auxiliary losses' terms are reduced to one number a token as they appear.
+- Legend: B batch, S sequence, D d_model, T iterations.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inl_core.model.controller import Controller, Head, Modulation
+from inl_core.model.equilibrium import Equilibrium
+from inl_core.model.excitation import Excitation
+from inl_core.recipe import IntegratorConfig
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square over the last dimension, kept: (..., D) -> (..., 1). Its gradient at zero is zero, not NaN."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
+
+
+class Gains(NamedTuple):
+    """One step's coefficients, each (B, S, D); `candidate` may be shared by all steps."""
+
+    alpha: Tensor
+    beta: Tensor
+    gate: Tensor
+    candidate: Tensor
+
+
+class Step(NamedTuple):
+    """One step's result, each (B, S, D)."""
+
+    state: Tensor
+    velocity: Tensor
+    gains: Gains
+
+
+@dataclass
+class Trajectory:
+    """Every iteration of one layer: states and velocities (T+1, B, S, D), alpha, beta, gate (T, B, S, D)."""
+
+    states: Tensor
+    velocities: Tensor
+    alpha: Tensor
+    beta: Tensor
+    gate: Tensor
+
+
+@dataclass
+class IntegratorOutput:
+    """What T iterations leave behind.
+
+    state, velocity: (B, S, D) at the end.  iterations: (B, S) iterations each token used, or None = all of them.
+    speed: (B, S) sum_t w_t mean_D |x_t - mu|.  energy: (B, S) mean_t mean_D |v_t|^p.  Both only when asked for.
+    """
+
+    state: Tensor
+    velocity: Tensor
+    iterations: Tensor | None = None
+    speed: Tensor | None = None
+    energy: Tensor | None = None
+    trajectory: Trajectory | None = None
+
+
+def speed_weights(num_iterations: int) -> list[float]:
+    """w_t proportional to exp(-t / tau), tau = T/3, t = 1..T, summing to 1 (doc 002, speed loss)."""
+    tau = num_iterations / 3
+    weights = [math.exp(-t / tau) for t in range(1, num_iterations + 1)]
+    return [weight / sum(weights) for weight in weights]
+
+
+class Integrator(nn.Module):
+    """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share."""
+
+    def __init__(self, config: IntegratorConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.equilibrium = Equilibrium(config.mu, dim)
+        self.excitation = Excitation(config.excitation, dim)
+        self.modulation = Modulation(config, dim)
+        self.controller = None if config.controller.shared else Controller(config, dim)
+
+    def initialise(self) -> None:
+        """Everything of this layer that starts without random numbers."""
+        self.equilibrium.initialise()
+        self.excitation.initialise()
+        self.modulation.initialise()
+
+    def gains(self, controller: Controller, head: Head, hoisted: Tensor, x: Tensor, v: Tensor | None, error: Tensor, candidate: Tensor | None) -> Gains:
+        """alpha, beta, gate and v_cand at one step, in the state's precision (under autocast the GEMM is not)."""
+        raw = F.linear(controller.hidden(hoisted, x, v), head.weight, head.bias).to(x.dtype)
+        parts = raw.chunk(3 if candidate is not None else 4, dim=-1)
+        alpha = torch.sigmoid(parts[0])
+        if self.config.dynamic_alpha:
+            alpha = alpha * -torch.expm1(-self.config.kappa * rms(error))
+        beta = F.softplus(parts[1]).clamp(max=self.config.beta_max)
+        return Gains(alpha, beta, torch.sigmoid(parts[2]), parts[3] if candidate is None else candidate)
+
+    def forward(
+        self,
+        h: Tensor,
+        state: Tensor,
+        velocity: Tensor | None,
+        *,
+        amplitude: Tensor,
+        candidate: Tensor | None = None,
+        controller: Controller | None = None,
+        num_iterations: int | None = None,
+        energy_power: float | None = None,
+        keep_trajectory: bool = False,
+        early_stopping: bool = True,
+    ) -> IntegratorOutput:
+        """Run T iterations from x_0 = `state`, v_0 = `velocity` (None is zeros), all (B, S, D).
+
+        Args:
+            h: context (B, S, D).
+            amplitude: A, a 0-dim tensor.
+            candidate: v_cand (B, S, D) when the block's feed-forward provides it.
+            controller: the shared controller; None uses the layer's own.
+            num_iterations: T instead of the configured one.
+            energy_power: p; when given, the terms of the speed and energy losses are returned.
+            keep_trajectory: return every iteration.
+            early_stopping: False runs all T iterations also where the configuration would stop early.
+        """
+        config = self.config
+        total = num_iterations or config.num_iterations
+        controller = controller or self.controller
+        assert controller is not None, "a shared controller must be passed in"
+        mu, forcing = self.equilibrium(), self.excitation(total, amplitude)
+        head, hoisted = self.modulation.fold(controller), controller.hoist(h)
+        candidate = None if candidate is None else candidate.to(state.dtype)
+        stride = config.dt * config.velocity_scale
+        stopping = _EarlyStopping(config, state) if early_stopping and _stops_early(self) else None
+        recorder = _Recorder(state, velocity) if keep_trajectory else None
+        losses = _LossTerms(total, energy_power) if energy_power is not None else None
+
+        x, v = state, velocity
+        for t in range(total):
+            error = x - mu
+            gains = self.gains(controller, head, hoisted, x, v, error, candidate)
+            new_v = step_velocity(gains, v, error, forcing[t])
+            new_x = torch.addcmul(x, gains.gate, new_v, value=stride)
+            if stopping is not None:
+                new_x, new_v = stopping.freeze(t, x, v, new_x, new_v, stride * gains.gate * forcing[t])
+            x, v = new_x, new_v
+            if losses is not None:
+                losses.add(t, x - mu, v)
+            if recorder is not None:
+                recorder.add(x, v, gains)
+            if stopping is not None and stopping.all_stopped:
+                break
+        assert v is not None
+        return IntegratorOutput(
+            x,
+            v,
+            stopping.iterations if stopping else None,
+            losses.speed if losses else None,
+            losses.energy if losses else None,
+            recorder.trajectory() if recorder else None,
+        )
+
+
+def step_velocity(gains: Gains, v: Tensor | None, error: Tensor, forcing: Tensor) -> Tensor:
+    """v_{t+1} = alpha v + (1 - alpha) v_cand - beta error + forcing; `v` None is zeros."""
+    candidate = gains.candidate
+    if v is None:
+        mixed = torch.addcmul(candidate, gains.alpha, candidate, value=-1.0)
+    else:
+        mixed = torch.lerp(candidate, v, gains.alpha)
+    return torch.addcmul(mixed + forcing, gains.beta, error, value=-1.0)
+
+
+def _stops_early(layer: Integrator) -> bool:
+    return not layer.training and layer.config.early_stopping.convergence_threshold > 0
+
+
+class _EarlyStopping:
+    """Per-token stopping: a token whose state has stopped moving by itself is frozen exactly.
+
+    The displacement the excitation causes at this step is known and does not count as movement: with it, a driven
+    system would never be seen to converge.
+    """
+
+    def __init__(self, config: IntegratorConfig, state: Tensor) -> None:
+        self.threshold = config.early_stopping.convergence_threshold
+        self.min_iterations = config.early_stopping.min_iterations
+        self.active = torch.ones(state.shape[:-1], dtype=torch.bool, device=state.device)  # (B, S)
+        self.iterations = torch.zeros(state.shape[:-1], dtype=torch.int32, device=state.device)
+        self.all_stopped = False
+
+    def freeze(
+        self, t: int, x: Tensor, v: Tensor | None, new_x: Tensor, new_v: Tensor, forced: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The next state and velocity, with stopped tokens left as they were."""
+        moved = rms(new_x - x - forced).squeeze(-1)
+        keep = self.active[..., None]
+        new_x = torch.where(keep, new_x, x)
+        new_v = new_v if v is None else torch.where(keep, new_v, v)  # at t = 0 every token is active
+        self.iterations += self.active
+        if t + 1 >= self.min_iterations:
+            self.active = self.active & (moved >= self.threshold)
+            self.all_stopped = not bool(self.active.any())
+        return new_x, new_v
+
+
+class _LossTerms:
+    """Running terms of the speed and energy losses, (B, S) each."""
+
+    def __init__(self, num_iterations: int, power: float) -> None:
+        self.weights, self.power = speed_weights(num_iterations), power
+        self.speed: Tensor | None = None
+        self.energy: Tensor | None = None
+
+    def add(self, t: int, error: Tensor, v: Tensor) -> None:
+        speed = self.weights[t] * error.abs().mean(-1)
+        size = v.square() if self.power == 2.0 else v.abs().pow(self.power)
+        energy = size.mean(-1) / len(self.weights)
+        self.speed = speed if self.speed is None else self.speed + speed
+        self.energy = energy if self.energy is None else self.energy + energy
+
+
+class _Recorder:
+    """Collects a trajectory."""
+
+    def __init__(self, state: Tensor, velocity: Tensor | None) -> None:
+        self.states = [state]
+        self.velocities = [torch.zeros_like(state) if velocity is None else velocity]
+        self.gains: list[Gains] = []
+
+    def add(self, x: Tensor, v: Tensor, gains: Gains) -> None:
+        self.states.append(x)
+        self.velocities.append(v)
+        self.gains.append(gains)
+
+    def trajectory(self) -> Trajectory:
+        alpha, beta, gate = (torch.stack([getattr(step, name) for step in self.gains]) for name in ("alpha", "beta", "gate"))
+        return Trajectory(torch.stack(self.states), torch.stack(self.velocities), alpha, beta, gate)

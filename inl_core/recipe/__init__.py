@@ -1,0 +1,36 @@
+"""The frozen Recipe tree: YAML and overrides -> one validated object. Imports no torch.
+
+    recipe = load_recipe("recipes/tiny.yaml", overrides=["training.steps=100"])
+    recipe.model.d_model, recipe.training.num_steps
+"""
+
+from inl_core.recipe.data import DataSettings, TokenizerSettings
+from inl_core.recipe.load import load_recipe
+from inl_core.recipe.model import (
+    ControllerConfig,
+    EarlyStoppingConfig,
+    ExcitationConfig,
+    IntegratorConfig,
+    ModelConfig,
+    MuConfig,
+)
+from inl_core.recipe.recipe import Recipe
+from inl_core.recipe.training import CycleSettings, LossSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
+
+__all__ = [
+    "ControllerConfig",
+    "CycleSettings",
+    "DataSettings",
+    "EarlyStoppingConfig",
+    "ExcitationConfig",
+    "IntegratorConfig",
+    "LossSettings",
+    "ModelConfig",
+    "MuConfig",
+    "OptimizerSettings",
+    "Recipe",
+    "ScheduleSettings",
+    "TokenizerSettings",
+    "TrainingSettings",
+    "load_recipe",
+]

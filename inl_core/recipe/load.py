@@ -1,0 +1,171 @@
+"""A YAML file and overrides -> one validated Recipe, and back to YAML.
+
+- Values are validated as strict JSON: the text "2" is no number and true is no 1, but 3 is a fine 3.0.
+- Every problem is reported at once, each with the line or the override it stands in.
+- An override of `training.steps` takes the place of the file's `training.tokens`, and the other way: they are two ways
+  to say one thing, and a recipe must give exactly one.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from inl_core.errors import RecipeError
+from inl_core.recipe.problems import dotted, find_problems, section_at, shown, unknown_key
+from inl_core.recipe.recipe import Recipe
+from inl_core.recipe.yaml_text import Document, KeyPath, dump_yaml, parse_yaml
+
+_ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("training", "steps"): ("training", "tokens"),
+    ("training", "tokens"): ("training", "steps"),
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override (`["training.steps=100"]`, the values are YAML) and validate; RecipeError lists every problem."""
+    source = str(path)
+    document = parse_yaml(_read_text(Path(path)), source)
+    if document.values is None:
+        raise RecipeError(f"{source}: the recipe is empty; it needs at least name and training")
+    if not isinstance(document.values, dict):
+        raise RecipeError(f"{source}:1: a recipe is a mapping of keys, got {shown(document.values)}")
+    return _validated(document, overrides, source)
+
+
+def recipe_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
+    """Validate plain values; `source` says in errors where they came from."""
+    plain = json.loads(json.dumps(dict(values), default=str))
+    return _validated(Document(plain), overrides, source)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by stem; from a wheel or from a checkout."""
+    here = Path(__file__).resolve().parent
+    for directory in (here / "shipped", here.parents[1] / "recipes"):
+        if found := sorted(directory.glob("*.yaml")):
+            return {path.stem: path for path in found}
+    return {}
+
+
+def _validated(document: Document, overrides: Sequence[str], source: str) -> Recipe:
+    values, placed = _with_overrides(document.values, overrides)
+    try:
+        return Recipe.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        places = _Places(document, placed, source)
+        problems = sorted(find_problems(error, Recipe).items(), key=lambda problem: places.line(problem[0]))
+        raise RecipeError("\n".join(f"{places.head(path)}: {message}" for path, message in problems)) from None
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        names = ", ".join(sorted(item.name for item in path.glob("*.yaml"))) or "no .yaml file"
+        raise RecipeError(f"{path}: is a directory, not a recipe; it holds {names}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecipeError(f"{path}: no such file{_nearest_file(path)}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = [item.name for item in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, n=1) or get_close_matches(path.name + ".yaml", siblings, n=1)
+    if near:
+        return f"; did you mean '{path.parent / near[0]}'?"
+    shipped = shipped_recipes().get(path.stem)
+    return f"; did you mean '{shipped}'?" if shipped else ""
+
+
+def _with_overrides(values: Any, overrides: Sequence[str]) -> tuple[Any, dict[KeyPath, str]]:
+    """A changed copy of `values`, and the override that stands behind each changed path."""
+    values = deepcopy(values)
+    parsed = [_parse_override(text) for text in overrides]
+    paths = {path for path, _, _ in parsed}
+    problems: list[str] = []
+    placed: dict[KeyPath, str] = {}
+    for path, value, text in parsed:
+        if problem := _problem_with_path(path):
+            problems.append(f"{text}: {problem}")
+            continue
+        _put(values, path, value)
+        other = _ALTERNATIVES.get(path)
+        if other and value is not None and other not in paths:
+            _drop(values, other)
+        placed[path] = text
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return values, placed
+
+
+def _parse_override(text: str) -> tuple[tuple[str, ...], Any, str]:
+    key, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    shown_as = f"--set {text}"
+    if not equals or not all(path):
+        raise RecipeError(f"{shown_as}: expected KEY=VALUE, for example --set training.steps=100")
+    return path, parse_yaml(value, shown_as).values, shown_as
+
+
+def _problem_with_path(path: tuple[str, ...]) -> str | None:
+    """A path must exist in the tree, else putting it there could overwrite a value with a section."""
+    for depth in range(1, len(path) + 1):
+        above = section_at(Recipe, path[: depth - 1])
+        if above is None:
+            return f"{dotted(path[: depth - 1])} is a value, not a section, so it has no '{path[depth - 1]}'"
+        if path[depth - 1] not in above.model_fields:
+            return unknown_key(path[:depth], Recipe)
+    return None
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for part in path[:-1]:
+        below = values.get(part)
+        values[part] = below if isinstance(below, dict) else {}
+        values = values[part]
+    values[path[-1]] = value
+
+
+def _drop(values: dict[str, Any], path: tuple[str, ...]) -> None:
+    for part in path[:-1]:
+        values = values.get(part, {})
+    values.pop(path[-1], None)
+
+
+class _Places:
+    """Where a path was written: in the override that set it, else in its line, else in that of the section above."""
+
+    def __init__(self, document: Document, placed: dict[KeyPath, str], source: str) -> None:
+        self.document = document
+        self.placed = placed
+        self.source = source
+
+    def head(self, path: KeyPath) -> str:
+        """`a.yaml:14 model.d_model`, `--set model.d_model=abc` or `a.yaml:3 (with --set training.seed=1) training`."""
+        for length in range(len(path), 0, -1):
+            if override := self.placed.get(path[:length]):
+                return override if length == len(path) else f"{override} {dotted(path)}"
+            if path[:length] in self.document.lines:
+                break
+        below = ", ".join(text for other, text in self.placed.items() if other[: len(path)] == path)
+        line = self.line(path)
+        place = f"{self.source}:{line}" if line else self.source
+        return f"{place}{f' (with {below})' if below else ''} {dotted(path)}".strip()
+
+    def line(self, path: KeyPath) -> int:
+        """The line of the path or of what holds it; 0 when the values come from no file."""
+        known = (self.document.lines.get(path[:length]) for length in range(len(path), -1, -1))
+        return next((line for line in known if line), 0)

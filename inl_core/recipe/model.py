@@ -1,0 +1,213 @@
+"""The model section of a recipe: every architectural switch, with presets underneath.
+
+- `preset` fills whatever the recipe leaves out; the validated object is complete, and its dump is a
+  checkpoint's config.json, so a checkpoint never depends on what a preset means later.
+- Symbols are model.md's: D d_model, L num_layers, T iterations, C controller width, R embedding rank.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from inl_core.recipe.base import Section
+from inl_core.recipe.presets import PRESETS, merge
+
+NonNegative = Annotated[float, Field(ge=0)]
+OpenUnit = Annotated[float, Field(gt=0, lt=1)]
+
+
+class MuConfig(Section):
+    """The learned equilibrium mu."""
+
+    form: Literal["per_dim", "hierarchical", "fixed"] = "per_dim"
+    """per_dim: D values a layer; hierarchical: one global value and an offset per group; fixed: not learned."""
+    group_size: PositiveInt = 64
+    """Dimensions that share one offset (hierarchical only)."""
+    init: float = 0.0
+    """Where mu starts."""
+    adaptation_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """eta of the moving average mu <- (1-eta) mu + eta mean(state) after each step; 0 is off."""
+
+
+class ExcitationConfig(Section):
+    """The harmonic excitation A sin(gamma t + phi)."""
+
+    amplitude: NonNegative = 0.03
+    """A at the start of a run; a cycle may change it."""
+    sparsity: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the dimensions that are excited, evenly spaced; 1 is dense."""
+
+
+class ControllerConfig(Section):
+    """The small network that computes alpha, beta, gate (and the candidate velocity) from (h, x, v)."""
+
+    width: PositiveInt = 64
+    """C, the hidden width."""
+    shared: bool = True
+    """One controller for all layers, with a modulation per layer; false gives each layer its own."""
+    modulation: Literal["scalar", "channel"] = "scalar"
+    """What a layer adds to the shared controller: one scale and bias per output group, or one per channel."""
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    """The hidden activation."""
+
+
+class EarlyStoppingConfig(Section):
+    """Per-token early stopping, in evaluation and generation only."""
+
+    convergence_threshold: NonNegative = 0.0
+    """A token stops when the rms change of its state, less the excitation's, falls below this; 0 is off."""
+    min_iterations: PositiveInt = 1
+    """No token stops before this many iterations."""
+
+
+class IntegratorConfig(Section):
+    """The second-order dynamical system inside a block (model.md section 1)."""
+
+    num_iterations: PositiveInt = 2
+    """T, integrator iterations per layer."""
+    dt: PositiveFloat = 1.0
+    """Step size of the state update."""
+    velocity_scale: PositiveFloat = 1.0
+    """Constant factor on the velocity in the state update."""
+    dynamic_alpha: bool = True
+    """alpha shrinks near the equilibrium: alpha = alpha_base (1 - exp(-kappa rms(x - mu)))."""
+    kappa: PositiveFloat = 1.0
+    """Sensitivity of the dynamic alpha."""
+    beta_max: PositiveFloat = 2.0
+    """Upper clamp of beta; an unbounded beta ends in NaN."""
+    init_alpha: OpenUnit = 0.5
+    """alpha_base at the start."""
+    init_beta: PositiveFloat = 0.05
+    """beta at the start."""
+    init_gate: OpenUnit = 0.9
+    """gate at the start."""
+    candidate: Literal["feed_forward", "controller"] = "feed_forward"
+    """Where v_cand comes from: the block's feed-forward of s_0 (once a layer), or the controller (each step)."""
+    carry_velocity: bool = True
+    """The velocity a layer ends with is the next layer's v_0; otherwise every layer starts at rest."""
+    readout: Literal["delta", "state"] = "delta"
+    """What joins the residual stream: layer_gain (s_T - s_0), or s_T as in the seeds' code."""
+    mu: MuConfig = MuConfig()
+    """The equilibrium."""
+    excitation: ExcitationConfig = ExcitationConfig()
+    """The harmonic excitation."""
+    controller: ControllerConfig = ControllerConfig()
+    """The controller."""
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    """Per-token early stopping in evaluation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.init_beta >= self.beta_max:
+            raise ValueError(f"init_beta {self.init_beta} must be below beta_max {self.beta_max}")
+        if self.early_stopping.min_iterations > self.num_iterations:
+            raise ValueError(
+                f"early_stopping.min_iterations {self.early_stopping.min_iterations} exceeds "
+                f"num_iterations {self.num_iterations}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """Everything that decides the function the model computes."""
+
+    preset: Literal["v3", "v4", "transformer"] = "v4"
+    """The generation whose values fill every key not given here."""
+    d_model: PositiveInt = 128
+    """D, width of the residual stream."""
+    num_layers: PositiveInt = 4
+    """L, number of blocks."""
+    num_heads: PositiveInt = 4
+    """Query heads; must divide d_model."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads (grouped-query attention); null means num_heads."""
+    feedforward_dim: PositiveInt | None = None
+    """Nominal feed-forward width; SwiGLU uses two thirds of it. Null means 4 d_model."""
+    feedforward_hidden: PositiveInt | None = None
+    """The feed-forward's real hidden width; null derives it from feedforward_dim and feed_forward_rounding."""
+    max_seq_len: PositiveInt = 1024
+    """Longest context the model accepts, in tokens."""
+    vocab_size: PositiveInt | None = None
+    """V; null takes the tokenizer's."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation of the block inputs and of the final state."""
+    norm_eps: PositiveFloat = 1e-6
+    """Added to the mean square in every norm."""
+    positions: Literal["rope", "sinusoidal"] = "rope"
+    """Rotary positions in attention, or sinusoids added to the embedding."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary frequencies."""
+    feed_forward: Literal["swiglu", "gelu"] = "swiglu"
+    """Kind of feed-forward."""
+    feed_forward_rounding: Literal["exact", "down_64", "up_16"] = "exact"
+    """Rounding of the derived hidden width: v4 rounds down (its controller takes the difference), the baseline up."""
+    bias: bool = False
+    """Biases in attention and feed-forward matrices."""
+    embedding_rank: PositiveInt | Literal["auto"] | None = None
+    """R of a factored embedding; auto is max(64, D/8); null is a full one."""
+    embedding_norm: bool = True
+    """RMS-normalise the embeddings after the look-up."""
+    tie_head: bool = True
+    """The output head reuses the embedding (through the factors when it is low rank)."""
+    integrator: IntegratorConfig | None = IntegratorConfig()
+    """The integrator; null is a plain Transformer block."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = PRESETS.get(values.get("preset", "v4"))
+        if preset is None:  # the field's own validation names the valid presets
+            return values
+        if preset["integrator"] is None and values.get("integrator") is not None:
+            raise ValueError("the transformer preset has no integrator: remove the integrator section")
+        return merge(preset, values)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} must divide d_model {self.d_model}")
+        if self.num_heads % self.key_value_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head size, got {self.d_model}/{self.num_heads}")
+        mu = self.integrator.mu if self.integrator else None
+        if mu and mu.form == "hierarchical" and self.d_model % mu.group_size:
+            raise ValueError(f"integrator.mu.group_size {mu.group_size} must divide d_model {self.d_model}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key and value heads, resolved."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def rank(self) -> int | None:
+        """Embedding rank R, resolved; None for a full embedding."""
+        return max(64, self.d_model // 8) if self.embedding_rank == "auto" else self.embedding_rank
+
+    @property
+    def hidden_dim(self) -> int:
+        """The feed-forward's real hidden width."""
+        if self.feedforward_hidden:
+            return self.feedforward_hidden
+        nominal = self.feedforward_dim or 4 * self.d_model
+        hidden = nominal * 2 // 3 if self.feed_forward == "swiglu" else nominal
+        if self.feed_forward_rounding == "down_64":
+            return max(64, hidden // 64 * 64)
+        return -(-hidden // 16) * 16 if self.feed_forward_rounding == "up_16" else hidden
+
+    @property
+    def num_iterations(self) -> int:
+        """T, or 0 without an integrator."""
+        return self.integrator.num_iterations if self.integrator else 0
+
+    def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
+        """The same model for a vocabulary of this size (the tokenizer's)."""
+        return self.model_copy(update={"vocab_size": vocab_size})

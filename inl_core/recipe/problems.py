@@ -1,0 +1,167 @@
+"""Pydantic's findings -> one message per problem: the offending value, what is expected, the nearest name.
+
+- `recipes/a.yaml:14 model.integrator.iteratons: unknown key; did you mean 'num_iterations'?`: `load.py` puts the place
+  in front.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from inl_core.recipe.yaml_text import KeyPath
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a file path",
+    "literal_error": "{expected}",
+    "greater_than": "a number greater than {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number less than {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "too_long": "at most {max_length} values",
+    "too_short": "at least {min_length} values",
+}
+_SHOWN_CHARACTERS = 60
+
+
+def find_problems(error: ValidationError, root: type[BaseModel]) -> dict[KeyPath, str]:
+    """What is wrong at each path, the members of a union counted as one."""
+    findings: dict[KeyPath, list[ErrorDetails]] = {}
+    for finding in error.errors(include_url=False):
+        findings.setdefault(_without_union_tags(finding["loc"], root), []).append(finding)
+    return {path: _message(path, group, root) for path, group in findings.items()}
+
+
+def section_at(root: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    """The section class that `path` names, through optional fields too; None when it names no section."""
+    section: type[BaseModel] | None = root
+    for part in path:
+        if section is None or part not in section.model_fields:
+            return None
+        section = _section_of(section.model_fields[str(part)].annotation)
+    return section
+
+
+def unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
+    """What to say of a key that does not exist: the nearest key there or elsewhere, or the keys there are."""
+    key, section = str(path[-1]), section_at(root, path[:-1])
+    here = list(section.model_fields) if section else []
+    elsewhere = [other for other in _all_paths(root) if other[:-1] != path[:-1]]
+    same_name = [other for other in elsewhere if other[-1] == key]
+    if same_name:
+        nearest = max(same_name, key=lambda other: _num_shared(other, path))
+        return f"unknown key; did you mean '{dotted(nearest)}'?"
+    if near := get_close_matches(key, here, n=1):
+        return f"unknown key; did you mean '{near[0]}'?"
+    if near := get_close_matches(key, [str(other[-1]) for other in elsewhere], n=1, cutoff=0.7):
+        candidates = [other for other in elsewhere if other[-1] == near[0]]
+        nearest = max(candidates, key=lambda other: _num_shared(other, path))
+        return f"unknown key; did you mean '{dotted(nearest)}'?"
+    return f"unknown key; the keys here are {', '.join(here)}" if here else "unknown key"
+
+
+def dotted(path: KeyPath) -> str:
+    """`model.integrator.dt`; list items are numbered."""
+    return ".".join(map(str, path))
+
+
+def shown(value: Any) -> str:
+    """A value as a user wrote it, on one line, cut when long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def _message(path: KeyPath, group: list[ErrorDetails], root: type[BaseModel]) -> str:
+    kind, value = group[0]["type"], group[0].get("input")
+    if kind == "extra_forbidden":
+        return unknown_key(path, root)
+    if kind == "value_error":
+        return "; ".join(str(finding.get("ctx", {}).get("error", finding["msg"])) for finding in group)
+    section = section_at(root, path)
+    if section is not None:
+        keys = ", ".join(section.model_fields)
+        found = (
+            "missing" if kind == "missing" else "empty" if value is None else f"expected a section, got {shown(value)}"
+        )
+        return f"{found}; its keys are {keys}"
+    if kind == "missing":
+        return "missing: the list is too short" if isinstance(path[-1], int) else f"missing; {_purpose(path, root)}"
+    expected = " or ".join(dict.fromkeys(_expected(finding) for finding in group))
+    return f"expected {expected}, got {shown(value)}{_hint(value, group)}"
+
+
+def _expected(finding: ErrorDetails) -> str:
+    template = _EXPECTED.get(finding["type"])
+    if template is None:
+        return finding["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return template.format(**finding.get("ctx", {}))
+
+
+def _hint(value: Any, group: list[ErrorDetails]) -> str:
+    kinds = {finding["type"] for finding in group}
+    if not isinstance(value, str):
+        return " (text goes in quotes)" if "string_type" in kinds and isinstance(value, (int, float)) else ""
+    if kinds & {"int_type", "float_type"} and re.fullmatch(r"[-+]?[0-9_]*\.?[0-9]+([eE][-+]?[0-9]+)?", value):
+        return " (text: remove the quotes)"
+    if kinds & {"tuple_type", "list_type"}:
+        return f"; write [{value}]"
+    choices = " ".join(str(finding.get("ctx", {}).get("expected", "")) for finding in group)
+    near = get_close_matches(value, re.findall(r"'([^']*)'", choices), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _purpose(path: KeyPath, root: type[BaseModel]) -> str:
+    section = section_at(root, path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section else None
+    return f"it is required ({field.description})" if field and field.description else "it is required"
+
+
+def _without_union_tags(location: tuple[int | str, ...], root: type[BaseModel]) -> KeyPath:
+    """Pydantic puts the tried member of a union into the location; a recipe has no such key."""
+    path: list[int | str] = []
+    section: type[BaseModel] | None = root
+    for part in location:
+        if section is not None:
+            path.append(part)
+            known = section.model_fields.get(str(part))
+            section = _section_of(known.annotation) if known else None
+        elif isinstance(part, int):
+            path.append(part)
+    return tuple(path)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _all_paths(section: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in section.model_fields.items():
+        yield (*above, name)
+        below = _section_of(field.annotation)
+        if below is not None:
+            yield from _all_paths(below, (*above, name))
+
+
+def _num_shared(one: KeyPath, other: KeyPath) -> int:
+    count = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count

@@ -1,0 +1,37 @@
+"""The root of the recipe tree."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from inl_core.recipe.base import Section
+from inl_core.recipe.data import DataSettings
+from inl_core.recipe.model import ModelConfig
+from inl_core.recipe.training import TrainingSettings
+
+
+class Recipe(Section):
+    """One experiment: the model, its data and its training."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    """Names the run directory, runs/NAME."""
+    model: ModelConfig = ModelConfig()
+    """The architecture."""
+    data: DataSettings = DataSettings()
+    """The text."""
+    training: TrainingSettings
+    """The run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.training.sequence_length > self.model.max_seq_len:
+            raise ValueError(
+                f"training.sequence_length {self.training.sequence_length} exceeds "
+                f"model.max_seq_len {self.model.max_seq_len}"
+            )
+        integrator, losses = self.model.integrator, self.training.losses
+        if integrator is None and (losses.lambda_mean or losses.lambda_speed or losses.lambda_energy):
+            raise ValueError("training.losses act on integrator states and this model has no integrator: set them to 0")
+        if integrator is None and self.training.cycle:
+            raise ValueError("training.cycle drives the integrator and this model has none: remove it")
+        return self

@@ -1,0 +1,235 @@
+"""Checkpoints: written aside, fsynced, checksummed, renamed; read only when every byte is what the manifest says.
+
+    step-00000500/  config.json  tokenizer.json  model.safetensors  training_state/{*.safetensors, progress.json}
+                    manifest.json, written last: a directory without one is no checkpoint
+
+- Tensors go through torch.distributed.checkpoint's Hugging Face storage, so a checkpoint is safetensors and can be read
+  by another world size; everything else is JSON. There is no pickle.
+- Weights alone are all that evaluation, generation and inspection read (inference/loading.py).
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+from inl_core.errors import ArtefactError
+from inl_core.inference.artefacts import MANIFEST, checkpoint_step, file_digest, list_checkpoints, verify_checkpoint
+from inl_core.model import IntegratorLanguageModel
+from inl_core.training.optimizers import Optimizers
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass
+class TrainState:
+    """What a run must remember beyond its tensors. The data order, the schedule and the cycle are functions of `step`."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Sequences consumed, all ranks together."""
+    tokens: int = 0
+    """Target tokens trained on."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all sessions of the run."""
+    data_fingerprint: str = ""
+    """The data set's fingerprint; a resumed run refuses another."""
+    world_size: int = 1
+    rng: dict[str, list[int]] = field(default_factory=dict)
+    """States of torch's generators, as bytes. Nothing of ours draws from them, but a user's own code might."""
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        """The record back from progress.json."""
+        return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
+
+
+def capture_rng() -> dict[str, list[int]]:
+    """The global generators' states."""
+    states = {"cpu": torch.get_rng_state().tolist()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state().tolist()
+    return states
+
+
+def restore_rng(states: dict[str, list[int]]) -> None:
+    """Set the global generators."""
+    if "cpu" in states:
+        torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+
+
+def save_checkpoint(
+    parent: Path,
+    state: TrainState,
+    model: IntegratorLanguageModel,
+    optimizers: Optimizers,
+    documents: dict[str, str],
+) -> Path:
+    """Write parent/step-N whole or not at all.
+
+    Args:
+        documents: the other files by name, config.json and tokenizer.json among them.
+
+    Raises:
+        OSError: it could not be written (a full disk, say); what was there before is untouched.
+    """
+    final = parent / f"step-{state.step:08d}"
+    aside = parent / f"{final.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with _disk_errors():
+            (aside / "training_state").mkdir(parents=True)
+            _write_tensors(aside, _on_cpu(model.state_dict()), name="model.safetensors")
+            _write_tensors(aside / "training_state", _on_cpu(_tensors(_optimizer_state(model, optimizers))))
+            (aside / "training_state" / "progress.json").write_text(json.dumps(asdict(state)))
+            for name, text in documents.items():
+                (aside / name).write_text(text)
+            _seal(aside, state.step)
+            if final.exists():  # the same step saved again, say by a resumed run
+                shutil.rmtree(final)
+            os.replace(aside, final)
+            _sync(parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Optimizers) -> TrainState:
+    """Restore weights and optimizer in place, and return the record; `path` must have been verified."""
+    state_dict = model.state_dict()
+    _read_tensors(path, state_dict)
+    model.load_state_dict(state_dict)
+    # Asking for the state of a fresh optimizer makes it allocate its moments; they are then read in place.
+    optimizer_state = _optimizer_state(model, optimizers)
+    _read_tensors(path / "training_state", _tensors(optimizer_state))
+    set_optimizer_state_dict(model, optimizers.parts, optim_state_dict=optimizer_state, options=_FLAT)
+    return TrainState.from_json(json.loads((path / "training_state" / "progress.json").read_text()))
+
+
+def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose every file is intact; `skipped` hears about each one passed over."""
+    candidates = list_checkpoints(parent)
+    for path in reversed(candidates):
+        try:
+            verify_checkpoint(path)
+        except ArtefactError as error:
+            skipped(str(error))
+        else:
+            return path
+    if candidates:
+        raise ArtefactError(f"{parent}: none of its {len(candidates)} checkpoints is intact; start the run again")
+    raise ArtefactError(f"{parent}: holds no checkpoint; start the run again with `inl train`")
+
+
+def retain(parent: Path, *, keep_last: int, keep_every: int | None, best_step: int | None) -> list[Path]:
+    """Delete the checkpoints that no rule keeps; they come back."""
+    paths = list_checkpoints(parent)
+    removed = []
+    for path in paths[:-keep_last]:
+        step = checkpoint_step(path)
+        if step == best_step or (keep_every and step % keep_every == 0):
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
+def training_bytes(model: IntegratorLanguageModel) -> int:
+    """Size of one checkpoint: weights and AdamW's two moments, in float32."""
+    return sum(parameter.numel() * 4 * 3 for parameter in model.parameters())
+
+
+def _optimizer_state(model: IntegratorLanguageModel, optimizers: Optimizers) -> dict[str, Any]:
+    return get_optimizer_state_dict(model, optimizers.parts, options=_FLAT)  # type: ignore[return-value]
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The optimizer's tensors; learning rates and the like are the recipe's, not the checkpoint's."""
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and key.startswith("state.")}
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _write_tensors(directory: Path, tensors: dict[str, Tensor], name: str = "optimizer.safetensors") -> None:
+    writer = dcp.HuggingFaceStorageWriter(str(directory))
+    with _alone():
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+    os.replace(directory / "model-00001-of-00001.safetensors", directory / name)
+    (directory / "model.safetensors.index.json").unlink()  # one file needs no index
+
+
+def _read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        with _alone():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
+    except (CheckpointException, RuntimeError, ValueError) as error:
+        raise ArtefactError(f"{directory}: does not fit this model or optimizer: {_root_cause(error)}") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One process reads and writes whole tensors here, on purpose: the library need not warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in a single process.*")
+        yield
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn what the checkpoint library raises when it cannot write into the OSError underneath."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise OSError(_root_cause(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # safetensors' own error type for I/O
+        if "No space left" in str(error) or "I/O error" in str(error) or "os error" in str(error):
+            raise OSError(str(error)) from error
+        raise
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:
+        inner = next(iter(failures.values()))[0]
+        return f"{type(inner).__name__}: {inner}"
+    return str(error)
+
+
+def _seal(directory: Path, step: int) -> None:
+    """Write the manifest: the size and checksum of every file, all of them on disk before it."""
+    entries = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            entries[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            _sync(path)
+    _sync(directory / "training_state")
+    (directory / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
+    _sync(directory / MANIFEST)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""The processes of a run: one is world size 1, `torchrun` gives more, and the code above sees no difference.
+
+- DDP averages gradients over ranks; the losses are shares of a global sum, so the trainer multiplies by the world size.
+- Gloo on CPUs, NCCL on GPUs. Parallelism, compilation and recomputation are applied to the model from here.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from inl_core.errors import RecipeError
+from inl_core.recipe import TrainingSettings
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_device(setting: str, local_rank: int = 0) -> torch.device:
+    """The device a setting means on this machine; RecipeError when it is not there."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("training.device: cuda asked for, but torch sees no GPU here; use auto or cpu")
+    use_cuda = setting == "cuda" or (setting == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+
+
+@contextmanager
+def start_world(device: str) -> Iterator[World]:
+    """Join the process group that torchrun describes in the environment, if any; leave it at the end."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def prepare_blocks(blocks: nn.ModuleList, settings: TrainingSettings) -> None:
+    """Apply recomputation and compilation to each block, in place; parameter names stay as they are."""
+    for block in blocks:
+        if settings.recomputation == "block":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if settings.compile:
+            block.compile()
+
+
+def parallelize(module: nn.Module, world: World) -> nn.Module:
+    """`module` with its gradients averaged over ranks (itself when there is one rank)."""
+    if world.size == 1:
+        return module
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)

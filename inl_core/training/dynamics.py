@@ -1,0 +1,103 @@
+"""What the integrator does during a run: per layer and logged step, one Parquet file a record in dynamics/.
+
+- Measured on a fixed small batch by an extra forward pass without gradients, so that the training pass keeps no
+  trajectory and records of different steps can be compared.
+- Quantities: mu (with its drift from the start), gamma, phi, alpha, beta, gate, velocity, residual per iteration.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from inl_core.model import IntegratorLanguageModel, Options, Trajectory
+
+PERCENTILES = (5, 50, 95)
+SATURATION = 0.01
+
+
+def summarise(values: Tensor) -> dict[str, float]:
+    """mean, std, min, max, p5, p50, p95 of a tensor's values; quantiles on an even sample of at most a million."""
+    flat = values.detach().float().flatten()
+    sample = flat[:: max(1, flat.numel() // 1_000_000)]
+    quantiles = torch.quantile(sample, torch.tensor([p / 100 for p in PERCENTILES], device=flat.device)).tolist()
+    spread = flat.std(correction=0).item()
+    row = {"mean": flat.mean().item(), "std": spread, "min": flat.min().item(), "max": flat.max().item()}
+    return row | {f"p{p}": value for p, value in zip(PERCENTILES, quantiles, strict=True)}
+
+
+def saturation(name: str, values: Tensor, beta_max: float) -> float:
+    """Share of values within 1% of a bound: 0 and 1 for alpha and gate, 0 and beta_max for beta."""
+    top = beta_max if name == "beta" else 1.0
+    return ((values < SATURATION * top) | (values > (1 - SATURATION) * top)).float().mean().item()
+
+
+@torch.no_grad()
+def record_layers(
+    model: IntegratorLanguageModel, ids: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None
+) -> list[dict[str, Any]]:
+    """One row per layer and quantity: layer, quantity, mean, std, min, max, percentiles, saturated, drift.
+
+    The model runs all T iterations (early stopping is an evaluation device, not a property of the parameters).
+    """
+    was_training = model.training
+    model.train()
+    output = model(ids, positions=positions, document_ids=document_ids, options=Options(keep_trajectory=True))
+    model.train(was_training)
+    rows = []
+    for index, layer in enumerate(output.layers):
+        assert layer.trajectory is not None
+        rows += [{"layer": index, **row} for row in _layer_rows(model, index, layer.trajectory)]
+    return rows
+
+
+def _layer_rows(model: IntegratorLanguageModel, index: int, trajectory: Trajectory) -> list[dict[str, Any]]:
+    integrator = model.blocks[index].integrator
+    config = integrator.config  # type: ignore[union-attr]
+    mu = integrator.equilibrium()  # type: ignore[union-attr]
+    drift = (mu - config.mu.init).norm().item() / mu.numel() ** 0.5
+    rows: list[dict[str, Any]] = [{"quantity": "mu", **summarise(mu), "drift": drift}]
+    for name in ("gamma", "phi"):
+        rows.append({"quantity": name, **summarise(getattr(integrator.excitation, name))})  # type: ignore[union-attr]
+    for name in ("alpha", "beta", "gate"):
+        values = getattr(trajectory, name)
+        rows.append({"quantity": name, **summarise(values), "saturated": saturation(name, values, config.beta_max)})
+    speeds = trajectory.velocities[1:].square().mean(-1).sqrt()  # (T, B, S)
+    rows.append({"quantity": "velocity", **summarise(speeds)})
+    moves = (trajectory.states[1:] - trajectory.states[:-1]).square().mean(-1).sqrt()
+    rows += [{"quantity": f"residual_{t + 1}", **summarise(move)} for t, move in enumerate(moves)]
+    return rows
+
+
+def write_record(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
+    """dynamics/step-N.parquet, replaced whole."""
+    directory = run / "dynamics"
+    directory.mkdir(exist_ok=True)
+    path = directory / f"step-{step:08d}.parquet"
+    aside = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist([{"step": step, **row} for row in rows], schema=_SCHEMA), aside)
+    os.replace(aside, path)
+
+
+def cut_records(run: Path, step: int) -> None:
+    """Drop the records after `step`."""
+    for path in (run / "dynamics").glob("step-*.parquet"):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
+
+
+def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over layers for the live view: alpha_mean, beta_mean, gate_mean, velocity_rms."""
+    names = {"alpha": "alpha_mean", "beta": "beta_mean", "gate": "gate_mean", "velocity": "velocity_rms"}
+    found = {label: [row["mean"] for row in rows if row["quantity"] == name] for name, label in names.items()}
+    return {label: sum(values) / len(values) for label, values in found.items() if values}
+
+
+_SCHEMA = pa.schema(
+    [("step", pa.int64()), ("layer", pa.int32()), ("quantity", pa.string())]
+    + [(name, pa.float64()) for name in ("mean", "std", "min", "max", "p5", "p50", "p95", "saturated", "drift")]
+)

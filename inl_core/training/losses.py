@@ -1,0 +1,72 @@
+"""The four losses: task, mean, speed, energy, each a mean over the GLOBAL number of target tokens.
+
+- A micro-batch contributes its share, so that 8 sequences at once, 2 x 4 accumulated and 2 ranks x 4 give the same gradient.
+- Task, speed and energy are sums over tokens, so their shares simply add up. The mean loss is not: it needs the mean and
+  variance of the final states over the whole batch. `mean_loss_share` therefore takes the global moments (gathered in a
+  pass without gradients when the batch is split) and gives each part exactly its share of the gradient.
+- Source: docs 001-002 and model.md section 6; averaged over layers and dimensions.
+- Legend: B batch, S sequence, D d_model, L layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inl_core.model import IntegratorOutput
+
+
+@dataclass(frozen=True)
+class AuxiliaryWeights:
+    """Weights of the auxiliary losses at one step."""
+
+    mean: float = 0.0
+    speed: float = 0.0
+    energy: float = 0.0
+    energy_power: float = 2.0
+    variance_weighted: bool = True
+    adapts_mu: bool = False
+    """The state moments are wanted for mu's moving average, whatever the losses."""
+
+    @property
+    def needs_terms(self) -> bool:
+        """Whether the integrator must return its per-token terms."""
+        return self.speed > 0 or self.energy > 0
+
+
+def state_moments(layers: list[IntegratorOutput], mask: Tensor) -> Tensor:
+    """Sums over target tokens of the final states and their squares, (2, L, D); mask (B, S) is 1 on target tokens."""
+    weight = mask[..., None].to(torch.float32)
+    states = [layer.state.float() for layer in layers]
+    first = torch.stack([(state * weight).sum((0, 1)) for state in states])
+    second = torch.stack([(state.square() * weight).sum((0, 1)) for state in states])
+    return torch.stack((first, second))
+
+
+def mean_loss_share(
+    local: Tensor, total: Tensor, local_count: Tensor, count: Tensor, mu: Tensor, variance_weighted: bool
+) -> Tensor:
+    """This part's share of mean_{l,i} w_i (xbar_i - mu_i)^2, w_i = 1 / (1 + Var_i).
+
+    Value: the loss times local_count / count, so shares add up to the loss. Gradient: exactly this part's term of the
+    gradient of the whole loss, with respect to its states and to mu.
+
+    Args:
+        local: moments (2, L, D) of this part, with gradient.
+        total: moments (2, L, D) of the whole batch, without.
+        mu: (L, D).
+    """
+    moments = (total + local - local.detach()) / count
+    part = local_count / count
+    # mu belongs to every part: each takes its share of mu's gradient.
+    mu = mu.detach() + (mu - mu.detach()) * part
+    mean, square = moments[0], moments[1]
+    weight = 1 / (1 + (square - mean.square()).clamp(min=0)) if variance_weighted else 1.0
+    loss = (weight * (mean - mu).square()).mean()
+    return loss - loss.detach() * (1 - part)
+
+
+def token_term(layers: list[IntegratorOutput], name: str, mask: Tensor, count: Tensor) -> Tensor:
+    """This part's share of a per-token term (`speed` or `energy`), averaged over layers and target tokens."""
+    terms = torch.stack([getattr(layer, name).float() for layer in layers]).mean(0)  # (B, S)
+    return (terms * mask).sum() / count

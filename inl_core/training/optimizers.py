@@ -1,0 +1,95 @@
+"""AdamW with decay groups, or Muon for the blocks' matrices with AdamW for the rest.
+
+- Decay on matrices only: norms, biases, mu, gamma, phi, gains and modulations are places and scales, not weights.
+- Learning rates are set from outside at every step (schedules.py): `initial_lr` holds each group's peak.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from inl_core.recipe import OptimizerSettings
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which parameters one group holds, for the plan."""
+
+    optimizer: str
+    group: str
+    num_tensors: int
+    num_parameters: int
+
+
+class Optimizers:
+    """One or two torch optimizers behind the four calls the trainer makes."""
+
+    def __init__(self, parts: list[Optimizer], assignments: list[Assignment]) -> None:
+        self.parts, self.assignments = parts, assignments
+
+    def set_learning_rate_factor(self, factor: float) -> float:
+        """Set every group to `factor` times its peak; the first group's rate comes back, for the log."""
+        for optimizer in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+        return self.parts[-1].param_groups[0]["lr"]
+
+    def step(self) -> None:
+        """One update."""
+        for optimizer in self.parts:
+            optimizer.step()
+
+    def forget(self) -> None:
+        """Drop all moments and step counts, as if no step had been taken."""
+        for optimizer in self.parts:
+            optimizer.state.clear()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.parts:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> Optimizers:
+    """Split the parameters into groups and build their optimizers (fused AdamW where torch has it: CPU and CUDA)."""
+    muon, decay, plain = [], [], []
+    for name, parameter in model.named_parameters():
+        if settings.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
+            muon.append((name, parameter))
+        elif parameter.dim() == 2 and "modulation" not in name:
+            decay.append((name, parameter))
+        else:
+            plain.append((name, parameter))
+
+    def group(members: list[tuple[str, nn.Parameter]], weight_decay: float) -> dict:
+        return {"params": members, "weight_decay": weight_decay, "initial_lr": settings.learning_rate}
+
+    parts: list[Optimizer] = []
+    if muon:
+        # match_rms_adamw scales the orthogonal update to AdamW's size, so AdamW's learning rate and decay carry over.
+        rate = settings.muon_learning_rate or settings.learning_rate
+        optimizer = torch.optim.Muon(
+            muon, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        for entry in optimizer.param_groups:
+            entry["initial_lr"] = rate
+        parts.append(optimizer)
+    groups = [group(decay, settings.weight_decay), group(plain, 0.0)]
+    parts.append(
+        torch.optim.AdamW(
+            [entry for entry in groups if entry["params"]],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=device.type in ("cpu", "cuda"),
+        )
+    )
+    named = (("muon", "matrices of the blocks", muon), ("adamw", "with decay", decay), ("adamw", "without decay", plain))
+    assignments = [
+        Assignment(optimizer, label, len(members), sum(parameter.numel() for _, parameter in members))
+        for optimizer, label, members in named
+        if members
+    ]
+    return Optimizers(parts, assignments)

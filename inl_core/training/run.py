@@ -1,0 +1,156 @@
+"""A run's directory: what it holds and how it is made.
+
+    runs/NAME/recipe.yaml  environment.json  metrics.jsonl  dynamics/*.parquet  reports/  preempted.json  checkpoints/
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.errors import ArtefactError, InlError
+from inl_core.inference.artefacts import verify_checkpoint
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import Recipe
+from inl_core.recipe.load import dump_recipe
+from inl_core.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, training_bytes
+from inl_core.training.optimizers import Optimizers
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The directory of one run, and what goes into each of its checkpoints."""
+
+    path: Path
+    recipe: Recipe
+    tokenizer: Tokenizer
+    data_directory: Path
+    provenance: tuple[dict[str, Any], ...] = ()
+    """What happened to the weights before this session, oldest first."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where step-N directories go."""
+        return self.path / "checkpoints"
+
+    def create(self) -> None:
+        """Make the directory, with the recipe and the environment in it."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        (self.path / "recipe.yaml").write_text(dump_recipe(self.recipe))
+        (self.path / "environment.json").write_text(json.dumps(describe_environment(), indent=1))
+        (self.path / "preempted.json").unlink(missing_ok=True)
+
+    def documents(self, state: TrainState) -> dict[str, str]:
+        """config.json, tokenizer.json and recipe.yaml of a checkpoint at `state`."""
+        trained = {
+            "event": "train",
+            "run": self.path.name,
+            "step": state.step,
+            "tokens": state.tokens,
+            "data": state.data_fingerprint,
+            "inl": version("inl"),
+            "torch": torch.__version__,
+        }
+        model = self.recipe.model.with_vocab_size(self.tokenizer.vocab_size)
+        config = {
+            "format": 1,
+            "model": model.model_dump(mode="json"),
+            "special_tokens": self.tokenizer.special_ids,
+            "bos_id": self.tokenizer.bos_id,
+            "eos_id": self.tokenizer.eos_id,
+            "tokenizer": self.tokenizer.fingerprint,
+            "sequence_length": self.recipe.training.sequence_length,
+            "data_directory": str(self.data_directory),
+            "provenance": [*self.provenance, trained],
+        }
+        return {
+            "config.json": json.dumps(config, indent=1),
+            "tokenizer.json": self.tokenizer.to_json(),
+            "recipe.yaml": dump_recipe(self.recipe),
+        }
+
+    def write_preempted(self, state: TrainState, signal_name: str, saved: Path | None) -> None:
+        """Leave word for a scheduler: the run stopped by a signal and can go on."""
+        word = {"step": state.step, "signal": signal_name, "checkpoint": saved.name if saved else None, "time": time.time()}
+        (self.path / "preempted.json").write_text(json.dumps(word))
+
+    def try_checkpoint(
+        self,
+        state: TrainState,
+        model: IntegratorLanguageModel,
+        optimizers: Optimizers,
+        say: Callable[[str], None],
+    ) -> None:
+        """Save, read back, compare and time a real checkpoint, then remove it; better now than after a night.
+
+        Raises:
+            ArtefactError: the disk has no room, or what is read back is not what was written.
+        """
+        needed, free = training_bytes(model), shutil.disk_usage(self.path).free
+        if free < needed:
+            raise ArtefactError(f"{self.path}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+        trial = self.path / "checkpoints.trial"
+        start = time.perf_counter()
+        try:
+            saved = save_checkpoint(trial, state, model, optimizers, self.documents(state))
+            seconds = time.perf_counter() - start
+            verify_checkpoint(saved)
+            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            load_checkpoint(saved, model, optimizers)
+            if not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()):
+                raise ArtefactError(f"{self.path}: a checkpoint read back differs from the one written; check the disk")
+            size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+            say(f"checkpoint tried: {size / 1e6:.1f} MB written in {seconds:.2f} s and read back intact")
+        except InlError:
+            raise
+        except OSError as error:
+            raise ArtefactError(f"{self.path}: a checkpoint cannot be saved here: {error}; free space or choose --run-dir") from error
+        finally:
+            # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.
+            optimizers.forget()
+            shutil.rmtree(trial, ignore_errors=True)
+
+
+def new_run_directory(base: Path) -> Path:
+    """`base`, or base-2, base-3, ... when there is a run already; an existing run is never written over."""
+    path, number = base, 2
+    while path.exists() and any(path.iterdir()):
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def describe_environment() -> dict[str, Any]:
+    """The versions and the machine, as far as a result may depend on them."""
+    packages = {name: version(name) for name in ("inl", "torch", "numpy", "tokenizers", "pyarrow", "safetensors")}
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": packages,
+        "platform": platform.platform(),
+        "processor_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "git": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    """The checkout's commit, when this runs from one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,83 @@
+"""One forward pass of one micro-batch, from token arrays to shares of the losses; the module that DDP wraps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from inl_core.corpus.loader import Batch
+from inl_core.model import IntegratorLanguageModel, ModelOutput, Options
+from inl_core.training.losses import AuxiliaryWeights, mean_loss_share, state_moments, token_term
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A Batch's arrays as tensors on the device: tokens, targets (B, S); documents and positions where needed."""
+
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None
+    positions: Tensor | None
+
+    @property
+    def mask(self) -> Tensor:
+        """1.0 on target tokens, (B, S)."""
+        return (self.targets != -100).float()
+
+
+def micro_batches(batch: Batch, size: int, device: torch.device) -> list[MicroBatch]:
+    """Split a batch into parts of `size` rows, on the device."""
+
+    def part(array, start: int) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array[start : start + size]).to(device, non_blocking=True)
+
+    names = ("tokens", "targets", "document_ids", "positions")
+    starts = range(0, batch.tokens.shape[0], size)
+    return [MicroBatch(*(part(getattr(batch, name), start) for name in names)) for start in starts]  # type: ignore[arg-type]
+
+
+class LossModule(nn.Module):
+    """The model together with its losses."""
+
+    def __init__(self, model: IntegratorLanguageModel, autocast: torch.autocast) -> None:
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def run(self, batch: MicroBatch, weights: AuxiliaryWeights) -> ModelOutput:
+        """The forward pass alone."""
+        options = Options(energy_power=weights.energy_power if weights.needs_terms else None)
+        with self.autocast:
+            return self.model(
+                batch.tokens, positions=batch.positions, document_ids=batch.document_ids, options=options
+            )
+
+    def forward(
+        self, batch: MicroBatch, weights: AuxiliaryWeights, count: Tensor, total: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Shares of every loss in the global mean over `count` target tokens.
+
+        `task`, and where their weight is not zero `mean`, `speed`, `energy`, unweighted; `total` is the weighted sum to
+        differentiate; `moments` (2, L, D) are this part's sums of the final states, without gradient, where a layer has one.
+
+        Args:
+            total: state moments of the whole batch when this is only a part of it; None when it is all of it.
+        """
+        output, mask = self.run(batch, weights), batch.mask
+        with self.autocast:
+            task = self.model.loss_sum(output.hidden, batch.targets) / count
+        terms = {"task": task}
+        local = state_moments(output.layers, mask) if weights.mean > 0 or weights.adapts_mu else None
+        if local is not None:
+            terms["moments"] = local.detach()
+        if local is not None and weights.mean > 0:
+            whole = local.detach() if total is None else total
+            mu = torch.stack([block.integrator.equilibrium() for block in self.model.blocks])  # type: ignore[union-attr]
+            terms["mean"] = mean_loss_share(local, whole, mask.sum(), count, mu, weights.variance_weighted)
+        for name in ("speed", "energy"):
+            if getattr(weights, name) > 0:
+                terms[name] = token_term(output.layers, name, mask, count)
+        loss = task
+        for name in ("mean", "speed", "energy"):
+            if name in terms:
+                loss = loss + getattr(weights, name) * terms[name]
+        return {**terms, "total": loss}

@@ -1,0 +1,355 @@
+"""The training loop: one loop for a fresh run and a resumed one, for one process and many.
+
+    trainer = Trainer(recipe, model, data, run, world, observer)
+    trainer.resume(checkpoint)        # or nothing
+    trainer.fit()
+
+- Batch, learning rate and regime are functions of the step; `TrainState` holds what is not.
+- Order at a step: gradients, checks, update, log, save, evaluate. A checkpoint always comes before an evaluation.
+- It prints nothing: an `Observer` hears what happens (inl_cli/training_view.py shows it).
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from inl_core.corpus.loader import Batch, BatchLoader, TokenDataset, evaluation_batches
+from inl_core.errors import Interrupted, NonFiniteError
+from inl_core.inference.evaluate import Evaluation, evaluate
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import Recipe
+from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint, restore_rng, retain, save_checkpoint
+from inl_core.training.cycles import Regime, regime
+from inl_core.training.distributed import World, parallelize, prepare_blocks
+from inl_core.training.dynamics import headline, record_layers, write_record
+from inl_core.training.interruption import StopSignal
+from inl_core.training.losses import AuxiliaryWeights
+from inl_core.training.metrics import MetricsWriter, best_step
+from inl_core.training.nonfinite import write_nonfinite_report
+from inl_core.training.optimizers import build_optimizers
+from inl_core.training.run import RunFiles
+from inl_core.training.schedules import learning_rate_factor
+from inl_core.training.step import LossModule, MicroBatch, micro_batches
+
+
+class Observer(Protocol):
+    """Hears what a run does, on rank 0."""
+
+    def on_metrics(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl was written."""
+
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """The validation split was scored."""
+
+    def on_checkpoint(self, path: Path, seconds: float) -> None:
+        """A checkpoint was saved."""
+
+    def on_message(self, text: str, warning: bool = False) -> None:
+        """Anything else worth a line."""
+
+
+class Trainer:
+    """One run: `model` trained on `data` as `recipe` says, with its files below `run`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: IntegratorLanguageModel,
+        train: TokenDataset,
+        validation: TokenDataset,
+        run: RunFiles,
+        world: World,
+        observer: Observer,
+    ) -> None:
+        settings = recipe.training
+        self.recipe, self.settings, self.world, self.run, self.observer = recipe, settings, world, run, observer
+        self.model, self.validation = model.to(world.device), validation
+        self.token_num_bytes = run.tokenizer.token_num_bytes
+        self.micro_batch = settings.micro_batch(world.size)
+        self.loader = BatchLoader(
+            train,
+            sequence_length=settings.sequence_length,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        self.optimizers = build_optimizers(self.model, settings.optimizer, world.device)
+        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=uses_bf16(recipe, world.device))
+        prepare_blocks(self.model.blocks, settings)
+        self.loss_module = parallelize(LossModule(self.model, self.autocast), world)
+        self.state = TrainState(data_fingerprint=train.fingerprint, world_size=world.size)
+        self.metrics = MetricsWriter(run.path, recipe, self._warn) if world.is_main else None
+        self.last_evaluation: Evaluation | None = None
+        self.last_gains: dict[str, float] = {}
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a verified checkpoint as if the run had never stopped."""
+        self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
+        restore_rng(self.state.rng)
+
+    def fit(self) -> Evaluation:
+        """Train to the recipe's last step and score the validation split.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is NaN or infinite; nothing was updated with it.
+            Interrupted: a signal stopped the run after its state was saved.
+        """
+        self.model.train()
+        if self.state.step == 0:
+            self._try_checkpoint()
+        total = self.settings.num_steps
+        with StopSignal() as stop:
+            while self.state.step < total:
+                stopping = self._train_step(stop)
+                done = self.state.step == total
+                if done or stopping or _due(self.state.step, self.settings.checkpoint.every):
+                    saved = self._save()
+                    if stopping and not done:
+                        raise self._interrupted(stop, saved)
+                if not done and _due(self.state.step, self.settings.evaluation.every):
+                    self._evaluate(self.settings.evaluation.tokens)
+        if self.last_evaluation is None or self.state.step == total:
+            self._evaluate(self.settings.evaluation.final_tokens)
+        assert self.last_evaluation is not None
+        return self.last_evaluation
+
+    def time_step(self) -> float:
+        """Seconds one step's forward and backward passes take, measured on the first batch; nothing is updated."""
+        batch, now = self.loader.batch(0), regime(self.settings.losses, self.settings.cycle, 0, self.settings.num_steps)
+        seconds = 0.0
+        for _ in range(2):  # the first pass warms up, and compiles
+            start = time.perf_counter()
+            terms = self._backward(micro_batches(batch, self.micro_batch, self.world.device), now, 1.0)
+            terms["task"].item()  # wait for the device
+            seconds = time.perf_counter() - start
+            self.optimizers.zero_grad()
+        return seconds
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def _train_step(self, stop: StopSignal) -> bool:
+        """Do one optimizer step; whether a signal asks to stop after it."""
+        start, step = time.perf_counter(), self.state.step
+        now = regime(self.settings.losses, self.settings.cycle, step, self.settings.num_steps)
+        if now.excitation_amplitude is not None:
+            self.model.excitation_amplitude.fill_(now.excitation_amplitude)
+        batch = self.loader.batch(step)
+        parts = micro_batches(batch, self.micro_batch, self.world.device)
+        # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
+        local = torch.tensor([*self._count(batch), float(stop.requested)], dtype=torch.float64, device=self.world.device)
+        count, num_bytes, stopping = self.world.sum(local).tolist()
+        terms = self._backward(parts, now, max(1.0, count))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
+        self._check_finite(terms, norm, batch)
+        factor = learning_rate_factor(self.settings.schedule, step, self.settings.num_steps)
+        rate = self.optimizers.set_learning_rate_factor(factor)
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+        self._adapt_mu(terms, max(1.0, count))
+        seconds = time.perf_counter() - start
+        self.state.step += 1
+        self.state.samples += self.settings.batch_size
+        self.state.tokens += int(count)
+        self.state.seconds += seconds
+        if self.state.step == 1 or _due(self.state.step, self.settings.logging.every):
+            self._log(terms, now, rate, norm, count, num_bytes, seconds, parts[0])
+        return stopping > 0
+
+    def _count(self, batch: Batch) -> tuple[float, float]:
+        """Target tokens of this rank's part, and the bytes behind them."""
+        valid = batch.targets != -100
+        return float(valid.sum()), float(self.token_num_bytes[batch.targets[valid]].sum())
+
+    def _backward(self, parts: list[MicroBatch], now: Regime, count: float) -> dict[str, Tensor]:
+        """Gradients of the whole global batch; the loss terms come back, summed over micro-batches and ranks."""
+        losses = self.settings.losses
+        weights = AuxiliaryWeights(
+            now.lambda_mean if self.model.config.integrator else 0.0,
+            losses.lambda_speed,
+            now.lambda_energy,
+            losses.energy_power,
+            losses.variance_weighted,
+            adapts_mu=self._adaptation_rate > 0,
+        )
+        divisor = torch.tensor(count, device=self.world.device)
+        is_split = len(parts) > 1 or self.world.size > 1
+        moments = self._global_moments(parts, weights, divisor) if weights.mean > 0 and is_split else None
+        totals: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
+            waits = self.world.size > 1 and index + 1 < len(parts)
+            with self.loss_module.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                terms = self.loss_module(part, weights, divisor, moments)
+                (terms.pop("total") * self.world.size).backward()
+            for name, value in terms.items():
+                totals[name] = value.detach() + totals[name] if name in totals else value.detach()
+        return {name: self.world.sum(value) for name, value in totals.items()}
+
+    @torch.no_grad()
+    def _global_moments(self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor) -> Tensor:
+        """State moments of the whole batch, from a pass without gradients (losses.py says why)."""
+        module = self.loss_module.module if self.world.size > 1 else self.loss_module
+        sums = [module(part, weights, count, None)["moments"] for part in parts]  # type: ignore[operator]
+        return self.world.sum(torch.stack(sums).sum(0))
+
+    @property
+    def _adaptation_rate(self) -> float:
+        integrator = self.model.config.integrator
+        return integrator.mu.adaptation_rate if integrator else 0.0
+
+    def _adapt_mu(self, terms: dict[str, Tensor], count: float) -> None:
+        """The seeds' moving average of mu over the global batch's mean final states."""
+        if self._adaptation_rate > 0:
+            for block, total in zip(self.model.blocks, terms["moments"][0], strict=True):
+                block.integrator.equilibrium.adapt(total / count, self._adaptation_rate)  # type: ignore[union-attr]
+
+    def _check_finite(self, terms: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
+        if math.isfinite(terms["task"].item()) and math.isfinite(norm.item()):
+            return
+        where = self.run.path / "reports" / f"nonfinite-step-{self.state.step + 1}-rank-{self.world.rank}.json"
+        write_nonfinite_report(where, self.model, self.state.step, terms, norm, batch, self.run.tokenizer)
+        raise NonFiniteError(
+            f"step {self.state.step + 1}: loss {terms['task'].item():g}, gradient norm {norm.item():g}; stopped before "
+            f"the update. {where} has the batch and the tensors; try a lower training.optimizer.learning_rate, or resume "
+            f"from the last checkpoint"
+        )
+
+    # What is written --------------------------------------------------------------------------------------------
+
+    def _log(
+        self,
+        terms: dict[str, Tensor],
+        now: Regime,
+        rate: float,
+        norm: Tensor,
+        count: float,
+        num_bytes: float,
+        seconds: float,
+        part: MicroBatch,
+    ) -> None:
+        """Write one row of metrics and, when due, a record of the dynamics."""
+        if not self.world.is_main:
+            return
+        every = self.settings.logging.dynamics_every
+        if self.model.config.integrator and every and (self.state.step == 1 or _due(self.state.step, every)):
+            self._record_dynamics(part)
+        task = terms["task"].item()
+        row: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens, "loss": task}
+        row |= {f"loss_{name}": terms[name].item() for name in ("mean", "speed", "energy") if name in terms}
+        row |= {
+            "bits_per_byte": task * count / math.log(2) / num_bytes if num_bytes else None,
+            "learning_rate": rate,
+            "gradient_norm": norm.item(),
+            "tokens_per_second": count / seconds,
+            "memory_bytes": memory_in_use(self.world.device),
+            "epoch": self.state.samples / self.loader.num_windows,
+        }
+        if self.model.config.integrator:
+            row |= {"phase": now.phase, "lambda_mean": now.lambda_mean, "A": self.model.excitation_amplitude.item()}
+            row |= {"iterations": float(self.model.config.num_iterations), **self.last_gains}
+        assert self.metrics is not None
+        self.metrics.write(row)
+        self.observer.on_metrics(row)
+
+    def _record_dynamics(self, part: MicroBatch) -> None:
+        rows_used = slice(0, max(1, 1024 // part.tokens.shape[1]))
+        extra = {
+            name: None if (tensor := getattr(part, name)) is None else tensor[rows_used]
+            for name in ("positions", "document_ids")
+        }
+        with self.autocast:
+            rows = record_layers(self.model, part.tokens[rows_used], **extra)
+        self.last_gains = headline(rows)
+        try:
+            write_record(self.run.path, self.state.step, rows)
+        except OSError as error:
+            self._warn(f"dynamics of step {self.state.step} not written: {error.strerror or error}")
+
+    def _evaluate(self, tokens: int | None) -> None:
+        length = self.settings.sequence_length
+        batches: Iterable[Batch] = evaluation_batches(
+            self.validation, sequence_length=length, stride=length, batch_size=self.micro_batch, max_tokens=tokens
+        )
+        evaluation = evaluate(
+            self.model,
+            islice(batches, self.world.rank, None, self.world.size),
+            self.token_num_bytes,
+            autocast=self.autocast,
+            reduce=self.world.sum,
+        )
+        self.last_evaluation = evaluation
+        if self.metrics is not None:
+            row = {f"validation_{name}": value for name, value in asdict(evaluation).items()}
+            self.metrics.write({"step": self.state.step, "tokens": self.state.tokens, **row})
+            self.observer.on_evaluation(self.state.step, evaluation)
+            self._retain()
+
+    def _save(self) -> Path | None:
+        """Save a checkpoint; None when the disk would not take it, which costs nothing that was saved before."""
+        self.state.rng = capture_rng()
+        path = None
+        if self.world.is_main:
+            start = time.perf_counter()
+            try:
+                path = save_checkpoint(
+                    self.run.checkpoints, self.state, self.model, self.optimizers, self.run.documents(self.state)
+                )
+            except OSError as error:
+                self._warn(f"checkpoint of step {self.state.step} not saved: {error}; earlier checkpoints are untouched")
+            else:
+                self.observer.on_checkpoint(path, time.perf_counter() - start)
+                self._retain()
+        return self.world.broadcast(path)
+
+    def _retain(self) -> None:
+        keep = self.settings.checkpoint
+        best = best_step(self.run.path) if keep.keep_best else None
+        retain(self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best_step=best)
+
+    def _try_checkpoint(self) -> None:
+        """Before the first step: save, read back, compare and time a real checkpoint."""
+        if self.world.is_main:
+            self.run.try_checkpoint(self.state, self.model, self.optimizers, self.observer.on_message)
+        self.world.barrier()
+
+    def _interrupted(self, stop: StopSignal, saved: Path | None) -> Interrupted:
+        if self.world.is_main:
+            self.run.write_preempted(self.state, stop.name, saved)
+        if saved is None:
+            return Interrupted(f"stopped by {stop.name} at step {self.state.step}, and the checkpoint could not be saved")
+        return Interrupted(
+            f"stopped by {stop.name} at step {self.state.step}, saved {saved}; continue with: inl resume {self.run.path}"
+        )
+
+    def _warn(self, text: str) -> None:
+        self.observer.on_message(text, warning=True)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
+    """Whether forward passes run under bfloat16 autocast."""
+    wanted = recipe.training.precision
+    if wanted == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return wanted == "bf16"
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak bytes so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,217 @@
+"""Where output goes, what it looks like off a terminal, and which error gives which exit code."""
+
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from inl_cli.console import Console, errors_to_exit_codes, format_value, to_plain
+from inl_cli.progress import LineProgress, SilentProgress, amount
+from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
+
+Captured = pytest.CaptureFixture[str]
+
+
+def run_raising(error: BaseException) -> "Result":
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @errors_to_exit_codes()
+    def command() -> None:
+        raise error
+
+    result = CliRunner().invoke(app, [])
+    return Result(result.exit_code, result.stdout, result.stderr, result.exception)
+
+
+@dataclass
+class Result:
+    code: int
+    stdout: str
+    stderr: str
+    exception: BaseException | None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InlError("went wrong"), 1),
+        (RecipeError("a.yaml:1 b: bad\na.yaml:2 c: worse"), 2),
+        (NonFiniteError("loss is nan at step 3"), 3),
+        (ArtefactError("runs/x: no checkpoint"), 4),
+        (Interrupted("saved at step 3"), 75),
+    ],
+)
+def test_a_users_error_is_its_own_lines_on_stderr_and_its_exit_code(error: InlError, code: int) -> None:
+    result = run_raising(error)
+    assert (result.code, result.stdout, result.stderr) == (code, "", f"{error}\n")
+
+
+def test_a_full_disk_is_one_line_and_exit_1() -> None:
+    result = run_raising(OSError(28, "No space left on device", "runs/x/model.safetensors"))
+    assert (result.code, result.stderr) == (1, "runs/x/model.safetensors: No space left on device\n")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    result = run_raising(KeyError("oops"))
+    assert isinstance(result.exception, KeyError)
+    assert result.stderr == ""
+
+
+def test_other_ranks_keep_a_users_error_to_themselves_but_exit_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert (run_raising(RecipeError("bad")).code, run_raising(RecipeError("bad")).stderr) == (2, "")
+    assert run_raising(OSError(28, "No space left on device")).stderr == "No space left on device\n"
+
+
+def everything(console: Console) -> None:
+    console.info("information")
+    console.warn("careful")
+    console.write("data\n")
+    console.table("title", ("name", "count"), [("a", 1234), ("[b]", None)])
+    console.table("aside", ("name",), [("c",)], is_data=False)
+    console.result({"a": math.nan, "b": Path("x")}, lambda: console.write("rendered\n"))
+
+
+def test_data_goes_to_stdout_and_the_rest_to_stderr(capsys: Captured) -> None:
+    everything(Console())
+    captured = capsys.readouterr()
+    for text in ("data", "title", "1,234", "[b]", "rendered"):
+        assert text in captured.out
+        assert text not in captured.err
+    for text in ("information", "warning: careful", "aside"):
+        assert text in captured.err
+        assert text not in captured.out
+    assert "\x1b" not in captured.out + captured.err
+
+
+def test_json_is_one_object_on_stdout_and_nothing_else_there(capsys: Captured) -> None:
+    everything(Console(json=True))
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    assert json.loads(captured.out) == {"a": None, "b": "x"}
+    assert "information" in captured.err
+
+
+def test_quiet_drops_information_but_no_warning_and_no_result(capsys: Captured) -> None:
+    everything(Console(quiet=True))
+    captured = capsys.readouterr()
+    assert captured.err == "warning: careful\n"
+    assert "rendered" in captured.out
+
+
+def test_other_ranks_print_nothing(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for console in (Console(), Console(json=True)):
+        everything(console)
+        with console.progress() as progress:
+            assert isinstance(progress, SilentProgress)
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_numbers_stand_to_the_right_in_tables_and_long_rows_are_not_cut(capsys: Captured) -> None:
+    Console().table("", ("name", "value"), [("x" * 100, 1), ("b", 0.123456), ("c", True)])
+    out = capsys.readouterr().out
+    assert "x" * 100 in out
+    assert out.splitlines()[3].rstrip().endswith("0.1235")
+    Console().table("", ("n",), [(5,), (123456,)])
+    assert capsys.readouterr().out.splitlines()[2:] == ["      5", "123,456"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (True, "yes"), (12345, "12,345"), (0.00012345, "0.0001234"), ("a", "a")]
+)
+def test_cells(value: object, text: str) -> None:
+    assert format_value(value) == text
+
+
+def test_results_become_plain_json() -> None:
+    @dataclass
+    class Part:
+        path: Path
+        loss: float
+
+    value = {"parts": (Part(Path("a"), math.inf),), 3: np.float32(0.5), "array": np.arange(2), "set": {1}}
+    assert to_plain(value) == {"parts": [{"path": "a", "loss": None}], "3": 0.5, "array": [0, 1], "set": [1]}
+    with pytest.raises(TypeError, match="object cannot be written as JSON"):
+        to_plain(object())
+
+
+def test_off_a_terminal_progress_is_a_plain_line_an_interval() -> None:
+    lines: list[str] = []
+    now = 0.0
+    progress = LineProgress(lines.append, clock=lambda: now)
+    progress.start("reading", "B")
+    for now in (3.0, 10.0, 12.0, 19.9, 21.0):
+        progress.update(now * 1e6, 40e6)
+    progress.start("counting")
+    now = 32.0
+    progress.update(1234)
+    assert lines == [
+        "reading: 10.0 MB of 40.0 MB (25%), 10 s",
+        "reading: 21.0 MB of 40.0 MB (52%), 21 s",
+        "counting: 1,234, 11 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(999, "B", "999 B"), (1000, "B", "1.0 kB"), (2.5e13, "B", "25.0 TB"), (1e16, "B", "10000.0 TB"), (7, "x", "7 x")],
+)
+def test_amounts(number: float, unit: str, text: str) -> None:
+    assert amount(number, unit) == text
+
+
+SCRIPT = """
+from inl_cli.console import Console
+console = Console()
+console.warn("careful")
+with console.progress() as progress:
+    progress.start("reading", "B")
+    progress.update(1, 2)
+    print(type(progress).__name__)
+"""
+
+
+def on_a_terminal(**environment: str) -> str:
+    """What a terminal receives from SCRIPT."""
+    parent, child = pty.openpty()
+    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "RANK")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        env={**clean, "TERM": "xterm-256color", **environment},
+        cwd=Path(__file__).parents[2],
+    )
+    os.close(child)
+    received = b""
+    try:
+        while block := os.read(parent, 4096):
+            received += block
+    except OSError:  # Linux says so when the other end is closed
+        pass
+    os.close(parent)
+    assert process.wait() == 0
+    return received.decode()
+
+
+def test_colour_and_bars_on_a_terminal_only_and_not_against_the_users_wish() -> None:
+    coloured = on_a_terminal()
+    assert "\x1b[33mwarning: careful" in coloured
+    assert "BarProgress" in coloured
+    plain = on_a_terminal(NO_COLOR="1")
+    assert "\x1b[33m" not in plain
+    assert "warning: careful" in plain
+    assert "LineProgress" in on_a_terminal(TERM="dumb")

@@ -1,0 +1,183 @@
+"""The language model: causality, document masks, heads, initialisation, presets."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inl_core.model import IntegratorLanguageModel, Options
+from inl_core.recipe import ModelConfig
+
+PRESETS = ("v3", "v4", "transformer")
+VOCAB = 97
+
+
+def build(preset: str = "v4", seed: int = 0, **changes) -> IntegratorLanguageModel:
+    """A small model in float64 whose every parameter has been perturbed, so that nothing is trivially zero or equal."""
+    base = {"d_model": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "max_seq_len": 64}
+    model = IntegratorLanguageModel(ModelConfig.model_validate({"preset": preset} | base | changes)).double()
+    model.initialise(seed)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def some_ids(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_later_token_changes_no_earlier_logit(preset):
+    model, ids = build(preset), some_ids()
+    changed = ids.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % VOCAB
+    one, two = model.logits(model(ids).hidden), model.logits(model(changed).hidden)
+    assert torch.equal(one[:, :7], two[:, :7])
+    assert not torch.allclose(one[:, 7:], two[:, 7:])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_under_the_mask_a_document_is_computed_as_if_alone(preset):
+    model, ids = build(preset), some_ids()
+    documents = torch.tensor([0] * 5 + [1] * 7).expand(2, 12)
+    positions = torch.tensor([*range(5), *range(7)]).expand(2, 12)
+    packed = model.logits(model(ids, document_ids=documents, positions=positions).hidden)
+    alone = model.logits(model(ids[:, 5:]).hidden)
+    torch.testing.assert_close(packed[:, 5:], alone, rtol=1e-9, atol=1e-9)
+    changed = ids.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % VOCAB
+    again = model.logits(model(changed, document_ids=documents, positions=positions).hidden)
+    assert torch.equal(packed[:, 5:], again[:, 5:])
+    assert not torch.allclose(packed[:, 2:5], again[:, 2:5])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("rank", [None, 16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_chunked_loss_and_its_gradient_equal_the_plain_ones(preset, rank, tied):
+    model, ids = build(preset, embedding_rank=rank, tie_head=tied).float(), some_ids(4, 33)
+    targets = some_ids(4, 33, seed=1)
+    targets[0, :5] = -100
+    gradients = []
+    for chunked in (True, False):
+        model.zero_grad()
+        hidden = model(ids).hidden
+        loss = (
+            model.loss_sum(hidden, targets)
+            if chunked
+            else F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
+        )
+        (loss / 100).backward()
+        gradients.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=1e-6, atol=1e-6)
+    for one, two in zip(gradients[0][1], gradients[1][1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_the_low_rank_head_is_the_transpose_of_the_embedding():
+    model = build("v3")
+    dense = model.embedding.table.weight @ model.embedding.project_up.weight.T  # (V, D)
+    hidden = model(some_ids()).hidden
+    torch.testing.assert_close(model.logits(hidden), (hidden @ dense.T).float(), rtol=1e-5, atol=1e-5)
+    assert model.embedding.table.weight.shape == (VOCAB, 64)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_gets_a_gradient(preset):
+    model = build(preset).float()
+    model.loss_sum(model(some_ids()).hidden, some_ids(seed=1)).backward()
+    silent = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_start_depends_on_the_seed_alone_and_survives_the_meta_device(preset):
+    config = ModelConfig(preset=preset, d_model=64, num_layers=2, num_heads=4, vocab_size=VOCAB)
+    plain = IntegratorLanguageModel(config)
+    plain.initialise(3)
+    with torch.device("meta"):
+        late = IntegratorLanguageModel(config)
+    late.to_empty(device="cpu")
+    torch.manual_seed(123)
+    late.initialise(3)
+    assert list(plain.state_dict()) == list(late.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, late.state_dict()[name]), name
+    assert torch.equal(plain(some_ids()).hidden, late(some_ids()).hidden)
+
+
+def test_the_start_values_of_alpha_beta_and_gate_are_the_configured_ones():
+    config = ModelConfig(preset="v4", d_model=64, num_layers=2, num_heads=4, vocab_size=VOCAB)
+    model = IntegratorLanguageModel(config)
+    model.initialise(0)
+    with torch.no_grad():
+        model.controller.output.weight.zero_()
+    output = model(some_ids(), options=Options(keep_trajectory=True))
+    path = output.layers[0].trajectory
+    integrator = config.integrator
+    size = (path.states[:-1] - 0.0).square().mean(-1, keepdim=True).sqrt()
+    expected = integrator.init_alpha * (1 - torch.exp(-integrator.kappa * size))
+    torch.testing.assert_close(path.alpha, expected.expand_as(path.alpha), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(path.beta, torch.full_like(path.beta, integrator.init_beta), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(path.gate, torch.full_like(path.gate, integrator.init_gate), rtol=1e-5, atol=1e-6)
+
+
+def test_the_velocity_is_carried_through_depth_only_when_configured():
+    ids = some_ids()
+    carried, rest = build(integrator={"carry_velocity": True}), build(integrator={"carry_velocity": False})
+    rest.load_state_dict(carried.state_dict())
+    one, two = (model(ids, options=Options(keep_trajectory=True)) for model in (carried, rest))
+    assert torch.equal(one.layers[1].trajectory.velocities[0], one.layers[0].velocity)
+    assert not two.layers[1].trajectory.velocities[0].any()
+    assert not torch.allclose(one.hidden, two.hidden)
+
+
+def test_rotary_attention_depends_on_relative_positions_only():
+    model, ids = build("transformer"), some_ids()
+    shifted = model(ids, positions=torch.arange(12).expand(2, 12) + 20).hidden
+    torch.testing.assert_close(model(ids).hidden, shifted, rtol=1e-5, atol=1e-5)
+
+
+def closed_formula(config: ModelConfig) -> int:
+    """Parameters of a model, counted by hand from the equations."""
+    d, l, f = config.d_model, config.num_layers, config.hidden_dim
+    kv = config.key_value_heads * config.head_dim
+    embedding = config.vocab_size * d if config.rank is None else (config.vocab_size + d) * config.rank
+    block = d * (d + 2 * kv) + d * d + 3 * d * f + d  # attention, SwiGLU, one norm
+    total = embedding + d
+    integrator = config.integrator
+    if integrator is None:
+        return total + l * (block + d)
+    groups, c = (
+        (3, integrator.controller.width) if integrator.candidate == "feed_forward" else (4, integrator.controller.width)
+    )
+    mu = d if integrator.mu.form == "per_dim" else 1 + d // integrator.mu.group_size
+    excited = max(1, math.floor(d * integrator.excitation.sparsity))
+    extra = d + mu + 2 * excited + 2 * groups  # norm_state, mu, gamma and phi, scale and bias
+    extra += d  # v4: layer_gain; v3: the third norm
+    return total + l * (block + extra) + 3 * d * c + c + groups * d * c
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("d_model", "layers"), [(128, 4), (512, 6)])
+def test_parameter_counts_equal_a_closed_formula(preset, d_model, layers):
+    config = ModelConfig(
+        preset=preset, d_model=d_model, num_layers=layers, num_heads=8, num_kv_heads=2, vocab_size=2048
+    )
+    with torch.device("meta"):
+        model = IntegratorLanguageModel(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == closed_formula(config)
+
+
+def test_v4_and_the_transformer_have_equal_parameters_within_two_percent():
+    counts = []
+    for preset in ("v4", "transformer"):
+        config = ModelConfig(preset=preset, d_model=128, num_layers=4, num_heads=4, num_kv_heads=2, vocab_size=2048)
+        with torch.device("meta"):
+            counts.append(sum(parameter.numel() for parameter in IntegratorLanguageModel(config).parameters()))
+    assert abs(counts[0] / counts[1] - 1) < 0.02

@@ -1,0 +1,218 @@
+"""What is wrong with a recipe is said with its line, its path, the value, what is expected and the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from inl_core.errors import RecipeError
+from inl_core.recipe.load import load_recipe, recipe_from_mapping
+
+MINIMAL = "name: x\ntraining:\n  steps: 10\n"
+
+BAD_FILES = [
+    # unknown keys, at every depth
+    (MINIMAL + "modle:\n  d_model: 64\n", "4 modle: unknown key; did you mean 'model'?"),
+    (MINIMAL + "model:\n  d_modl: 64\n", "5 model.d_modl: unknown key; did you mean 'd_model'?"),
+    (
+        MINIMAL + "model:\n  integrator:\n    iteratons: 3\n",
+        "6 model.integrator.iteratons: unknown key; did you mean 'num_iterations'?",
+    ),
+    (
+        MINIMAL + "model:\n  integrator:\n    mu:\n      fom: fixed\n",
+        "7 model.integrator.mu.fom: unknown key; did you mean 'form'?",
+    ),
+    (
+        "name: x\ntraining:\n  steps: 10\n  cycle:\n    equilibrium:\n      duration: 3\n",
+        "6 training.cycle.equilibrium.duration: unknown key; did you mean 'duration_epochs'?",
+    ),
+    # a key that lives elsewhere in the tree
+    (
+        MINIMAL + "model:\n  learning_rate: 1e-3\n",
+        "5 model.learning_rate: unknown key; did you mean 'training.optimizer.learning_rate'?",
+    ),
+    (
+        MINIMAL + "  learning_rat: 1e-3\n",
+        "4 training.learning_rat: unknown key; did you mean 'training.optimizer.learning_rate'?",
+    ),
+    (
+        MINIMAL + "model:\n  mu:\n    zzzz: 1\n",
+        "5 model.mu: unknown key; did you mean 'model.integrator.mu'?",
+    ),
+    (
+        MINIMAL + "  cycle:\n    qqqq: 1\n",
+        "5 training.cycle.qqqq: unknown key; the keys here are preset, equilibrium, exploration, num_cycles, "
+        "warmup_epochs, steps_per_epoch",
+    ),
+    # wrong types: nothing is coerced
+    (MINIMAL + "  seed: abc\n", "4 training.seed: expected a whole number, got 'abc'"),
+    (MINIMAL + '  seed: "2"\n', "4 training.seed: expected a whole number, got '2' (text: remove the quotes)"),
+    (MINIMAL + "  seed: true\n", "4 training.seed: expected a whole number, got true"),
+    (MINIMAL + "  seed: 1.5\n", "4 training.seed: expected a whole number, got 1.5"),
+    (MINIMAL + "  seed: null\n", "4 training.seed: expected a whole number, got null"),
+    (
+        MINIMAL + '  gradient_clip: "1"\n',
+        "4 training.gradient_clip: expected a number, got '1' (text: remove the quotes)",
+    ),
+    (MINIMAL + "  gradient_clip: .nan\n", "4 training.gradient_clip: expected a finite number, got NaN"),
+    (MINIMAL + "  compile: yes\n", "4 training.compile: expected true or false, got 'yes'"),
+    (MINIMAL + "  compile: 1\n", "4 training.compile: expected true or false, got 1"),
+    (MINIMAL + "  losses: 3\n", "4 training.losses: expected a section, got 3; its keys are lambda_mean, "),
+    (MINIMAL + "  losses:\n", "4 training.losses: empty; its keys are lambda_mean, "),
+    (
+        MINIMAL + "data:\n  sources: builtin:python\n",
+        "5 data.sources: expected a list, got 'builtin:python'; write [builtin:python]",
+    ),
+    (MINIMAL + "data:\n  sources: []\n", "4 data: sources is empty: name a file, "),
+    (
+        MINIMAL + "  optimizer:\n    betas: [0.9]\n",
+        "5 training.optimizer.betas.1: missing: the list is too short",
+    ),
+    (
+        MINIMAL + "  optimizer:\n    betas: [0.9, 0.95, 0.99]\n",
+        "5 training.optimizer.betas: expected at most 2 values, got [0.9, 0.95, 0.99]",
+    ),
+    (
+        MINIMAL + "  optimizer:\n    betas:\n      - 0.9\n      - 1.5\n",
+        "7 training.optimizer.betas.1: expected a number of at most 1.0, got 1.5",
+    ),
+    ("name: 1e3\ntraining:\n  steps: 10\n", "1 name: expected text, got 1000 (text goes in quotes)"),
+    ("name: a/b\ntraining:\n  steps: 10\n", "1 name: expected text that matches "),
+    # out of range, not a choice
+    (MINIMAL + "model:\n  d_model: -1\n", "5 model.d_model: expected a number greater than 0, got -1"),
+    (
+        MINIMAL + "model:\n  preset: v5\n",
+        "5 model.preset: expected 'v3', 'v4' or 'transformer', got 'v5'; did you mean 'v4'?",
+    ),
+    (
+        MINIMAL + "model:\n  embedding_rank: autoo\n",
+        "5 model.embedding_rank: expected a whole number or 'auto', got 'autoo'; did you mean 'auto'?",
+    ),
+    # missing
+    ("training:\n  steps: 10\n", "1 name: missing; it is required (Names the run directory, runs/NAME.)"),
+    ("name: x\n", "1 training: missing; its keys are steps, "),
+    # sections whose values do not fit together point to the section
+    (
+        "name: x\ntraining:\n  steps: 10\n  batch_tokens: 2000\n",
+        "2 training: batch_tokens 2000 is not a multiple of sequence_length 128: 2000 / 128 = 15.62; "
+        "try batch_tokens 1920",
+    ),
+    (
+        MINIMAL + "  micro_batch_size: 5\n",
+        "2 training: batch_tokens 2048 = 16 sequences of 128; micro_batch_size 5 x world size 1 = 5 does not divide 16",
+    ),
+    ("name: x\ntraining:\n  seed: 1\n", "2 training: give exactly one of steps and tokens"),
+    (MINIMAL + "model:\n  num_heads: 3\n", "4 model: num_heads 3 must divide d_model 128"),
+    (
+        MINIMAL + "model:\n  preset: transformer\n  integrator:\n    dt: 1\n",
+        "4 model: the transformer preset has no integrator",
+    ),
+    (
+        MINIMAL + "  sequence_length: 2048\n",
+        "1: training.sequence_length 2048 exceeds model.max_seq_len 1024",
+    ),
+    # not even YAML
+    (MINIMAL + "  seed: [1\n", "5: not valid YAML: expected ',' or ']'"),
+    ("name: x\n\ttraining: 1\n", "2: not valid YAML: found character '\\t' that cannot start any token"),
+    ("- a\n- b\n", '1: a recipe is a mapping of keys, got ["a", "b"]'),
+    ("hello\n", "1: a recipe is a mapping of keys, got 'hello'"),
+    (MINIMAL + "  seed: 1\n  seed: 2\n", "5 training.seed: given twice, first in line 4"),
+    (MINIMAL + "data: &a\n  sources: [*a]\n", "4: an alias contains itself"),
+    ("name: x\n---\nname: y\n", "2: not valid YAML: but found another document"),
+    (MINIMAL + "name2: !!python/object:os.system {}\n", "4 name2: unknown key"),
+    ("? [a, b]\n: 1\n", "1: a key must be a plain word"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES)
+def test_each_problem_names_line_path_value_and_fix(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    expected = f"{path}:{message}"
+    assert str(error.value)[: len(expected)] == expected
+    assert "\n" not in str(error.value)
+
+
+BAD_OVERRIDES = [
+    ("training.stepss=3", "--set training.stepss=3: unknown key; did you mean 'steps'?"),
+    ("trainig.steps=3", "--set trainig.steps=3: unknown key; did you mean 'training'?"),
+    ("model.seed=3", "--set model.seed=3: unknown key; did you mean 'training.seed'?"),
+    ("model.d_model=abc", "--set model.d_model=abc: expected a whole number, got 'abc'"),
+    ("model.d_model.x=3", "--set model.d_model.x=3: model.d_model is a value, not a section, so it has no 'x'"),
+    ("model.d_model", "--set model.d_model: expected KEY=VALUE, for example --set training.steps=100"),
+    ("=3", "--set =3: expected KEY=VALUE"),
+    ("a..b=3", "--set a..b=3: expected KEY=VALUE"),
+    ("data.sources=[a", "--set data.sources=[a:1: not valid YAML: expected ',' or ']'"),
+    ("training.schedule={nme: 3}", "--set training.schedule={nme: 3} training.schedule.nme: unknown key; did you mean"),
+    ("training.losses=3", "--set training.losses=3: expected a section, got 3; its keys are "),
+    (
+        "training.batch_tokens=1000",
+        "a.yaml:2 (with --set training.batch_tokens=1000) training: batch_tokens 1000 is not a multiple of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES)
+def test_a_problem_with_an_override_names_the_override(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text(MINIMAL)
+    with pytest.raises(RecipeError) as error:
+        load_recipe("a.yaml", [override])
+    assert str(error.value)[: len(message)] == message
+
+
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("name: x\ntraining:\n  stps: 10\n  seed: x\nmodel:\n  d_model: 1.5\ndata:\n  vocab_size: 3\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert str(error.value).splitlines() == [
+        f"{path}:3 training.stps: unknown key; did you mean 'steps'?",
+        f"{path}:4 training.seed: expected a whole number, got 'x'",
+        f"{path}:6 model.d_model: expected a whole number, got 1.5",
+        f"{path}:8 data.vocab_size: unknown key; did you mean 'data.tokenizer.vocab_size'?",
+    ]
+
+
+def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(MINIMAL)
+    with pytest.raises(RecipeError, match=r"tinny\.yaml: no such file; did you mean '.*/tiny\.yaml'\?"):
+        load_recipe(tmp_path / "tinny.yaml")
+    with pytest.raises(RecipeError, match=r"tiny: no such file; did you mean '.*/tiny\.yaml'\?"):
+        load_recipe(tmp_path / "tiny")
+
+
+def test_a_shipped_recipe_is_named_from_anywhere(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no such file; did you mean '/.*/medium\.yaml'\?"):
+        load_recipe(tmp_path / "recipes" / "medium.yaml")
+
+
+def test_a_directory_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text(MINIMAL)
+    with pytest.raises(RecipeError, match=r"is a directory, not a recipe; it holds b\.yaml"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the recipe is empty"),
+        (b"# only a comment\n", "the recipe is empty"),
+        (b"name: \xff\n", "not UTF-8 text"),
+        (b"name: a\x00b\n", "not valid YAML: special characters are not allowed"),
+    ],
+)
+def test_a_file_that_holds_no_recipe_is_one_clear_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mapping_is_validated_under_its_own_name() -> None:
+    with pytest.raises(RecipeError, match=r"^config\.json training\.stps: unknown key; did you mean 'steps'\?$"):
+        recipe_from_mapping({"name": "x", "training": {"stps": 10}}, source="config.json")
