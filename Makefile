@@ -32,7 +32,7 @@ smoke: $(BIN)/.core  ## the quick start's path in a minute, in a directory that 
 	$(BIN)/inl inspect-params "$$directory/run"
 
 test: $(BIN)/.dev  ## the quick tests
-	$(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)  # one thread a worker: they share the cores
 
 test-slow: $(BIN)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: there are none

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from inl_cli.commands import data, recipe, train
+from inl_cli.commands import data, evaluate, generate, inspect, recipe, train
 
 app = typer.Typer(
     name="inl",
@@ -23,6 +23,10 @@ app = typer.Typer(
 app.command("prepare-data")(data.prepare_data)
 app.command("train")(train.train)
 app.command("resume")(train.resume)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("inspect-params")(inspect.inspect_params)
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 recipe_app.command("show")(recipe.show)

@@ -83,7 +83,7 @@ class Console:
         from rich.table import Table
 
         cells = [[format_value(cell) for cell in row] for row in rows]
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, show_header=any(columns), show_edge=False, pad_edge=False)
         for index, name in enumerate(columns):
             numeric = bool(cells) and all(_looks_numeric(row[index]) for row in cells)
             table.add_column(name, justify="right" if numeric else "left")

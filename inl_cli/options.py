@@ -1,7 +1,7 @@
 """Arguments and options that several commands share, so that they are spelt and explained once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,3 +15,22 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No information or progress, only results and warnings.")]
+
+CheckpointArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[CHECKPOINT]", help="A checkpoint or a run; default the newest run's newest intact checkpoint."
+    ),
+]
+
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto takes a GPU when there is one.")
+]
+
+IterationsOption = Annotated[
+    int | None, typer.Option("--iterations", metavar="T", help="Integrator iterations instead of the model's own.")
+]
+
+NoEarlyStoppingOption = Annotated[
+    bool, typer.Option("--no-early-stopping", help="Run all T iterations for every token.")
+]

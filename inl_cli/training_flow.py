@@ -57,7 +57,7 @@ def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resu
 
 
 def changed_recipe(console: Console, run: Path, overrides: Sequence[str], allowed: Sequence[str]) -> Recipe:
-    """The run's recipe with `overrides`; changes are listed by class, and those that alter the experiment need leave."""
+    """The run's recipe with `overrides`; changes are listed by class, those that alter the experiment need leave."""
     if not (run / "recipe.yaml").is_file():
         raise ArtefactError(f"{run}: not a run (it has no recipe.yaml); `inl train RECIPE` starts one")
     old, new = load_recipe(run / "recipe.yaml"), load_recipe(run / "recipe.yaml", overrides)

@@ -39,7 +39,7 @@ class TrainingView:
         self.console, self.num_steps, self.first_step = console, num_steps, first_step
         self.start = self.last_line = time.monotonic()
         self.row: dict[str, Any] = {}
-        self.evaluation = ""
+        self.evaluation, self.alpha = "", None
         self.live: Any = None
 
     def __enter__(self) -> "TrainingView":
@@ -59,6 +59,7 @@ class TrainingView:
     def on_metrics(self, row: dict[str, Any]) -> None:
         """Show a row: in the live view at once, as a line when the interval is over."""
         self.row = row
+        self.alpha = row.get("alpha_mean", self.alpha)  # measured at some steps only
         if self.live is not None:
             self.live.update(self._panel())
             return
@@ -105,8 +106,8 @@ class TrainingView:
         }
         if "phase" in row:
             figures |= {"phase": row["phase"], "A": f"{row['A']:.3g}", "T": f"{row['iterations']:.2g}"}
-        if "alpha_mean" in row:
-            figures["alpha"] = f"{row['alpha_mean']:.3f}"
+        if self.alpha is not None:
+            figures["alpha"] = f"{self.alpha:.3f}"
         return figures
 
     def _eta(self, step: int) -> str:

@@ -1,15 +1,12 @@
 """`inl train` and `inl resume`: one flow, from a recipe or from a run's newest intact checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption
-
-if TYPE_CHECKING:
-    from inl_core.recipe import Recipe
 
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.")
@@ -30,7 +27,8 @@ def train(
 ) -> None:
     """Train a model: prepare missing data, plan, train, evaluate, save.
 
-    Ctrl-C saves first; `inl resume RUN` goes on. Several processes: torchrun --nproc-per-node N -m inl_cli train RECIPE.
+    Ctrl-C saves first; `inl resume RUN` goes on. For several processes:
+    torchrun --nproc-per-node N -m inl_cli train RECIPE.
     """
     from inl_cli.training_flow import run_training
     from inl_core.recipe.load import load_recipe

@@ -1,9 +1,9 @@
 """What a recipe will cost, computed on the meta device before anything is allocated.
 
 - Parameters are counted by part on the real module tree, so the count cannot drift from the model.
-- FLOPs per token: 2 per weight of every matrix a token passes (the controller T times), plus attention's S; training is
-  three times the forward pass.
-- Memory is an estimate: weights, gradients and AdamW's moments exactly, activations by counting the tensors autograd keeps.
+- FLOPs per token: 2 per weight of every matrix a token passes (the controller T times), plus attention's S; training
+  is three times the forward pass.
+- Memory is an estimate: weights, gradients and AdamW's moments exactly, activations by counting what autograd keeps.
 """
 
 from dataclasses import dataclass

@@ -35,18 +35,21 @@ class TokenStream:
         self.segments = [segment for segment in segments if len(segment)]
         self.bos_id, self.eos_id = bos_id, eos_id
         self.document_starts, self.prompt_lengths = document_starts, prompt_lengths
-        self.ends = np.cumsum([len(segment) for segment in self.segments], dtype=np.int64)
-        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
+        self._ends = np.cumsum([len(segment) for segment in self.segments], dtype=np.int64)
+        self._begins = [0, *self._ends.tolist()]
+        self.num_tokens = self._begins[-1]
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """(n, length) int64: the tokens from each start on; past the end, eos."""
         out = np.empty((len(starts), length), dtype=np.int64)
-        segments, ends = self.segments, self.ends
-        indices = np.searchsorted(ends, starts, side="right").tolist()
+        segments, begins = self.segments, self._begins
+        indices = np.searchsorted(self._ends, starts, side="right").tolist()
         for row, (start, index) in enumerate(zip(starts.tolist(), indices, strict=True)):
-            if index < len(segments) and start + length <= ends[index]:
-                offset = start - int(ends[index]) + len(segments[index])
-                out[row] = segments[index][offset : offset + length]
+            part = (
+                segments[index][start - begins[index] : start - begins[index] + length] if index < len(segments) else ()
+            )
+            if len(part) == length:
+                out[row] = part
             else:
                 self._read_across(out[row], start, index)
         return out
@@ -54,9 +57,8 @@ class TokenStream:
     def _read_across(self, row: np.ndarray, start: int, index: int) -> None:
         filled = 0
         while filled < len(row) and index < len(self.segments):
-            segment = self.segments[index]
-            offset = start + filled - (int(self.ends[index]) - len(segment))
-            part = segment[offset : offset + len(row) - filled]
+            offset = start + filled - self._begins[index]
+            part = self.segments[index][offset : offset + len(row) - filled]
             row[filled : filled + len(part)] = part
             filled, index = filled + len(part), index + 1
         row[filled:] = self.eos_id
@@ -96,7 +98,7 @@ class TokenDataset(TokenStream):
 
     def __init__(self, directory: Path, split: str, *, document_mask: bool) -> None:
         manifest = load_manifest(directory)
-        info = manifest.splits.get(split)  # pyright: ignore[reportArgumentType]
+        info = manifest.splits.get(split)
         if info is None or not info.documents:
             raise ArtefactError(f"{directory}: holds no {split} documents; prepare it from more text")
         self._tables = [_open(directory / shard.file, shard.tokens) for shard in info.shards]

@@ -88,18 +88,20 @@ class BatchLoader:
         return make_batch(self.dataset, starts, self.sequence_length, document_mask=self.dataset.document_mask)
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
-        """(n,) the window each sample number stands for."""
-        epochs, places = np.divmod(samples, self.num_windows)
-        windows = np.empty_like(places)
-        for epoch in np.unique(epochs).tolist():
+        """(n,) the window each sample number stands for; the numbers ascend."""
+        windows = np.empty_like(samples)
+        done = 0
+        while done < len(samples):  # one turn for each block the samples touch, nearly always one
+            epoch, place = divmod(int(samples[done]), self.num_windows)
             blocks, ends = _block_order(self.seed, epoch, self.num_windows)
-            in_epoch = epochs == epoch
-            order = np.searchsorted(ends, places, side="right")
-            for index in np.unique(order[in_epoch]).tolist():
-                chosen = in_epoch & (order == index)
-                block, size = int(blocks[index]), _block_size(int(blocks[index]), self.num_windows)
-                shuffled = _shuffled(self.seed, epoch, block, size)
-                windows[chosen] = block * BLOCK_WINDOWS + shuffled[places[chosen] - (int(ends[index]) - size)]
+            index = int(np.searchsorted(ends, place, side="right"))
+            block = int(blocks[index])
+            size = _block_size(block, self.num_windows)
+            first = epoch * self.num_windows + int(ends[index]) - size
+            until = int(np.searchsorted(samples, first + size))
+            shuffled = _shuffled(self.seed, epoch, block, size)
+            windows[done:until] = block * BLOCK_WINDOWS + shuffled[samples[done:until] - first]
+            done = until
         return windows
 
 

@@ -65,7 +65,7 @@ class Manifest(_Frozen):
     eos_id: int
     document_policy: str
     has_prompts: bool
-    splits: dict[Literal["train", "validation"], SplitInfo]
+    splits: dict[str, SplitInfo]
     rows: int
     duplicates: int
     empty: int

@@ -88,12 +88,12 @@ def prepare(
     """
     directory = Path(directory)
     check_directory(directory)
-    if (directory / MANIFEST).exists() and not overwrite and STDIN not in settings.sources:
-        if not (directory / WORK).exists():  # nothing to do: a data set on a read-only disk is fine
-            return verify(directory, settings=settings)
+    finished = (directory / MANIFEST).exists() and not overwrite
+    if finished and STDIN not in settings.sources and not (directory / WORK).exists():
+        return verify(directory, settings=settings)  # before anything is written: the disk may be read-only
     with locked(directory) as work:
         stdin_copy = keep_stdin(work) if STDIN in settings.sources else None
-        if (directory / MANIFEST).exists() and not overwrite:
+        if finished:
             manifest = _keep_existing(settings, directory, stdin_copy)
         else:
             report = progress or (lambda event: None)

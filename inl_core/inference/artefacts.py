@@ -83,7 +83,9 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(path: Path | None, runs: Path = Path("runs"), note: Callable[[str], None] = lambda text: None) -> Path:
+def find_checkpoint(
+    path: Path | None, runs: Path = Path("runs"), note: Callable[[str], None] = lambda text: None
+) -> Path:
     """A checkpoint from what a user names: a checkpoint, a run, or nothing (the newest run's newest valid one).
 
     `note` hears what was chosen and what was passed over; the result is verified.
@@ -121,19 +123,30 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     try:
         model_config = ModelConfig.model_validate(config["model"])
     except (KeyError, ValidationError) as error:
-        raise ArtefactError(f"{path / 'config.json'}: not a model configuration this version knows ({error})") from error
+        raise ArtefactError(
+            f"{path / 'config.json'}: not a model configuration this version knows ({error})"
+        ) from error
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     if tokenizer.vocab_size != model_config.vocab_size:
         raise ArtefactError(
-            f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens where the model has {model_config.vocab_size}; "
-            "put back the tokenizer the model was trained with"
+            f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens where the model has "
+            f"{model_config.vocab_size}; put back the tokenizer the model was trained with"
+        )
+    if config.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise ArtefactError(
+            f"{path / 'tokenizer.json'}: is not the tokenizer that config.json names, so its tokens mean something "
+            "else; put back the tokenizer the model was trained with"
         )
     with torch.device("meta"):
         model = IntegratorLanguageModel(model_config)
     model.to_empty(device=device)
     model.reset_buffers()
     weights = load_file(path / "model.safetensors", device=str(device))
-    problems = model.load_state_dict(weights, strict=False)
+    try:
+        problems = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # a tensor of another shape; torch's own first line says only that there is one
+        reason = str(error).split("\n\t")[-1].strip()
+        raise ArtefactError(f"{path / 'model.safetensors'}: does not fit config.json ({reason})") from error
     if problems.missing_keys or problems.unexpected_keys:
         wrong = [*problems.missing_keys, *problems.unexpected_keys][0]
         raise ArtefactError(f"{path / 'model.safetensors'}: does not fit config.json (first difference: {wrong})")

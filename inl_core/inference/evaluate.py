@@ -49,6 +49,7 @@ def evaluate(
     token_num_bytes: np.ndarray,
     *,
     num_iterations: int | None = None,
+    early_stopping: bool = True,
     autocast: AbstractContextManager | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Evaluation:
@@ -56,18 +57,20 @@ def evaluate(
 
     Args:
         token_num_bytes: (V,) bytes of each token, 0 for special ones.
-        num_iterations: T instead of the model's own.
+        num_iterations: T instead of the model's own; without an integrator it means nothing.
+        early_stopping: False lets no token stop before T iterations.
         reduce: adds the sums over ranks, when each rank scores a part.
     """
     was_training, start = model.training, time.perf_counter()
     model.eval()
     device = model.embedding.table.weight.device
     byte_table = torch.from_numpy(token_num_bytes.astype(np.int64)).to(device)
+    options = Options(num_iterations=num_iterations, early_stopping=early_stopping)
     # nats, nats of text, targets, bytes, correct, iterations
     sums = torch.zeros(6, dtype=torch.float64)
     for batch in batches:
         with autocast or nullcontext():
-            sums += _score(model, batch, byte_table, Options(num_iterations=num_iterations), device).cpu()
+            sums += _score(model, batch, byte_table, options, device).cpu()
     nats, text_nats, tokens, num_bytes, correct, iterations = reduce(sums.to(device)).tolist()
     model.train(was_training)
     if not tokens:
@@ -85,12 +88,17 @@ def evaluate(
     )
 
 
-def _score(model: IntegratorLanguageModel, batch: Batch, byte_table: Tensor, options: Options, device: torch.device) -> Tensor:
+def _score(
+    model: IntegratorLanguageModel, batch: Batch, byte_table: Tensor, options: Options, device: torch.device
+) -> Tensor:
     """The six sums of one batch, (6,) float64."""
-    tensors = {name: None if (array := getattr(batch, name)) is None else torch.from_numpy(array).to(device)
-               for name in ("tokens", "targets", "positions", "document_ids")}
+    tensors = {
+        name: None if (array := getattr(batch, name)) is None else torch.from_numpy(array).to(device)
+        for name in ("tokens", "targets", "positions", "document_ids")
+    }
     ids, targets = tensors["tokens"], tensors["targets"]
-    assert ids is not None and targets is not None
+    assert ids is not None
+    assert targets is not None
     output = model(ids, positions=tensors["positions"], document_ids=tensors["document_ids"], options=options)
     valid = targets != -100
     hidden, wanted = output.hidden[valid], targets[valid]  # (N, D), (N,)
@@ -101,9 +109,17 @@ def _score(model: IntegratorLanguageModel, batch: Batch, byte_table: Tensor, opt
         logits = model.logits(hidden[start : start + rows])
         nats = F.cross_entropy(logits, part, reduction="none").double()
         num_bytes = byte_table[part]
-        correct = (logits.argmax(-1) == part).sum()
+        correct = (logits.argmax(-1) == part).sum().double()
         sums[:5] += torch.stack(
-            (nats.sum(), nats[num_bytes > 0].sum(), nats.new_tensor(len(part)), num_bytes.sum().double(), correct.double())
+            (nats.sum(), nats[num_bytes > 0].sum(), nats.new_tensor(len(part)), num_bytes.sum().double(), correct)
         )
-    sums[5] = output.iterations(model.config.num_iterations if options.num_iterations is None else int(options.num_iterations))[valid].double().sum()  # type: ignore[arg-type]
+    sums[5] = output.iterations(default_iterations(model, options.num_iterations))[valid].double().sum()
     return sums
+
+
+def default_iterations(model: IntegratorLanguageModel, num_iterations: int | tuple[int, ...] | None) -> float:
+    """Mean iterations over layers of a token that does not stop early; 0 without an integrator."""
+    own = model.config.num_iterations
+    if not own or num_iterations is None:
+        return float(own)
+    return sum(num_iterations) / len(num_iterations) if isinstance(num_iterations, tuple) else float(num_iterations)

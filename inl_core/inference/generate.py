@@ -3,8 +3,8 @@
     for piece in stream(model, tokenizer, ["def "], settings):
         print(piece.text, end="")
 
-- A row is one sample of one prompt. Rows of different length share a batch by left padding; each row's tokens are those it
-  would get alone, and a finished row leaves the batch.
+- A row is one sample of one prompt. Rows of different length share a batch by left padding; each row's tokens are
+  those it would get alone, and a finished row leaves the batch.
 - The samples of a prompt share its prefill.
 - A token's iterations are those spent at the position that predicted it, the mean over layers.
 - Legend: B rows, S tokens, V vocabulary, T iterations.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from inl_core.corpus.tokenizer import StreamDecoder, Tokenizer
 from inl_core.errors import RecipeError
+from inl_core.inference.evaluate import default_iterations
 from inl_core.inference.sampling import Sampler
 from inl_core.inference.settings import GenerationSettings
 from inl_core.inference.streaming import TextStream
@@ -164,7 +165,8 @@ def _make_rows(
 ) -> list[_Row]:
     rows, repeats = [], Counter()
     for index, prompt in enumerate(prompts):
-        ids = _encode_prompt(tokenizer, prompt, f"prompt {index + 1}" if len(prompts) > 1 else "the prompt", max_seq_len)
+        name = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
+        ids = _encode_prompt(tokenizer, prompt, name, max_seq_len)
         # The last token needs no place in the context: nothing is predicted from it.
         room = max_seq_len - len(ids) + 1
         limit = min(settings.max_new_tokens, room)
@@ -214,7 +216,8 @@ def _complete(
         batch = _Batch(model, tokenizer, rows, settings)
         while rows:
             tokens, iterations = batch.choose([row.random.random() for row in rows])
-            pieces = [row.add(*new, tokenizer.eos_id) for row, *new in zip(rows, tokens, iterations, strict=True)]
+            new = zip(rows, tokens, iterations, strict=True)
+            pieces = [row.add(token, used, tokenizer.eos_id) for row, token, used in new]
             yield from (piece for piece in pieces if piece.text or piece.completion)
             going = [index for index, piece in enumerate(pieces) if piece.completion is None]
             rows = [rows[index] for index in going]
@@ -231,9 +234,7 @@ class _Batch:
         self, model: IntegratorLanguageModel, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
     ) -> None:
         self.model, self.device = model, model.embedding.table.weight.device
-        # Without an integrator there is nothing to iterate.
-        own = model.config.num_iterations
-        self.default_iterations = (settings.num_iterations or own) if own else 0
+        self.default_iterations = default_iterations(model, settings.num_iterations)
         self.options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
         banned = sorted(set(tokenizer.special_ids.values()) - {tokenizer.eos_id})
         prompts, places = _unique_prompts(rows)

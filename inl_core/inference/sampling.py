@@ -35,7 +35,9 @@ class Sampler:
             NonFiniteError: a logit is NaN or infinite.
         """
         if not bool(logits.isfinite().all()):
-            raise NonFiniteError("the model's logits are not finite: its weights have diverged; use an earlier checkpoint")
+            raise NonFiniteError(
+                "the model's logits are not finite: its weights have diverged; use an earlier checkpoint"
+            )
         if self.seen is not None:
             logits = penalise(logits, self.seen, self.settings.repetition_penalty)
         logits = logits.index_fill(1, self.banned, -torch.inf)
@@ -58,7 +60,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def candidates(logits: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor | None]:
-    """Probabilities (B, N) after temperature and filters, and the tokens they belong to (B, N); None = all, in order."""
+    """Probabilities (B, N) after temperature and filters, and their tokens (B, N); None = all, in order."""
     scaled = (logits - logits.max(-1, keepdim=True).values) / settings.temperature
     if settings.top_k is None and settings.top_p is None and not settings.min_p:
         return scaled.softmax(-1), None

@@ -5,8 +5,8 @@ from inl_core.model.integrator import Integrator, IntegratorOutput, Trajectory
 from inl_core.model.language_model import IntegratorLanguageModel, ModelOutput, Options
 
 __all__ = [
-    "IntegratorLanguageModel",
     "Integrator",
+    "IntegratorLanguageModel",
     "IntegratorOutput",
     "KVCache",
     "ModelOutput",

@@ -1,8 +1,8 @@
 """Causal attention: norms, rotary positions, grouped queries, and the key-value cache.
 
 - Legend: B batch, S sequence, D d_model, H query heads, K key-value heads, F head size, M cache slots.
-- `scaled_dot_product_attention` does the work; what may look at what is decided once per forward pass, in `AttentionPlan`,
-  and shared by every layer.
+- `scaled_dot_product_attention` does the work; who sees whom is decided once per forward pass, in `AttentionPlan`, for
+  every layer.
 - The integrator runs inside a token, so the cache holds keys and values of attention alone and does not depend on T:
   a token that stops early leaves no hole in it.
 """
@@ -50,7 +50,9 @@ class KVCache:
     `padding` (B,) is the number of leading slots of a row that hold no token (left padding), or None.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         shape = (config.num_layers, batch, config.key_value_heads, slots, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -80,7 +82,12 @@ class AttentionPlan:
 
 
 def plan_attention(
-    batch_shape: torch.Size, device: torch.device, *, positions: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
+    batch_shape: torch.Size,
+    device: torch.device,
+    *,
+    positions: Tensor | None,
+    document_ids: Tensor | None,
+    cache: KVCache | None,
 ) -> AttentionPlan:
     """Decide who sees whom.
 
@@ -120,8 +127,10 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.d_model, sum(self.splits), bias=config.bias)
         self.output = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int) -> Tensor:
-        """x (B, S, D) -> (B, S, D); `rotary` is (cos, sin) at the plan's positions, or None without rotary positions."""
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """x (B, S, D) -> (B, S, D); `rotary` is (cos, sin) at the plan's positions, None without rotary positions."""
         batch, length, _ = x.shape
         query, key, value = (
             part.view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -134,7 +143,12 @@ class Attention(nn.Module):
             key, value = cache.store(layer, key.to(cache.keys.dtype), value.to(cache.values.dtype))
             query = query.to(key.dtype)
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal,
-            scale=1.0 / math.sqrt(self.head_dim), enable_gqa=self.num_kv_heads != self.num_heads,
+            query,
+            key,
+            value,
+            attn_mask=plan.mask,
+            is_causal=plan.is_causal,
+            scale=1.0 / math.sqrt(self.head_dim),
+            enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from inl_core.recipe import IntegratorConfig
 
+EPS = 1e-6
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
@@ -30,6 +31,7 @@ class Controller(nn.Module):
         super().__init__()
         width = config.controller.width
         self.dim, self.activation = dim, ACTIVATIONS[config.controller.activation]
+        self.normalises = config.controller.normalise_inputs
         self.context = nn.Linear(dim, width)
         # [W_x; W_v] is one parameter of shape (C, 2D).
         self.state_velocity = nn.Linear(2 * dim, width, bias=False)
@@ -37,13 +39,14 @@ class Controller(nn.Module):
 
     def hoist(self, h: Tensor) -> Tensor:
         """h W_h + b_h, (B, S, D) -> (B, S, C)."""
-        return self.context(h)
+        return self.context(F.rms_norm(h, h.shape[-1:], eps=EPS) if self.normalises else h)
 
     def hidden(self, hoisted: Tensor, x: Tensor, v: Tensor | None) -> Tensor:
         """u, (B, S, C); `v` None is a velocity of zeros."""
         weight = self.state_velocity.weight
         total = hoisted + F.linear(x, weight[:, : self.dim])
         if v is not None:
+            v = F.rms_norm(v, v.shape[-1:], eps=EPS) if self.normalises else v
             total = total + F.linear(v, weight[:, self.dim :])
         return self.activation(total)
 
@@ -58,8 +61,8 @@ class Head(NamedTuple):
 class Modulation(nn.Module):
     """What one layer adds to a controller: scale_l and bias_l, each (G,) or (G, D).
 
-    bias_l sets where alpha, beta and gate start, so it exists also for a controller of the layer's own; scale_l does not,
-    since W_out could absorb it.
+    bias_l sets where alpha, beta and gate start, so it exists also for a controller of the layer's own; scale_l does
+    not, since W_out could absorb it.
     """
 
     def __init__(self, config: IntegratorConfig, dim: int) -> None:

@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inl_core.model.controller import Controller, Head, Modulation
+from inl_core.model.controller import EPS, Controller, Head, Modulation
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
 from inl_core.recipe import IntegratorConfig
+
+INITIAL_VELOCITY_GAIN = 0.1  # about the rms of the velocities an untrained model carries
 
 
 def rms(x: Tensor) -> Tensor:
@@ -86,9 +88,11 @@ def speed_weights(num_iterations: int) -> list[float]:
 class Integrator(nn.Module):
     """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share."""
 
-    def __init__(self, config: IntegratorConfig, dim: int) -> None:
+    def __init__(self, config: IntegratorConfig, dim: int, *, receives_velocity: bool = False) -> None:
         super().__init__()
         self.config = config
+        scales = receives_velocity and config.normalise_velocity
+        self.velocity_gain = nn.Parameter(torch.empty(dim)) if scales else None
         self.equilibrium = Equilibrium(config.mu, dim)
         self.excitation = Excitation(config.excitation, dim)
         self.modulation = Modulation(config, dim)
@@ -99,8 +103,19 @@ class Integrator(nn.Module):
         self.equilibrium.initialise()
         self.excitation.initialise()
         self.modulation.initialise()
+        if self.velocity_gain is not None:
+            nn.init.constant_(self.velocity_gain, INITIAL_VELOCITY_GAIN)
 
-    def gains(self, controller: Controller, head: Head, hoisted: Tensor, x: Tensor, v: Tensor | None, error: Tensor, candidate: Tensor | None) -> Gains:
+    def gains(
+        self,
+        controller: Controller,
+        head: Head,
+        hoisted: Tensor,
+        x: Tensor,
+        v: Tensor | None,
+        error: Tensor,
+        candidate: Tensor | None,
+    ) -> Gains:
         """alpha, beta, gate and v_cand at one step, in the state's precision (under autocast the GEMM is not)."""
         raw = F.linear(controller.hidden(hoisted, x, v), head.weight, head.bias).to(x.dtype)
         parts = raw.chunk(3 if candidate is not None else 4, dim=-1)
@@ -142,6 +157,9 @@ class Integrator(nn.Module):
         assert controller is not None, "a shared controller must be passed in"
         mu, forcing = self.equilibrium(), self.excitation(total, amplitude)
         head, hoisted = self.modulation.fold(controller), controller.hoist(h)
+        if self.velocity_gain is not None:
+            assert velocity is not None, "this layer expects the velocity of the layer below"
+            velocity = self.velocity_gain * F.rms_norm(velocity, velocity.shape[-1:], eps=EPS)
         candidate = None if candidate is None else candidate.to(state.dtype)
         stride = config.dt * config.velocity_scale
         stopping = _EarlyStopping(config, state) if early_stopping and _stops_early(self) else None
@@ -247,5 +265,7 @@ class _Recorder:
         self.gains.append(gains)
 
     def trajectory(self) -> Trajectory:
-        alpha, beta, gate = (torch.stack([getattr(step, name) for step in self.gains]) for name in ("alpha", "beta", "gate"))
+        alpha, beta, gate = (
+            torch.stack([getattr(step, name) for step in self.gains]) for name in ("alpha", "beta", "gate")
+        )
         return Trajectory(torch.stack(self.states), torch.stack(self.velocities), alpha, beta, gate)

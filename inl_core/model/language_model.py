@@ -69,7 +69,10 @@ class Block(nn.Module):
         self.norm_attention = build_norm(config)
         self.attention = Attention(config)
         self.norm_state = build_norm(config) if integrator else None
-        self.integrator = Integrator(integrator, config.d_model) if integrator else None
+        self.integrator = None
+        if integrator:
+            carried = layer > 0 and integrator.carry_velocity
+            self.integrator = Integrator(integrator, config.d_model, receives_velocity=carried)
         self.layer_gain = nn.Parameter(torch.empty(config.d_model)) if self.reads_delta else None
         self.norm_feed_forward = None if self.feeds_candidate else build_norm(config)
         self.feed_forward = FeedForward(config)
@@ -127,12 +130,12 @@ class Options:
 
 @dataclass
 class ModelOutput:
-    """hidden (B, S, D) is the normalised final state, ready for the head; layers has one entry a block with an integrator."""
+    """hidden (B, S, D) is the normalised final state, ready for the head; layers has one entry for each integrator."""
 
     hidden: Tensor
     layers: list[IntegratorOutput] = field(default_factory=list)
 
-    def iterations(self, default: int) -> Tensor:
+    def iterations(self, default: float) -> Tensor:
         """Mean iterations over layers of each token, (B, S); `default` where early stopping is off."""
         used = [layer.iterations.float() for layer in self.layers if layer.iterations is not None]
         return torch.stack(used).mean(0) if used else self.hidden.new_full(self.hidden.shape[:2], float(default))
@@ -152,7 +155,9 @@ class IntegratorLanguageModel(nn.Module):
         self.config = config
         integrator = config.integrator
         self.embedding = Embedding(config)
-        self.controller = Controller(integrator, config.d_model) if integrator and integrator.controller.shared else None
+        self.controller = (
+            Controller(integrator, config.d_model) if integrator and integrator.controller.shared else None
+        )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm_final = build_norm(config)
         self.head = None if config.tie_head else nn.Linear(config.d_model, self.vocab_size, bias=False)
@@ -171,6 +176,10 @@ class IntegratorLanguageModel(nn.Module):
     def carries_velocity(self) -> bool:
         """Whether a layer's final velocity is the next layer's first."""
         return bool(self.config.integrator and self.config.integrator.carry_velocity)
+
+    def integrators(self) -> list[Integrator]:
+        """The integrator of each block, bottom up; empty for a Transformer."""
+        return [module for module in self.modules() if isinstance(module, Integrator)]
 
     def reset_buffers(self) -> None:
         """Fill every buffer that is derived from the configuration and not saved; needed after `to_empty`."""

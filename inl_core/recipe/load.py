@@ -82,12 +82,11 @@ def _read_text(path: Path) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    siblings = [item.name for item in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, siblings, n=1) or get_close_matches(path.name + ".yaml", siblings, n=1)
-    if near:
-        return f"; did you mean '{path.parent / near[0]}'?"
-    shipped = shipped_recipes().get(path.stem)
-    return f"; did you mean '{shipped}'?" if shipped else ""
+    """A recipe of nearly this name beside it, else a shipped one of exactly this name."""
+    beside = {item.stem: item for item in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    near = get_close_matches(path.stem, beside, n=1)
+    found = beside[near[0]] if near else shipped_recipes().get(path.stem)
+    return f"; did you mean '{found}'?" if found else ""
 
 
 def _with_overrides(values: Any, overrides: Sequence[str]) -> tuple[Any, dict[KeyPath, str]]:

@@ -34,7 +34,7 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 @dataclass
 class TrainState:
-    """What a run must remember beyond its tensors. The data order, the schedule and the cycle are functions of `step`."""
+    """What a run must remember beyond its tensors. Data order, schedule and cycle are functions of `step`."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -101,7 +101,7 @@ def save_checkpoint(
             _seal(aside, state.step)
             if final.exists():  # the same step saved again, say by a resumed run
                 shutil.rmtree(final)
-            os.replace(aside, final)
+            aside.replace(final)
             _sync(parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -171,7 +171,7 @@ def _write_tensors(directory: Path, tensors: dict[str, Tensor], name: str = "opt
     writer = dcp.HuggingFaceStorageWriter(str(directory))
     with _alone():
         dcp.save(tensors, storage_writer=writer, no_dist=True)
-    os.replace(directory / "model-00001-of-00001.safetensors", directory / name)
+    (directory / "model-00001-of-00001.safetensors").replace(directory / name)
     (directory / "model.safetensors.index.json").unlink()  # one file needs no index
 
 
@@ -219,7 +219,10 @@ def _seal(directory: Path, step: int) -> None:
     entries = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
-            entries[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            entries[path.relative_to(directory).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": file_digest(path),
+            }
             _sync(path)
     _sync(directory / "training_state")
     (directory / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": entries}, indent=1))

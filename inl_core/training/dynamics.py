@@ -5,7 +5,6 @@
 - Quantities: mu (with its drift from the start), gamma, phi, alpha, beta, gate, velocity, residual per iteration.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from inl_core.model import IntegratorLanguageModel, Options, Trajectory
+from inl_core.model import Integrator, IntegratorLanguageModel, Options, Trajectory
 
 PERCENTILES = (5, 50, 95)
 SATURATION = 0.01
@@ -49,20 +48,18 @@ def record_layers(
     output = model(ids, positions=positions, document_ids=document_ids, options=Options(keep_trajectory=True))
     model.train(was_training)
     rows = []
-    for index, layer in enumerate(output.layers):
+    for index, (integrator, layer) in enumerate(zip(model.integrators(), output.layers, strict=True)):
         assert layer.trajectory is not None
-        rows += [{"layer": index, **row} for row in _layer_rows(model, index, layer.trajectory)]
+        rows += [{"layer": index, **row} for row in _layer_rows(integrator, layer.trajectory)]
     return rows
 
 
-def _layer_rows(model: IntegratorLanguageModel, index: int, trajectory: Trajectory) -> list[dict[str, Any]]:
-    integrator = model.blocks[index].integrator
-    config = integrator.config  # type: ignore[union-attr]
-    mu = integrator.equilibrium()  # type: ignore[union-attr]
+def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str, Any]]:
+    config, mu = integrator.config, integrator.equilibrium()
     drift = (mu - config.mu.init).norm().item() / mu.numel() ** 0.5
     rows: list[dict[str, Any]] = [{"quantity": "mu", **summarise(mu), "drift": drift}]
     for name in ("gamma", "phi"):
-        rows.append({"quantity": name, **summarise(getattr(integrator.excitation, name))})  # type: ignore[union-attr]
+        rows.append({"quantity": name, **summarise(getattr(integrator.excitation, name))})
     for name in ("alpha", "beta", "gate"):
         values = getattr(trajectory, name)
         rows.append({"quantity": name, **summarise(values), "saturated": saturation(name, values, config.beta_max)})
@@ -80,7 +77,7 @@ def write_record(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
     path = directory / f"step-{step:08d}.parquet"
     aside = path.with_suffix(".tmp")
     pq.write_table(pa.Table.from_pylist([{"step": step, **row} for row in rows], schema=_SCHEMA), aside)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def cut_records(run: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM become a request that the training loop honours between two steps."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -13,11 +14,15 @@ class StopSignal:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python lets only the main thread listen
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

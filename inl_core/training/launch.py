@@ -1,9 +1,9 @@
 """From a recipe to the objects of a run: data, tokenizer, model, trainer.
 
-    data = open_data(recipe, world)
-    model = build_model(recipe, data.tokenizer, world)
-    trainer = Trainer(recipe, model, data.train, data.validation, run, world, observer)
-    trainer.fit()
+data = open_data(recipe, world)
+model = build_model(recipe, data.tokenizer, world)
+trainer = Trainer(recipe, model, data.train, data.validation, run, world, observer)
+trainer.fit()
 """
 
 from collections.abc import Callable
@@ -60,7 +60,9 @@ def open_data(recipe: Recipe, world: World, prepare: Callable[[DataSettings, Pat
         )
     mask = recipe.data.document_mask
     train = TokenDataset.open(directory, "train", document_mask=mask)
-    return RunData(directory, manifest, tokenizer, train, TokenDataset.open(directory, "validation", document_mask=mask))
+    return RunData(
+        directory, manifest, tokenizer, train, TokenDataset.open(directory, "validation", document_mask=mask)
+    )
 
 
 def _ensure(recipe: Recipe, directory: Path, prepare: Callable[[DataSettings, Path], Manifest]) -> None:

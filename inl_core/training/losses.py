@@ -1,7 +1,7 @@
 """The four losses: task, mean, speed, energy, each a mean over the GLOBAL number of target tokens.
 
-- A micro-batch contributes its share, so that 8 sequences at once, 2 x 4 accumulated and 2 ranks x 4 give the same gradient.
-- Task, speed and energy are sums over tokens, so their shares simply add up. The mean loss is not: it needs the mean and
+- A micro-batch contributes its share: 8 sequences at once, 2 x 4 accumulated and 2 ranks x 4 give the same gradient.
+- Task, speed and energy are sums over tokens, so their shares simply add up. The mean loss is not: it needs mean and
   variance of the final states over the whole batch. `mean_loss_share` therefore takes the global moments (gathered in a
   pass without gradients when the batch is split) and gives each part exactly its share of the gradient.
 - Source: docs 001-002 and model.md section 6; averaged over layers and dimensions.

@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def cut_metrics(run: Path, step: int) -> None:
     kept = [row for row in read_metrics(run) if row["step"] <= step]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def best_step(run: Path) -> int | None:
@@ -93,5 +92,7 @@ def _wandb(run: Path, recipe: Recipe) -> Callable[[dict[str, Any]], None]:
         import wandb  # type: ignore[import-not-found]
     except ImportError as error:
         raise RecipeError('training.logging.wandb: not installed; pip install "inl[logging]"') from error
-    session = wandb.init(project="inl", name=run.name, dir=str(run), config=recipe.model_dump(mode="json"), resume="allow")
+    session = wandb.init(
+        project="inl", name=run.name, dir=str(run), config=recipe.model_dump(mode="json"), resume="allow"
+    )
     return lambda row: session.log(_numbers(row), step=row["step"])

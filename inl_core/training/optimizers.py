@@ -70,9 +70,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
     if muon:
         # match_rms_adamw scales the orthogonal update to AdamW's size, so AdamW's learning rate and decay carry over.
         rate = settings.muon_learning_rate or settings.learning_rate
-        optimizer = torch.optim.Muon(
-            muon, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        optimizer = torch.optim.Muon(muon, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
         for entry in optimizer.param_groups:
             entry["initial_lr"] = rate
         parts.append(optimizer)
@@ -86,7 +84,11 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
             fused=device.type in ("cpu", "cuda"),
         )
     )
-    named = (("muon", "matrices of the blocks", muon), ("adamw", "with decay", decay), ("adamw", "without decay", plain))
+    named = (
+        ("muon", "matrices of the blocks", muon),
+        ("adamw", "with decay", decay),
+        ("adamw", "without decay", plain),
+    )
     assignments = [
         Assignment(optimizer, label, len(members), sum(parameter.numel() for _, parameter in members))
         for optimizer, label, members in named

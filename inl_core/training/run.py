@@ -1,6 +1,6 @@
 """A run's directory: what it holds and how it is made.
 
-    runs/NAME/recipe.yaml  environment.json  metrics.jsonl  dynamics/*.parquet  reports/  preempted.json  checkpoints/
+runs/NAME/recipe.yaml  environment.json  metrics.jsonl  dynamics/*.parquet  reports/  preempted.json  checkpoints/
 """
 
 import json
@@ -80,9 +80,9 @@ class RunFiles:
             "recipe.yaml": dump_recipe(self.recipe),
         }
 
-    def write_preempted(self, state: TrainState, signal_name: str, saved: Path | None) -> None:
-        """Leave word for a scheduler: the run stopped by a signal and can go on."""
-        word = {"step": state.step, "signal": signal_name, "checkpoint": saved.name if saved else None, "time": time.time()}
+    def write_preempted(self, state: TrainState, signal_name: str) -> None:
+        """Leave word for a scheduler: the run stopped by a signal, saved, and can go on."""
+        word = {"step": state.step, "signal": signal_name, "time": time.time()}
         (self.path / "preempted.json").write_text(json.dumps(word))
 
     def try_checkpoint(
@@ -99,7 +99,9 @@ class RunFiles:
         """
         needed, free = training_bytes(model), shutil.disk_usage(self.path).free
         if free < needed:
-            raise ArtefactError(f"{self.path}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+            raise ArtefactError(
+                f"{self.path}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+            )
         trial = self.path / "checkpoints.trial"
         start = time.perf_counter()
         try:
@@ -115,7 +117,9 @@ class RunFiles:
         except InlError:
             raise
         except OSError as error:
-            raise ArtefactError(f"{self.path}: a checkpoint cannot be saved here: {error}; free space or choose --run-dir") from error
+            raise ArtefactError(
+                f"{self.path}: a checkpoint cannot be saved here: {error}; free space or choose --run-dir"
+            ) from error
         finally:
             # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.
             optimizers.forget()

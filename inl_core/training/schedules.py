@@ -8,7 +8,7 @@ from inl_core.recipe import ScheduleSettings
 def learning_rate_factor(settings: ScheduleSettings, step: int, num_steps: int) -> float:
     """Share of the peak learning rate for optimizer step `step`, counted 0 .. num_steps - 1.
 
-    Warm-up rises linearly and reaches 1 at its last step. `wsd` then stays at 1 and falls linearly to `final_ratio` over
+    Warm-up rises linearly and reaches 1 at its last step. `wsd` then stays at 1 and falls linearly to `final_ratio` in
     the decay steps (the step after the last would be exactly `final_ratio`); `cosine` falls along half a cosine.
     """
     warmup = round(settings.warmup_fraction * num_steps)

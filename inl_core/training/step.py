@@ -47,9 +47,7 @@ class LossModule(nn.Module):
         """The forward pass alone."""
         options = Options(energy_power=weights.energy_power if weights.needs_terms else None)
         with self.autocast:
-            return self.model(
-                batch.tokens, positions=batch.positions, document_ids=batch.document_ids, options=options
-            )
+            return self.model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, options=options)
 
     def forward(
         self, batch: MicroBatch, weights: AuxiliaryWeights, count: Tensor, total: Tensor | None
@@ -57,7 +55,7 @@ class LossModule(nn.Module):
         """Shares of every loss in the global mean over `count` target tokens.
 
         `task`, and where their weight is not zero `mean`, `speed`, `energy`, unweighted; `total` is the weighted sum to
-        differentiate; `moments` (2, L, D) are this part's sums of the final states, without gradient, where a layer has one.
+        differentiate; `moments` (2, L, D) are this part's sums of the final states, without gradient.
 
         Args:
             total: state moments of the whole batch when this is only a part of it; None when it is all of it.
@@ -71,7 +69,7 @@ class LossModule(nn.Module):
             terms["moments"] = local.detach()
         if local is not None and weights.mean > 0:
             whole = local.detach() if total is None else total
-            mu = torch.stack([block.integrator.equilibrium() for block in self.model.blocks])  # type: ignore[union-attr]
+            mu = torch.stack([integrator.equilibrium() for integrator in self.model.integrators()])
             terms["mean"] = mean_loss_share(local, whole, mask.sum(), count, mu, weights.variance_weighted)
         for name in ("speed", "energy"):
             if getattr(weights, name) > 0:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from inl_core.corpus.loader import Batch, BatchLoader, TokenDataset, evaluation_batches
-from inl_core.errors import Interrupted, NonFiniteError
+from inl_core.errors import InlError, Interrupted, NonFiniteError
 from inl_core.inference.evaluate import Evaluation, evaluate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
@@ -32,7 +32,7 @@ from inl_core.training.distributed import World, parallelize, prepare_blocks
 from inl_core.training.dynamics import headline, record_layers, write_record
 from inl_core.training.interruption import StopSignal
 from inl_core.training.losses import AuxiliaryWeights
-from inl_core.training.metrics import MetricsWriter, best_step
+from inl_core.training.metrics import MetricsWriter, best_step, read_metrics
 from inl_core.training.nonfinite import write_nonfinite_report
 from inl_core.training.optimizers import build_optimizers
 from inl_core.training.run import RunFiles
@@ -88,8 +88,6 @@ class Trainer:
         self.loss_module = parallelize(LossModule(self.model, self.autocast), world)
         self.state = TrainState(data_fingerprint=train.fingerprint, world_size=world.size)
         self.metrics = MetricsWriter(run.path, recipe, self._warn) if world.is_main else None
-        self.last_evaluation: Evaluation | None = None
-        self.last_gains: dict[str, float] = {}
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint as if the run had never stopped."""
@@ -106,7 +104,9 @@ class Trainer:
         self.model.train()
         if self.state.step == 0:
             self._try_checkpoint()
-        total = self.settings.num_steps
+        elif self._missed_evaluation():  # the run was stopped between saving and evaluating
+            self._evaluate(self.settings.evaluation.tokens)
+        total, saved = self.settings.num_steps, True
         with StopSignal() as stop:
             while self.state.step < total:
                 stopping = self._train_step(stop)
@@ -117,10 +117,13 @@ class Trainer:
                         raise self._interrupted(stop, saved)
                 if not done and _due(self.state.step, self.settings.evaluation.every):
                     self._evaluate(self.settings.evaluation.tokens)
-        if self.last_evaluation is None or self.state.step == total:
-            self._evaluate(self.settings.evaluation.final_tokens)
-        assert self.last_evaluation is not None
-        return self.last_evaluation
+        evaluation = self._evaluate(self.settings.evaluation.final_tokens)
+        if not saved:
+            raise InlError(
+                f"{self.run.path}: trained to step {total} ({evaluation.bits_per_byte:.4f} bits per byte), but the "
+                f"last checkpoint could not be saved; make room, then `inl resume {self.run.path}` repeats what is missing"
+            )
+        return evaluation
 
     def time_step(self) -> float:
         """Seconds one step's forward and backward passes take, measured on the first batch; nothing is updated."""
@@ -145,7 +148,9 @@ class Trainer:
         batch = self.loader.batch(step)
         parts = micro_batches(batch, self.micro_batch, self.world.device)
         # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
-        local = torch.tensor([*self._count(batch), float(stop.requested)], dtype=torch.float64, device=self.world.device)
+        local = torch.tensor(
+            [*self._count(batch), float(stop.requested)], dtype=torch.float64, device=self.world.device
+        )
         count, num_bytes, stopping = self.world.sum(local).tolist()
         terms = self._backward(parts, now, max(1.0, count))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
@@ -209,8 +214,8 @@ class Trainer:
     def _adapt_mu(self, terms: dict[str, Tensor], count: float) -> None:
         """The seeds' moving average of mu over the global batch's mean final states."""
         if self._adaptation_rate > 0:
-            for block, total in zip(self.model.blocks, terms["moments"][0], strict=True):
-                block.integrator.equilibrium.adapt(total / count, self._adaptation_rate)  # type: ignore[union-attr]
+            for integrator, total in zip(self.model.integrators(), terms["moments"][0], strict=True):
+                integrator.equilibrium.adapt(total / count, self._adaptation_rate)
 
     def _check_finite(self, terms: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
         if math.isfinite(terms["task"].item()) and math.isfinite(norm.item()):
@@ -219,8 +224,8 @@ class Trainer:
         write_nonfinite_report(where, self.model, self.state.step, terms, norm, batch, self.run.tokenizer)
         raise NonFiniteError(
             f"step {self.state.step + 1}: loss {terms['task'].item():g}, gradient norm {norm.item():g}; stopped before "
-            f"the update. {where} has the batch and the tensors; try a lower training.optimizer.learning_rate, or resume "
-            f"from the last checkpoint"
+            f"the update. {where} has the batch and the tensors; try a lower training.optimizer.learning_rate, or "
+            f"resume from the last checkpoint"
         )
 
     # What is written --------------------------------------------------------------------------------------------
@@ -240,8 +245,9 @@ class Trainer:
         if not self.world.is_main:
             return
         every = self.settings.logging.dynamics_every
+        gains: dict[str, float] = {}
         if self.model.config.integrator and every and (self.state.step == 1 or _due(self.state.step, every)):
-            self._record_dynamics(part)
+            gains = self._record_dynamics(part)
         task = terms["task"].item()
         row: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens, "loss": task}
         row |= {f"loss_{name}": terms[name].item() for name in ("mean", "speed", "energy") if name in terms}
@@ -255,12 +261,13 @@ class Trainer:
         }
         if self.model.config.integrator:
             row |= {"phase": now.phase, "lambda_mean": now.lambda_mean, "A": self.model.excitation_amplitude.item()}
-            row |= {"iterations": float(self.model.config.num_iterations), **self.last_gains}
+            row |= {"iterations": float(self.model.config.num_iterations), **gains}
         assert self.metrics is not None
         self.metrics.write(row)
         self.observer.on_metrics(row)
 
-    def _record_dynamics(self, part: MicroBatch) -> None:
+    def _record_dynamics(self, part: MicroBatch) -> dict[str, float]:
+        """Write this step's record of the dynamics; its headline comes back."""
         rows_used = slice(0, max(1, 1024 // part.tokens.shape[1]))
         extra = {
             name: None if (tensor := getattr(part, name)) is None else tensor[rows_used]
@@ -268,13 +275,20 @@ class Trainer:
         }
         with self.autocast:
             rows = record_layers(self.model, part.tokens[rows_used], **extra)
-        self.last_gains = headline(rows)
         try:
             write_record(self.run.path, self.state.step, rows)
         except OSError as error:
             self._warn(f"dynamics of step {self.state.step} not written: {error.strerror or error}")
+        return headline(rows)
 
-    def _evaluate(self, tokens: int | None) -> None:
+    def _missed_evaluation(self) -> bool:
+        step, every = self.state.step, self.settings.evaluation.every
+        if step == self.settings.num_steps or not _due(step, every):
+            return False
+        rows = read_metrics(self.run.path) if self.world.is_main else []
+        return self.world.broadcast(not any(row["step"] == step and "validation_loss" in row for row in rows))
+
+    def _evaluate(self, tokens: int | None) -> Evaluation:
         length = self.settings.sequence_length
         batches: Iterable[Batch] = evaluation_batches(
             self.validation, sequence_length=length, stride=length, batch_size=self.micro_batch, max_tokens=tokens
@@ -286,17 +300,17 @@ class Trainer:
             autocast=self.autocast,
             reduce=self.world.sum,
         )
-        self.last_evaluation = evaluation
         if self.metrics is not None:
             row = {f"validation_{name}": value for name, value in asdict(evaluation).items()}
             self.metrics.write({"step": self.state.step, "tokens": self.state.tokens, **row})
             self.observer.on_evaluation(self.state.step, evaluation)
             self._retain()
+        return evaluation
 
-    def _save(self) -> Path | None:
-        """Save a checkpoint; None when the disk would not take it, which costs nothing that was saved before."""
+    def _save(self) -> bool:
+        """Save a checkpoint; False when the disk would not take it, which costs nothing that was saved before."""
         self.state.rng = capture_rng()
-        path = None
+        saved = False
         if self.world.is_main:
             start = time.perf_counter()
             try:
@@ -304,11 +318,14 @@ class Trainer:
                     self.run.checkpoints, self.state, self.model, self.optimizers, self.run.documents(self.state)
                 )
             except OSError as error:
-                self._warn(f"checkpoint of step {self.state.step} not saved: {error}; earlier checkpoints are untouched")
+                self._warn(
+                    f"checkpoint of step {self.state.step} not saved: {error}; earlier checkpoints are untouched"
+                )
             else:
+                saved = True
                 self.observer.on_checkpoint(path, time.perf_counter() - start)
                 self._retain()
-        return self.world.broadcast(path)
+        return self.world.broadcast(saved)
 
     def _retain(self) -> None:
         keep = self.settings.checkpoint
@@ -321,14 +338,16 @@ class Trainer:
             self.run.try_checkpoint(self.state, self.model, self.optimizers, self.observer.on_message)
         self.world.barrier()
 
-    def _interrupted(self, stop: StopSignal, saved: Path | None) -> Interrupted:
+    def _interrupted(self, stop: StopSignal, saved: bool) -> InlError:
+        step = self.state.step
+        if not saved:
+            return InlError(
+                f"stopped by {stop.name} at step {step}, and the checkpoint could not be saved; "
+                f"`inl resume {self.run.path}` goes on from the one before"
+            )
         if self.world.is_main:
-            self.run.write_preempted(self.state, stop.name, saved)
-        if saved is None:
-            return Interrupted(f"stopped by {stop.name} at step {self.state.step}, and the checkpoint could not be saved")
-        return Interrupted(
-            f"stopped by {stop.name} at step {self.state.step}, saved {saved}; continue with: inl resume {self.run.path}"
-        )
+            self.run.write_preempted(self.state, stop.name)
+        return Interrupted(f"stopped by {stop.name} at step {step}, saved; continue with: inl resume {self.run.path}")
 
     def _warn(self, text: str) -> None:
         self.observer.on_message(text, warning=True)

@@ -8,18 +8,7 @@ import pytest
 
 from inl_core.corpus.shards import prepare
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
-from inl_core.recipe.data import DataSettings, TokenizerSettings
-
-WORDS = "alpha beta gamma delta naïve 東京 🙂 the of and if else return def class import 12 345 <|bos|> \t".split(" ")
-
-
-def random_text(generator: random.Random, num_words: int) -> str:
-    return " ".join(generator.choice(WORDS) for _ in range(num_words)) + "\n"
-
-
-def settings(*sources: object, vocab_size: int = 300, **changes: object) -> DataSettings:
-    changes.setdefault("tokenizer", TokenizerSettings(vocab_size=vocab_size))
-    return DataSettings(sources=tuple(map(str, sources)), **changes)  # pyright: ignore
+from tests.corpus.texts import random_text, settings
 
 
 @pytest.fixture(scope="session")

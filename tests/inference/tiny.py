@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.shards import load_manifest, prepare
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.inference.artefacts import MANIFEST, file_digest
 from inl_core.model import IntegratorLanguageModel
-from inl_core.recipe import ModelConfig, OptimizerSettings, Recipe
+from inl_core.recipe import DataSettings, ModelConfig, OptimizerSettings, Recipe, TokenizerSettings
 from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.checkpoint import TrainState, save_checkpoint
 from inl_core.training.optimizers import build_optimizers
@@ -19,7 +19,8 @@ from inl_core.training.run import RunFiles
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs!\n"
-    "def greet(name):\n    return f'Hello, {name}'\n\nGr\u00fc\u00dfe aus K\u00f6ln, \u3053\u3093\u306b\u3061\u306f, \U0001f600.\n"
+    "def greet(name):\n    return f'Hello, {name}'\n\n"
+    "Gr\u00fc\u00dfe aus K\u00f6ln, \u3053\u3093\u306b\u3061\u306f, \U0001f600.\n"
 )
 PRESETS = ("v3", "v4", "transformer")
 
@@ -67,12 +68,12 @@ def perturb(model: IntegratorLanguageModel, seed: int) -> None:
         parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
 
 
-def recipe(preset: str, directory: Path | None = None, **changes: Any) -> Recipe:
+def recipe(preset: str, **changes: Any) -> Recipe:
     """A recipe for the tiny model."""
     values = {
         "name": f"tiny-{preset}",
         "model": config(preset, **changes).model_dump(mode="json"),
-        "data": {"directory": str(directory) if directory else None, "tokenizer": {"vocab_size": 300}},
+        "data": {"tokenizer": {"vocab_size": 300}},
         "training": {"steps": 10, "sequence_length": 32, "batch_tokens": 64},
     }
     return recipe_from_mapping(values)
@@ -81,11 +82,11 @@ def recipe(preset: str, directory: Path | None = None, **changes: Any) -> Recipe
 def write_checkpoint(run: Path, preset: str = "v4", *, step: int = 7, data: Path | None = None, **changes: Any) -> Path:
     """A checkpoint as training writes it, in a run directory of its own."""
     model = tiny_model(preset, **changes)
-    wanted = recipe(preset, data, **changes)
-    files = RunFiles(run, wanted, Tokenizer.load(data / "tokenizer.json") if data else tokenizer())
+    files = RunFiles(run, recipe(preset, **changes), tokenizer(), data or Path("data/none"))
     files.create()
     optimizers = build_optimizers(model, OptimizerSettings(), torch.device("cpu"))
-    state = TrainState(step=step, samples=2 * step, tokens=64 * step, data_fingerprint="none")
+    fingerprint = load_manifest(data).fingerprint if data else "none"
+    state = TrainState(step=step, samples=2 * step, tokens=64 * step, data_fingerprint=fingerprint)
     return save_checkpoint(files.checkpoints, state, model, optimizers, files.documents(state))
 
 
@@ -101,15 +102,13 @@ def reseal(checkpoint: Path) -> None:
 def write_data(directory: Path) -> Path:
     """A prepared data set of a few documents, encoded by `tokenizer()`."""
     source = directory.with_name(directory.name + "-source")
-    source.mkdir()
+    source.mkdir(parents=True)
     for number in range(30):
         lines = [f"Document {number}, line {line}: {TEXT[line : line + 40]!r}\n" for line in range(number, number + 6)]
         (source / f"{number:02}.txt").write_text("".join(lines))
     file = directory.with_name("tokenizer.json")
     tokenizer().save(file)
-    settings = recipe("v4").data.model_copy(
-        update={"sources": (str(source),), "tokenizer": {"file": file}, "validation_fraction": 0.2}
+    prepare(
+        DataSettings(sources=(str(source),), tokenizer=TokenizerSettings(file=file), validation_fraction=0.2), directory
     )
-    settings = type(settings).model_validate(settings.model_dump())
-    prepare(settings, directory)
     return directory

@@ -23,9 +23,7 @@ def build(dim: int = DIM, **changes) -> tuple[Integrator, Controller]:
     controller = layer.controller or Controller(config, dim).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in {*layer.parameters(), *controller.parameters()}:
-            pass
-        for _, parameter in sorted([*layer.named_parameters(), *controller.named_parameters()]):
+        for _, parameter in sorted(dict([*layer.named_parameters(), *controller.named_parameters()]).items()):
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
     return layer, controller
 

@@ -145,14 +145,14 @@ def test_rotary_attention_depends_on_relative_positions_only():
 
 def closed_formula(config: ModelConfig) -> int:
     """Parameters of a model, counted by hand from the equations."""
-    d, l, f = config.d_model, config.num_layers, config.hidden_dim
+    d, layers, f = config.d_model, config.num_layers, config.hidden_dim
     kv = config.key_value_heads * config.head_dim
     embedding = config.vocab_size * d if config.rank is None else (config.vocab_size + d) * config.rank
     block = d * (d + 2 * kv) + d * d + 3 * d * f + d  # attention, SwiGLU, one norm
     total = embedding + d
     integrator = config.integrator
     if integrator is None:
-        return total + l * (block + d)
+        return total + layers * (block + d)
     groups, c = (
         (3, integrator.controller.width) if integrator.candidate == "feed_forward" else (4, integrator.controller.width)
     )
@@ -160,14 +160,14 @@ def closed_formula(config: ModelConfig) -> int:
     excited = max(1, math.floor(d * integrator.excitation.sparsity))
     extra = d + mu + 2 * excited + 2 * groups  # norm_state, mu, gamma and phi, scale and bias
     extra += d  # v4: layer_gain; v3: the third norm
-    return total + l * (block + extra) + 3 * d * c + c + groups * d * c
+    return total + layers * (block + extra) + 3 * d * c + c + groups * d * c
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("d_model", "layers"), [(128, 4), (512, 6)])
-def test_parameter_counts_equal_a_closed_formula(preset, d_model, layers):
+@pytest.mark.parametrize(("d_model", "num_layers"), [(128, 4), (512, 6)])
+def test_parameter_counts_equal_a_closed_formula(preset, d_model, num_layers):
     config = ModelConfig(
-        preset=preset, d_model=d_model, num_layers=layers, num_heads=8, num_kv_heads=2, vocab_size=2048
+        preset=preset, d_model=d_model, num_layers=num_layers, num_heads=8, num_kv_heads=2, vocab_size=2048
     )
     with torch.device("meta"):
         model = IntegratorLanguageModel(config)

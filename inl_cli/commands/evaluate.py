@@ -1,0 +1,139 @@
+"""`inl eval`: what a checkpoint scores on held-out or any other text."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.loading import open_model
+from inl_cli.options import (
+    CheckpointArgument,
+    DeviceOption,
+    IterationsOption,
+    JsonOption,
+    NoEarlyStoppingOption,
+    QuietOption,
+)
+from inl_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from inl_core.corpus.loader import Batch
+    from inl_core.inference.artefacts import LoadedModel
+    from inl_core.inference.texts import Text
+
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="A prepared data set; default the one the model was trained on.")
+]
+TextOption = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file as one document, or - for stdin.")]
+SplitOption = Annotated[Literal["validation", "train"], typer.Option("--split", help="Which split of the data set.")]
+WindowOption = Annotated[
+    int | None, typer.Option(help="Tokens the model sees at once; default what it was trained on.")
+]
+StrideOption = Annotated[
+    int | None, typer.Option(help="Tokens from one window to the next; less than the window gives each token context.")
+]
+TokensOption = Annotated[int | None, typer.Option("--max-tokens", "--tokens", min=1, help="Score only the first N.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass; changes speed only.")]
+
+
+@errors_to_exit_codes()
+def evaluate(
+    checkpoint: CheckpointArgument = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    split: SplitOption = "validation",
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    iterations: IterationsOption = None,
+    no_early_stopping: NoEarlyStoppingOption = False,
+    max_tokens: TokensOption = None,
+    batch_size: BatchSizeOption = 16,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score text: loss, perplexity, bits per byte, accuracy and the integrator iterations used."""
+    console = Console(json=json, quiet=quiet)
+    if data and text:
+        raise RecipeError("--data and --text: give one of them")
+    loaded = open_model(console, checkpoint, device, iterations=iterations)
+    source = _open(console, loaded, data, text, split)
+    result = _score(console, loaded, source, window, stride, iterations, no_early_stopping, max_tokens, batch_size)
+    console.result(result, lambda: _show(console, result))
+
+
+def _open(
+    console: Console, loaded: "LoadedModel", data: Path | None, text: Path | None, split: Literal["validation", "train"]
+) -> "Text":
+    from inl_core.inference.texts import open_split, open_text
+
+    source = open_text(loaded, text) if text else open_split(loaded, data, split)
+    for warning in source.warnings:
+        console.warn(warning)
+    return source
+
+
+def _score(
+    console: Console,
+    loaded: "LoadedModel",
+    source: "Text",
+    window: int | None,
+    stride: int | None,
+    iterations: int | None,
+    no_early_stopping: bool,
+    max_tokens: int | None,
+    batch_size: int,
+) -> dict[str, Any]:
+    from inl_core.inference import evaluate as evaluation
+    from inl_core.inference.texts import default_window
+
+    window = default_window(loaded) if window is None else window
+    batches = source.windows(window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
+    total = min(source.num_targets, max_tokens or source.num_targets)
+    scores = evaluation.evaluate(
+        loaded.model,
+        _counted(console, batches, total),
+        loaded.tokenizer.token_num_bytes,
+        num_iterations=iterations,
+        early_stopping=not no_early_stopping,
+    )
+    return {
+        "checkpoint": loaded.path,
+        "step": loaded.step,
+        "text": source.name,
+        "window": window,
+        "stride": stride or window,
+        "max_iterations": evaluation.default_iterations(loaded.model, iterations),
+        **asdict(scores),
+    }
+
+
+def _counted(console: Console, batches: "Iterator[Batch]", total: int) -> "Iterator[Batch]":
+    """The batches, while the console shows how many tokens are done."""
+    done = 0
+    with console.progress() as progress:
+        progress.start("evaluating", "tokens")
+        for batch in batches:
+            yield batch
+            done += batch.num_targets
+            progress.update(done, total)
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    stride, window = result["stride"], result["window"]
+    context = f"windows of {window:,} tokens, stride {stride:,}"
+    rows = [
+        ("loss", f"{result['loss']:.4f}", "nats per token"),
+        ("perplexity", f"{result['perplexity']:.2f}", "per token"),
+        ("bits per byte", f"{result['bits_per_byte']:.4f}", f"over {result['bytes']:,} bytes of text"),
+        ("accuracy", f"{result['accuracy']:.2%}", f"of {result['tokens']:,} tokens"),
+    ]
+    if result["max_iterations"]:
+        rows.append(
+            ("iterations", f"{result['iterations']:.2f}", f"a token and layer, at most {result['max_iterations']:g}")
+        )
+    rows.append(("time", f"{result['seconds']:.1f} s", f"{result['tokens'] / result['seconds']:,.0f} tokens/s"))
+    console.table(f"{result['checkpoint']} on {result['text']}\n{context}", ("", "score", ""), rows)

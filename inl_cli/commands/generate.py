@@ -1,0 +1,153 @@
+"""`inl generate`: prompts -> text, streamed."""
+
+import json as json_module
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.loading import open_model
+from inl_cli.options import (
+    CheckpointArgument,
+    DeviceOption,
+    IterationsOption,
+    JsonOption,
+    NoEarlyStoppingOption,
+    QuietOption,
+)
+from inl_core.errors import RecipeError
+from inl_core.inference.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from inl_core.inference.artefacts import LoadedModel
+
+_DEFAULTS = GenerationSettings()
+
+PromptOption = Annotated[
+    list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated; none starts from nothing.")
+]
+PromptFileOption = Annotated[
+    Path | None,
+    typer.Option(help='One prompt a line; in .jsonl each line is a string or {"prompt": ...}; - reads lines of stdin.'),
+]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens to generate, at most.")]
+TemperatureOption = Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Only the k most probable tokens.")]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", help="Only the most probable tokens that together reach this probability.")
+]
+MinPOption = Annotated[
+    float | None, typer.Option("--min-p", help="Only tokens at least this fraction as probable as the most probable.")
+]
+PenaltyOption = Annotated[float, typer.Option(help="Makes tokens that have occurred less likely; 1 is off.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the draws.")]
+NumSamplesOption = Annotated[int, typer.Option(help="Completions of each prompt.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
+ShowIterationsOption = Annotated[
+    bool, typer.Option("--show-iterations", help="Colour each token by the mean integrator iterations it took.")
+]
+
+
+@errors_to_exit_codes()
+def generate(
+    checkpoint: CheckpointArgument = None,
+    prompt: PromptOption = None,
+    prompt_file: PromptFileOption = None,
+    max_new_tokens: MaxNewTokensOption = _DEFAULTS.max_new_tokens,
+    temperature: TemperatureOption = _DEFAULTS.temperature,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: PenaltyOption = _DEFAULTS.repetition_penalty,
+    seed: SeedOption = _DEFAULTS.seed,
+    num_samples: NumSamplesOption = _DEFAULTS.num_samples,
+    stop: StopOption = None,
+    iterations: IterationsOption = None,
+    no_early_stopping: NoEarlyStoppingOption = False,
+    show_iterations: ShowIterationsOption = False,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Continue text: each prompt is printed with what the model makes of it, as it comes."""
+    console = Console(json=json, quiet=quiet)
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        num_samples=num_samples,
+        num_iterations=iterations,
+        early_stopping=not no_early_stopping,
+    )
+    prompts = _prompts(prompt, prompt_file)
+    for remark in settings.without_effect():
+        console.warn(remark)
+    _run(console, open_model(console, checkpoint, device, iterations=iterations), prompts, settings, show_iterations)
+
+
+def _run(
+    console: Console, loaded: "LoadedModel", prompts: list[str], settings: GenerationSettings, show_iterations: bool
+) -> None:
+    from inl_cli.generation_view import CompletionView
+    from inl_core.inference.generate import stream
+
+    view = CompletionView(console, loaded, settings, prompts=prompts, show_iterations=show_iterations)
+    start = time.perf_counter()
+    completions = view.show(stream(loaded.model, loaded.tokenizer, prompts, settings))
+    seconds = time.perf_counter() - start
+    data = {
+        "checkpoint": loaded.path,
+        "step": loaded.step,
+        "settings": settings,
+        "max_iterations": view.max_iterations,
+        "seconds": seconds,
+        "completions": completions,
+    }
+    console.result(data, lambda: None)
+    console.info(view.summary(completions, seconds))
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """All prompts, from the options and the file; one empty prompt when there is neither."""
+    prompts = list(given or [])
+    if file is not None:
+        found = list(_read_prompts(file))
+        if not found:
+            raise RecipeError(f"{file}: holds no prompt; write one a line")
+        prompts += found
+    return prompts or [""]
+
+
+def _read_prompts(file: Path) -> Iterator[str]:
+    name = "stdin" if str(file) == "-" else str(file)
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        lines = data.decode("utf-8").split("\n")
+    except FileNotFoundError:
+        raise RecipeError(f"{name}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name}: not UTF-8 text (byte {error.start:,}: {error.reason})") from None
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\r")
+        if line.strip():
+            yield _json_prompt(line, f"{name}:{number}") if file.suffix == ".jsonl" else line
+
+
+def _json_prompt(line: str, place: str) -> str:
+    try:
+        value: Any = json_module.loads(line)
+    except ValueError as error:
+        raise RecipeError(f"{place}: not JSON ({error})") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise RecipeError(f'{place}: neither a string nor an object with a string "prompt"')
+    return prompt

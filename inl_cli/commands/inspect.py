@@ -1,0 +1,149 @@
+"""`inl inspect` and `inl inspect-params`: what an artefact holds, and what a trained integrator does."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.loading import open_model
+from inl_cli.options import CheckpointArgument, JsonOption, QuietOption
+from inl_cli.progress import amount
+from inl_core.errors import ArtefactError, RecipeError
+
+if TYPE_CHECKING:
+    from inl_core.analysis.inspection import Overview
+    from inl_core.analysis.parameters import ParameterReport
+
+_LONGEST_TABLE = 12
+
+PathArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A recipe, or the directory of a data set, a run or a checkpoint.")
+]
+MeasuredTextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="Measure on this UTF-8 file; default the run's validation split where it is at hand."),
+]
+MeasuredTokensOption = Annotated[int, typer.Option("--max-tokens", "--tokens", min=1, help="Tokens to measure on.")]
+CsvOption = Annotated[bool, typer.Option("--csv", help="Print the layers' statistics as CSV on stdout.")]
+
+
+@errors_to_exit_codes()
+def inspect(path: PathArgument, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Show the key facts of a recipe, a data set, a run or a checkpoint."""
+    from inl_core.analysis.inspection import inspect_path
+
+    console = Console(json=json, quiet=quiet)
+    overview = inspect_path(path)
+    head = {"kind": overview.kind, "path": overview.path, "problem": overview.problem}
+    console.result(head | overview.sections, lambda: _show_overview(console, overview))
+    if overview.problem:
+        raise ArtefactError(overview.problem)
+
+
+@errors_to_exit_codes()
+def inspect_params(
+    checkpoint: CheckpointArgument = None,
+    text: MeasuredTextOption = None,
+    max_tokens: MeasuredTokensOption = 2048,
+    csv: CsvOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what each layer learned: mu, gamma and phi, and alpha, beta and gate measured on real text."""
+    if csv and json:
+        raise RecipeError("--csv and --json: give one of them")
+    console = Console(json=json, quiet=quiet)
+    loaded = open_model(console, checkpoint)
+
+    from inl_core.analysis.parameters import report_parameters
+    from inl_core.inference.texts import open_default, open_text
+
+    report = report_parameters(loaded, open_text(loaded, text) if text else open_default(loaded), max_tokens=max_tokens)
+    if csv:
+        _write_csv(report)
+    else:
+        console.result(
+            {"checkpoint": loaded.path, "step": loaded.step, **asdict(report)},
+            lambda: _show_report(console, report, f"{loaded.path}"),
+        )
+
+
+def _show_overview(console: Console, overview: "Overview") -> None:
+    console.write(f"{overview.kind} {overview.path}\n")
+    for title, section in overview.sections.items():
+        console.write("\n")
+        if isinstance(section, dict):
+            facts = [(key.replace("_", " "), _shown(key, value)) for key, value in section.items()]
+            console.table(title, ("", ""), facts)
+        elif section:
+            _show_rows(console, title, section)
+
+
+def _show_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
+    if len(rows) > _LONGEST_TABLE:
+        title += f" (the last {_LONGEST_TABLE} of {len(rows):,})"
+    cells = [[_shown(key, row.get(key)) for key in columns] for row in rows[-_LONGEST_TABLE:]]
+    console.table(title, [column.replace("_", " ") for column in columns], cells)
+
+
+def _shown(key: str, value: Any) -> Any:
+    """A value as people read it: sizes in bytes, shares in percent, short fingerprints, lists on one line."""
+    if value is None or isinstance(value, bool):
+        return value
+    if key == "bytes" or key.endswith("_bytes") or key.startswith("bytes_on"):
+        return amount(value, "B")
+    if key == "share":
+        return f"{value:.1%}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or None
+    return f"{value[:16]}..." if isinstance(value, str) and len(value) == 64 else value
+
+
+def _write_csv(report: "ParameterReport") -> None:
+    import pandas as pd
+
+    pd.DataFrame(report.layers).to_csv(sys.stdout, index=False)
+
+
+def _show_report(console: Console, report: "ParameterReport", name: str) -> None:
+    total = sum(report.parameters.values())
+    parts = [(part, number, f"{number / total:.1%}") for part, number in report.parameters.items()]
+    console.table(f"{name}: parameters", ("part", "number", "share"), [*parts, ("total", total, "100%")])
+    if not report.layers:
+        console.write("\nThis model has no integrator: no mu, gamma, phi, alpha, beta or gate to show.\n")
+        return
+    spread = ("mean", "std", "min", "max")
+    for title, columns, rows in (
+        ("mu, the learned equilibrium", (*spread, "distance from start"), _cells(report, "mu", (*spread, "drift"))),
+        (f"gamma, radians an iteration (A = {report.amplitude:.4g})", (*spread, "period, iterations"), _gamma(report)),
+        ("phi, radians", spread, _cells(report, "phi", spread)),
+    ):
+        console.write("\n")
+        console.table(title, ("layer", *columns), rows)
+    console.write(f"\nMeasured on {report.tokens:,} tokens of {report.text}:\n\n")
+    columns = ("mean", "std", "p5", "p50", "p95", "saturated")
+    gains = [(row["layer"], row["quantity"], *_values(row, columns)) for row in report.layers if "saturated" in row]
+    console.table("alpha, beta, gate", ("layer", "", *columns), gains)
+    residuals = [row["quantity"] for row in report.layers if row["layer"] == 0 and "residual" in row["quantity"]]
+    motion = [report.of(quantity) for quantity in ("velocity", *residuals)]
+    rows = [(rows[0]["layer"], *(row["mean"] for row in rows)) for rows in zip(*motion, strict=True)]
+    console.write("\n")
+    names = [name.replace("residual_", "step ") for name in residuals]
+    console.table("rms velocity, and rms change of the state in each iteration", ("layer", "velocity", *names), rows)
+
+
+def _gamma(report: "ParameterReport") -> list[tuple[Any, ...]]:
+    rows = _cells(report, "gamma", ("mean", "std", "min", "max"))
+    return [(*row, period["mean"]) for row, period in zip(rows, report.of("period"), strict=True)]
+
+
+def _cells(report: "ParameterReport", quantity: str, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    return [(row["layer"], *_values(row, names)) for row in report.of(quantity)]
+
+
+def _values(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    return [f"{row[name]:.1%}" if name == "saturated" else f"{row[name]:.4f}" for name in names]

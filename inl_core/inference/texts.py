@@ -1,0 +1,134 @@
+"""The text a model is measured on: a split of a prepared data set, a text file, or Python's own sources.
+
+- The split is the run's validation split unless told otherwise; its tokenizer must be the model's, or the figures would
+  mean nothing.
+- Windows of S tokens at a stride: S = stride scores each token once with 0 to S-1 tokens of context; a smaller stride
+  gives every token at least S - stride tokens of context and costs S / stride as much.
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from inl_core.corpus.loader import Batch, TokenDataset, evaluation_batches, text_batches
+from inl_core.corpus.manifest import MANIFEST, load_manifest
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.inference.artefacts import LoadedModel
+from inl_core.recipe.load import load_recipe
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Something to measure a model on."""
+
+    name: str
+    """What it is, in words."""
+    loaded: LoadedModel
+    source: TokenDataset | list[int]
+    """A split, or the tokens of one text."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that can be predicted."""
+        return self.source.num_tokens - 1 if isinstance(self.source, TokenDataset) else len(self.source) + 1
+
+    def windows(
+        self, *, window: int, stride: int | None = None, batch_size: int = 16, max_tokens: int | None = None
+    ) -> Iterator[Batch]:
+        """Batches that score every target once (the first `max_tokens`).
+
+        Raises:
+            RecipeError: the window does not fit the model's context, or the stride not the window.
+        """
+        limit = self.loaded.model.config.max_seq_len
+        if not 0 < window <= limit:
+            raise RecipeError(f"window {window}: must be between 1 and the model's context of {limit:,} tokens")
+        if stride is not None and not 0 < stride <= window:
+            raise RecipeError(f"stride {stride}: must be between 1 and the window of {window:,} tokens")
+        settings = {"sequence_length": window, "stride": stride, "batch_size": batch_size, "max_tokens": max_tokens}
+        if isinstance(self.source, TokenDataset):
+            return evaluation_batches(self.source, **settings)
+        return text_batches(self.loaded.tokenizer, self.source, **settings)
+
+
+def default_window(loaded: LoadedModel) -> int:
+    """The window the model was trained on."""
+    return min(loaded.config.get("sequence_length") or 512, loaded.model.config.max_seq_len)
+
+
+def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = "validation") -> Text:
+    """A split of `directory`, by default of the data the checkpoint was trained on.
+
+    Raises:
+        ArtefactError: the data set is missing or damaged, or another tokenizer encoded it.
+    """
+    if split not in SPLITS:
+        raise RecipeError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+    recipe_path = loaded.path / "recipe.yaml"
+    recipe = load_recipe(recipe_path) if recipe_path.is_file() else None
+    directory = directory or _own_data(loaded)
+    manifest = load_manifest(directory)
+    if manifest.tokenizer_fingerprint != loaded.tokenizer.fingerprint:
+        sizes = f"{manifest.vocab_size:,} tokens there, {loaded.tokenizer.vocab_size:,} in the model"
+        raise ArtefactError(
+            f"{directory}: encoded by another tokenizer than the model's ({sizes}); prepare the text with "
+            f"inl prepare-data ... --tokenizer {loaded.path / 'tokenizer.json'}"
+        )
+    dataset = TokenDataset.open(directory, split, document_mask=recipe.data.document_mask if recipe else True)
+    return Text(f"{directory}, {split} split", loaded, dataset, _leakage(loaded, directory, manifest.fingerprint))
+
+
+def open_text(loaded: LoadedModel, path: Path) -> Text:
+    """A text file (`-` is stdin) as one document; RecipeError when it is missing, ArtefactError when not UTF-8."""
+    name = "stdin" if str(path) == "-" else str(path)
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtefactError(
+            f"{name}: not UTF-8 text (byte {error.start:,}: {error.reason}); convert it first"
+        ) from None
+    if not text:
+        raise ArtefactError(f"{name}: is empty; there is nothing to measure")
+    return Text(name, loaded, loaded.tokenizer.encode(text))
+
+
+def open_default(loaded: LoadedModel) -> Text:
+    """The run's validation split where it is at hand, else real text that every Python has: the source of argparse."""
+    try:
+        return open_split(loaded)
+    except ArtefactError as error:
+        name = f"the source of Python's argparse ({error})"
+        return Text(name, loaded, loaded.tokenizer.encode(inspect.getsource(argparse)))
+
+
+def _own_data(loaded: LoadedModel) -> Path:
+    named = loaded.config.get("data_directory")
+    if named is None:
+        raise ArtefactError(f"{loaded.path}: does not name its data; name a data set (--data) or a text file (--text)")
+    directory = Path(named)
+    if not (directory / MANIFEST).is_file():
+        raise ArtefactError(
+            f"{directory}: the data the model was trained on is not here; name a data set (--data) "
+            "or a text file (--text)"
+        )
+    return directory
+
+
+def _leakage(loaded: LoadedModel, directory: Path, fingerprint: str) -> tuple[str, ...]:
+    """What to say when the data set is not the one the model saw: its held-out documents may be others."""
+    trained_on = {event.get("data") for event in loaded.config.get("provenance", [])}
+    if not trained_on or fingerprint in trained_on:
+        return ()
+    return (f"{directory}: is not the data the model was trained on, which may hold some of these documents",)

@@ -1,0 +1,448 @@
+"""A prepared data set holds every document once, survives being killed, and refuses to be stale or damaged."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from inl_core.corpus import ingest, shards
+from inl_core.corpus.manifest import default_directory
+from inl_core.corpus.shards import PrepareProgress, load_manifest, prepare, verify
+from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.recipe.data import DataSettings, TokenizerSettings
+from tests.corpus.texts import random_text, settings
+
+
+def texts_of(directory: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    found = []
+    for shard in load_manifest(directory).splits[split].shards:
+        for row in pa.ipc.open_file(directory / shard.file).read_all().to_pylist():
+            assert row["tokens"][0] == tokenizer.bos_id
+            assert row["tokens"][-1] == tokenizer.eos_id
+            text = tokenizer.decode(row["tokens"])
+            assert len(text.encode()) == row["num_bytes"]
+            found.append(text)
+    return found
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_every_document_is_in_exactly_one_split(text_directory: Path, text_data: Path) -> None:
+    train, validation = texts_of(text_data, "train"), texts_of(text_data, "validation")
+    assert sorted(train + validation) == sorted(path.read_text() for path in text_directory.iterdir())
+    assert 3 <= len(validation) <= 25
+    manifest = verify(text_data, deep=True)
+    for split, texts in (("train", train), ("validation", validation)):
+        info = manifest.splits[split]
+        assert info.documents == len(texts)
+        assert info.bytes == sum(len(text.encode()) for text in texts)
+    names = [f"train-{i:05d}-of-00003.arrow" for i in range(3)]
+    assert [shard.file for shard in manifest.splits["train"].shards] == names
+    assert set(contents(text_data)) == {
+        *("manifest.json", "tokenizer.json", "quarantine.jsonl", "validation-00000-of-00001.arrow"),
+        *names,
+    }
+
+
+def test_prompts_and_chats_are_laid_out_and_measured(tmp_path: Path) -> None:
+    chat = [("system", "be brief"), ("user", "hi"), ("assistant", "yes?"), ("user", "bye"), ("assistant", "goodbye")]
+    rows = [
+        {"prompt": "question ", "completion": "answer"},
+        {"messages": [{"role": role, "content": content} for role, content in chat]},
+    ]
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(row))
+    (tmp_path / "plain.txt").write_text("plain " * 50)
+    manifest = prepare(settings(tmp_path, validation_fraction=0.9), tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    files = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    found = [row for file in files for row in pa.ipc.open_file(tmp_path / "out" / file).read_all().to_pylist()]
+    by_size = {row["num_bytes"]: row for row in found}
+    encode, role = tokenizer.encode, tokenizer.role_id
+    prompt = [tokenizer.bos_id, *encode("question ")]
+    assert by_size[15]["tokens"] == [*prompt, *encode("answer"), tokenizer.eos_id]
+    assert by_size[15]["prompt_length"] == len(prompt)
+    turns = [[role(name), *encode(content), role("end")] for name, content in chat]
+    whole = [tokenizer.bos_id, *[token for turn in turns for token in turn], tokenizer.eos_id]
+    row = by_size[sum(len(content) for _, content in chat)]
+    assert row["tokens"] == whole
+    assert row["prompt_length"] == len(whole) - 1 - len(turns[-1]) + 1
+    assert by_size[300]["prompt_length"] == 0
+    assert manifest.has_prompts
+    assert sorted(source.format for source in manifest.sources) == [
+        "JSON Lines, messages",
+        "JSON Lines, prompt+completion",
+        "text",
+    ]
+
+
+def test_copies_are_dropped_and_never_straddle_the_split(tmp_path: Path) -> None:
+    rows = [f"document {i} with words" for i in range(100)]
+    spellings = [rows, [row.upper() for row in rows], [row.replace(" ", "\n ") for row in rows]]
+    lines = [json.dumps({"text": text}) for spelling in spellings for text in spelling]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    manifest = prepare(settings(tmp_path / "rows.jsonl", validation_fraction=0.3), tmp_path / "out")
+    assert (manifest.rows, manifest.duplicates) == (300, 200)
+    train, validation = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "validation")
+    assert sorted(train + validation) == sorted(rows)
+    assert not set(train) & set(validation)
+
+
+def test_bad_rows_are_counted_and_quarantined_and_too_many_fail(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"row {i}"}) for i in range(96)] + ["{", "[]", '{"text": 1}', '{"text": " "}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ArtefactError, match=r"3 of 100 rows are bad \(3.00%\)") as error:
+        prepare(settings(tmp_path / "rows.jsonl"), tmp_path / "out")
+    assert "rows.jsonl:97: not JSON" in str(error.value)
+    assert "--max-bad-ratio" in str(error.value)
+    manifest = prepare(settings(tmp_path / "rows.jsonl", max_bad_ratio=0.03), tmp_path / "out")
+    assert (manifest.rows, manifest.quarantined, manifest.empty) == (100, 3, 1)
+    quarantined = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["origin"].rpartition(":")[2] for row in quarantined] == ["97", "98", "99"]
+    assert all(row["reason"] for row in quarantined)
+
+
+def test_shards_are_fewer_when_there_is_little_text(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text number {number} " * 20)
+    notes = []
+    manifest = prepare(settings(tmp_path), tmp_path / "out", progress=lambda event: notes.append(event.message))
+    assert 1 <= len(manifest.splits["train"].shards) <= 2
+    assert all(shard.documents for shard in manifest.splits["train"].shards)
+    assert manifest.splits["validation"].documents == 1
+    assert any("one of them is held out" in note for note in notes if note)
+    assert any("held out" in note for note in manifest.notes)
+
+
+def test_one_document_alone_is_cut_in_two(tmp_path: Path) -> None:
+    text = "".join(f"line {i} of the only document\n" for i in range(200))
+    (tmp_path / "only.txt").write_text(text)
+    manifest = prepare(settings(tmp_path / "only.txt", validation_fraction=0.1), tmp_path / "out")
+    (head,), (tail,) = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "validation")
+    assert head + tail == text
+    assert head.endswith("\n")
+    assert len(tail) == pytest.approx(0.1 * len(text), rel=0.1)
+    assert "its last 10% is held out" in manifest.notes[0]
+
+
+def test_a_given_tokenizer_is_used_and_belongs_to_the_settings(
+    text_directory: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "mine.json")
+    chosen = settings(text_directory, tokenizer=TokenizerSettings(file=tmp_path / "mine.json"))
+    manifest = prepare(chosen, tmp_path / "out")
+    assert manifest.tokenizer_fingerprint == tokenizer.fingerprint
+    (tmp_path / "mine.json").unlink()
+    verify(tmp_path / "out", settings=chosen)  # the data set keeps its own copy
+
+
+def test_the_tokenizer_trains_on_training_documents_only(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(
+            ("common words here " if number else "zyzzyva ") * (100 - 95 * (1 - number))
+        )
+    prepare(settings(tmp_path), tmp_path / "out")
+    assert texts_of(tmp_path / "out", "validation") == ["zyzzyva " * 5]
+    tokens = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert any("common" in token for token in tokens)
+    assert not any("zy" in token for token in tokens)
+
+
+@pytest.fixture
+def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    def pipe(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return pipe  # pyright: ignore
+
+
+def test_stdin_is_read_as_what_it_looks_like(tmp_path: Path, piped) -> None:
+    rows = b"".join(b'{"text": "row %d"}\n' % i for i in range(30))
+    notes = []
+    piped(rows)
+    manifest = prepare(settings("-"), tmp_path / "rows", progress=lambda event: notes.append(event.message))
+    assert manifest.rows == 30
+    assert "stdin: read as JSON Lines" in notes
+    piped(rows)
+    assert prepare(settings("-"), tmp_path / "rows") == manifest
+    piped(b"other text")
+    with pytest.raises(ArtefactError, match="other text on stdin"):
+        prepare(settings("-"), tmp_path / "rows")
+    piped(b"plain\ntext\n")
+    assert prepare(settings("-"), tmp_path / "plain").sources[0].format == "text"
+    piped(b"")
+    with pytest.raises(ArtefactError, match="no document"):
+        prepare(settings("-"), tmp_path / "empty")
+
+
+def test_nothing_is_done_twice_and_nothing_replaced_unasked(text_directory: Path, tmp_path: Path) -> None:
+    chosen = settings(text_directory)
+    manifest = prepare(chosen, tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert prepare(chosen, tmp_path / "out") == manifest
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(ArtefactError, match="vocab_size was 300, is now 310"):
+        prepare(settings(text_directory, vocab_size=310), tmp_path / "out")
+    replaced = prepare(settings(text_directory, num_shards=2), tmp_path / "out", overwrite=True)
+    assert len(replaced.splits["train"].shards) == 2
+    assert verify(tmp_path / "out", deep=True) == replaced
+    assert not list((tmp_path / "out").glob("*-of-00008*"))
+
+
+def test_a_failed_replacement_leaves_the_old_data_set(text_directory: Path, tmp_path: Path) -> None:
+    manifest = prepare(settings(text_directory), tmp_path / "out")
+    with pytest.raises(RecipeError, match="no such file"):
+        prepare(settings(tmp_path / "gone"), tmp_path / "out", overwrite=True)
+    assert verify(tmp_path / "out", deep=True) == manifest
+
+
+class Stopped(BaseException):
+    """Stands for a kill at one moment."""
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "CHUNK_BYTES", 4000)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_run_stopped_anywhere_ends_like_one_never_stopped(tmp_path: Path) -> None:
+    generator, source = random.Random(5), tmp_path / "source"
+    source.mkdir()
+    lines = [json.dumps({"text": random_text(generator, 40)}) for _ in range(120)]
+    (source / "rows.jsonl").write_text("\n".join([*lines, "{bad", *lines[:10]]))
+    (source / "a.txt").write_text(random_text(generator, 100))
+    chosen = settings(source, num_shards=2, max_bad_ratio=0.5)
+    events: list[PrepareProgress] = []
+    prepare(chosen, tmp_path / "whole", progress=events.append)
+    num_tokenise = sum(event.stage == "tokenise" for event in events)
+    expected = contents(tmp_path / "whole")
+
+    stopped_in = []
+    for moment in count(1):
+        directory, events = tmp_path / f"at-{moment}", []
+
+        def stop(event: PrepareProgress, moment: int = moment, events: list = events) -> None:
+            events.append(event)
+            if len(events) == moment:
+                raise Stopped
+
+        try:
+            prepare(chosen, directory, progress=stop)
+            break
+        except Stopped:
+            stage = events[-1].stage
+            stopped_in.append(stage)
+        if stage != "done":
+            with pytest.raises(ArtefactError, match=r"not finished|no data set here"):
+                verify(directory)
+        again = []
+        prepare(chosen, directory, progress=again.append)
+        if stage in ("tokenise", "shards"):  # neither read nor tokenised again
+            assert not any(event.stage in ("read", "tokenizer") and event.total for event in again)
+            assert sum(event.stage == "tokenise" for event in again) <= num_tokenise - stopped_in.count("tokenise") + 1
+        assert contents(directory) == expected
+        shutil.rmtree(directory)
+    assert set(stopped_in) == {"hash", "read", "tokenizer", "tokenise", "shards", "done"}
+    assert len(stopped_in) > 25
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_one_document_cut_in_two_survives_a_stop_after_its_tokens(tmp_path: Path) -> None:
+    (tmp_path / "only.txt").write_text("".join(f"line {i}\n" for i in range(300)))
+    chosen = settings(tmp_path / "only.txt")
+    prepare(chosen, tmp_path / "whole")
+
+    def stop(event: PrepareProgress) -> None:
+        if event.stage == "tokenise":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        prepare(chosen, tmp_path / "out", progress=stop)
+    prepare(chosen, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from inl_core.corpus import ingest
+from inl_core.corpus.shards import prepare
+from inl_core.recipe.data import DataSettings
+ingest.CHUNK_BYTES = 4_000
+def kill(event):
+    if event.stage == "tokenise" and event.done > 10_000 and len(sys.argv) > 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+settings = DataSettings.model_validate({"sources": [sys.argv[1]], "tokenizer": {"vocab_size": 300}})
+prepare(settings, sys.argv[2], progress=kill)
+"""
+
+
+def test_a_killed_process_is_continued(text_directory: Path, tmp_path: Path) -> None:
+    def run(name: str, *arguments: str) -> int:
+        command = [sys.executable, "-c", KILLED, str(text_directory), str(tmp_path / name), *arguments]
+        return subprocess.run(command, check=False, cwd=Path(shards.__file__).parents[2]).returncode
+
+    assert run("killed", "kill") == -signal.SIGKILL
+    assert list((tmp_path / "killed" / ".prepare").glob("tokens-*.arrow"))
+    assert run("killed") == 0
+    assert run("whole") == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_other_settings_after_a_stop_start_over(text_directory: Path, tmp_path: Path) -> None:
+    def stop(event: PrepareProgress) -> None:
+        if event.stage == "shards":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        prepare(settings(text_directory), tmp_path / "out", progress=stop)
+    changed, notes = settings(text_directory, vocab_size=290), []
+    prepare(changed, tmp_path / "out", progress=lambda event: notes.append(event.message))
+    assert any("starting over" in note for note in notes if note)
+    prepare(changed, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_two_preparations_of_one_directory_do_not_meet(text_directory: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def second(event: PrepareProgress) -> None:
+        if event.stage == "tokenizer" and not refused:
+            with pytest.raises(ArtefactError, match="another process"):
+                prepare(settings(text_directory), tmp_path / "out")
+            refused.append(True)
+
+    prepare(settings(text_directory), tmp_path / "out", progress=second)
+    assert refused
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = [
+    ("train-00001-of-00003.arrow", Path.unlink, False, "missing"),
+    ("train-00001-of-00003.arrow", lambda path: os.truncate(path, 100), False, "100 bytes, the manifest says"),
+    ("train-00001-of-00003.arrow", flip, True, "damaged"),
+    ("tokenizer.json", Path.unlink, False, "cannot read the tokenizer"),
+    ("tokenizer.json", lambda path: path.write_text("{}"), False, "not a tokenizer.json"),
+    ("manifest.json", Path.unlink, False, "no data set here"),
+    ("manifest.json", lambda path: os.truncate(path, 300), False, "damaged"),
+    ("manifest.json", lambda path: path.write_text("{}"), False, "damaged"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "deep", "message"), DAMAGE)
+def test_damage_is_named_with_the_fix(
+    text_data: Path, tmp_path: Path, name: str, damage, deep: bool, message: str
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(text_data, directory)
+    verify(directory, deep=deep)
+    damage(directory / name)
+    with pytest.raises(ArtefactError, match=message) as error:
+        verify(directory, deep=deep)
+    assert str(directory) in str(error.value)
+
+
+def test_another_tokenizer_in_the_data_set_is_noticed(text_data: Path, prompt_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(text_data, tmp_path / "copy")
+    shutil.copy(prompt_data / "tokenizer.json", tmp_path / "copy")
+    with pytest.raises(ArtefactError, match="not the tokenizer that encoded this data set"):
+        verify(tmp_path / "copy")
+
+
+def test_changed_sources_make_a_data_set_stale(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(30):
+        (source / f"{number}.txt").write_text(f"text {number}")
+    chosen = settings(source)
+    manifest = prepare(chosen, tmp_path / "out")
+    os.utime(source / "3.txt", (1, 1))
+    assert verify(tmp_path / "out", settings=chosen) == manifest  # only touched
+    (source / "3.txt").write_text("text X")
+    with pytest.raises(ArtefactError, match=r"stale: .*3\.txt changed since it was prepared"):
+        verify(tmp_path / "out")
+    with pytest.raises(ArtefactError, match="stale"):
+        prepare(chosen, tmp_path / "out")
+    (source / "3.txt").write_text("text 3")
+    (source / "new.txt").write_text("text")
+    with pytest.raises(ArtefactError, match=r"new\.txt is new"):
+        verify(tmp_path / "out")
+    (source / "new.txt").unlink()
+    (source / "4.txt").unlink()
+    with pytest.raises(ArtefactError, match=r"4\.txt was removed"):
+        verify(tmp_path / "out")
+    shutil.rmtree(source)
+    assert verify(tmp_path / "out") == manifest  # gone altogether: the data set stands alone
+
+
+def test_unusable_input_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    for source, error, message in (
+        (tmp_path / "gone.txt", RecipeError, "no such file"),
+        (tmp_path / "empty.txt", ArtefactError, "no document"),
+    ):
+        with pytest.raises(error, match=message):
+            prepare(settings(source), tmp_path / "out")
+    prepared = tmp_path / "out" / ".prepare"
+    assert not prepared.exists() or (prepared / "plan.json").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(RecipeError, match="not empty and not a data set"):
+        prepare(settings(tmp_path / "empty.txt"), tmp_path / "mine")
+    with pytest.raises(RecipeError, match="a file; the output is a directory"):
+        prepare(settings(tmp_path / "empty.txt"), tmp_path / "empty.txt")
+
+
+def test_default_directories_are_readable_and_distinct(tmp_path: Path) -> None:
+    assert str(default_directory(DataSettings())) == "data/builtin-python-2048"
+    several = [
+        DataSettings(),
+        settings("builtin:python"),
+        settings(tmp_path / "a.txt"),
+        settings(tmp_path / "sub" / "a.txt"),
+        settings(tmp_path / "a.txt", "builtin:python"),
+        settings("builtin:python", validation_fraction=0.1),
+        settings("builtin:python", tokenizer=TokenizerSettings(file=tmp_path / "llama.json")),
+    ]
+    names = [default_directory(chosen).name for chosen in several]
+    assert len(set(names)) == len(names)
+    assert names[4].startswith("a-and-1-more-300-")
+    assert "llama" in names[6]
+
+
+def test_the_tokenizer_sample_is_bounded_and_even(
+    text_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def train(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
+        seen.extend(texts)
+        return train_tokenizer(iter(seen), vocab_size=vocab_size)
+
+    monkeypatch.setattr(shards, "train_tokenizer", train)
+    chosen = settings(text_directory, tokenizer=TokenizerSettings(vocab_size=300, sample_bytes=5000))
+    prepare(chosen, tmp_path / "out")
+    sizes = [len(text.encode()) for text in texts_of(tmp_path / "out", "train")]
+    assert 1000 < sum(len(text.encode()) for text in seen) <= 5000 < sum(sizes) / 2
+    numbers = [int(text.split()[0]) for text in seen]  # documents are numbered in the order they are read
+    assert min(numbers) < 30 < max(numbers)

@@ -1,0 +1,134 @@
+"""A small real data set and a small recipe that trains in seconds."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inl_core.corpus.loader import TokenDataset
+from inl_core.corpus.shards import prepare
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.inference.evaluate import Evaluation
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import DataSettings, Recipe
+from inl_core.recipe.presets import merge
+from inl_core.training.distributed import World
+from inl_core.training.run import RunFiles
+from inl_core.training.trainer import Trainer
+
+MODEL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 64}
+TRAINING = {
+    "steps": 12,
+    "sequence_length": 32,
+    "batch_tokens": 256,
+    "evaluation": {"every": 0, "final_tokens": 2048},
+    "checkpoint": {"every": 0},
+    "logging": {"every": 1, "dynamics_every": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def data_directory(tmp_path_factory) -> Path:
+    """A data set of a few standard-library modules, each cut into documents of some 40 lines."""
+    import dataclasses
+    import statistics
+
+    base = tmp_path_factory.mktemp("data")
+    rows = []
+    for module in (dataclasses, statistics):
+        lines = inspect.getsource(module).splitlines(keepends=True)
+        rows += [{"text": "".join(lines[start : start + 40])} for start in range(0, len(lines), 40)]
+    source = base / "modules.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = DataSettings.model_validate(
+        {"sources": (str(source),), "tokenizer": {"vocab_size": 400}, "validation_fraction": 0.1, "num_shards": 2}
+    )
+    prepare(settings, base / "set")
+    return base
+
+
+class Listener:
+    """An observer that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.evaluations: list[tuple[int, Evaluation]] = []
+        self.saved: list[Path] = []
+        self.messages: list[str] = []
+
+    def on_metrics(self, row):
+        self.rows.append(row)
+
+    def on_evaluation(self, step, evaluation):
+        self.evaluations.append((step, evaluation))
+
+    def on_checkpoint(self, path, seconds):
+        self.saved.append(path)
+
+    def on_message(self, text, warning=False):
+        self.messages.append(text)
+
+
+@pytest.fixture
+def make_recipe(data_directory):
+    """make_recipe(training={...}, model={...}) -> Recipe on the small data set."""
+
+    def make(**changes) -> Recipe:
+        data = {
+            "sources": (str(data_directory / "modules.jsonl"),),
+            "directory": data_directory / "set",
+            "tokenizer": {"vocab_size": 400},
+            "validation_fraction": 0.1,
+            "num_shards": 2,
+        }
+        base = {"name": "test", "model": MODEL, "training": TRAINING, "data": data}
+        return Recipe.model_validate(merge(base, changes))
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(data_directory, tmp_path):
+    """make_trainer(recipe, name) -> (Trainer, Listener), with the run's files below the test's directory."""
+    import torch
+
+    def make(recipe: Recipe, name: str = "run") -> tuple[Trainer, Listener]:
+        directory = data_directory / "set"
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+        model = IntegratorLanguageModel(recipe.model.with_vocab_size(tokenizer.vocab_size))
+        model.initialise(recipe.training.seed)
+        run = RunFiles(tmp_path / name, recipe, tokenizer, directory)
+        run.create()
+        world, listener = World(0, 1, torch.device("cpu")), Listener()
+        train, validation = (
+            TokenDataset.open(directory, split, document_mask=recipe.data.document_mask)
+            for split in ("train", "validation")
+        )
+        return Trainer(recipe, model, train, validation, run, world, listener), listener
+
+    return make
+
+
+@pytest.fixture
+def recipe_file(make_recipe, tmp_path):
+    """recipe_file(**changes) -> the path of a YAML recipe."""
+    from inl_core.recipe.load import dump_recipe
+
+    def write(**changes) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(dump_recipe(make_recipe(**changes)))
+        return path
+
+    return write
+
+
+def run_inl(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "inl_cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **options)

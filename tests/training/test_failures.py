@@ -1,0 +1,218 @@
+"""What can go wrong in a run: signals, bad numbers, full disks, damaged checkpoints, changed data."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from inl_core.errors import NonFiniteError
+from inl_core.inference.artefacts import list_checkpoints, verify_checkpoint
+from inl_core.training.metrics import read_metrics
+from tests.training.conftest import run_inl
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_loss_stops_before_the_update(make_recipe, make_trainer, poison):
+    trainer, _ = make_trainer(make_recipe())
+    original = trainer._train_step
+
+    def train_step(stop):
+        if trainer.state.step == 3:
+            with torch.no_grad():
+                trainer.model.blocks[0].attention.output.weight[0, 0] = poison
+            trainer.before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+        return original(stop)
+
+    trainer._train_step = train_step
+    with pytest.raises(NonFiniteError, match="step 4"):
+        trainer.fit()
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, trainer.before[name], rtol=0, atol=0, equal_nan=True)
+    report = json.loads((trainer.run.path / "reports" / "nonfinite-step-4-rank-0.json").read_text())
+    assert "blocks.0.attention.output.weight" in report["not_finite"]
+    assert len(report["batch"]) == 8
+    assert report["batch"][0]["text"]
+
+
+def test_a_non_finite_loss_exits_with_3(recipe_file, tmp_path):
+    recipe = recipe_file(training={"optimizer": {"learning_rate": 1e30}, "schedule": {"name": "constant"}})
+    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert "learning_rate" in done.stderr
+
+
+def test_sigterm_saves_exits_with_75_and_resume_completes_the_same_run(recipe_file, tmp_path):
+    recipe = recipe_file(training={"steps": 60})
+    whole = run_inl("train", recipe, "--run-dir", "whole", "--quiet", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inl_cli", "train", str(recipe), "--run-dir", "parts"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(read_metrics(tmp_path / "parts")) < 5:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "inl resume parts" in errors
+    stopped = json.loads((tmp_path / "parts" / "preempted.json").read_text())["step"]
+    assert 0 < stopped < 60
+    resumed = run_inl("resume", "parts", "--json", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["step"] == 60
+    assert not (tmp_path / "parts" / "preempted.json").exists()
+    one, two = (
+        [(row["step"], row["loss"]) for row in read_metrics(tmp_path / name) if "loss" in row]
+        for name in ("whole", "parts")
+    )
+    assert one == two, metrics
+
+
+def limited_to(size: int):
+    """A quota: no file of the process may grow beyond `size` bytes."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_no_room_for_a_checkpoint_is_found_before_the_first_step(recipe_file, tmp_path):
+    done = run_inl("train", recipe_file(), "--run-dir", "run", "--quiet", cwd=tmp_path, preexec_fn=limited_to(20_000))
+    assert done.returncode == 4, done.stderr
+    assert "checkpoint cannot be saved" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_fills_up_costs_no_earlier_checkpoint_and_does_not_stop_the_run(
+    make_recipe, make_trainer, monkeypatch
+):
+    recipe = make_recipe(training={"checkpoint": {"every": 4}, "steps": 12})
+    trainer, heard = make_trainer(recipe)
+    original = trainer._train_step
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def train_step(stop):
+        full = 4 <= trainer.state.step < 9  # the save after step 8 meets a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if full else soft, hard))
+        return original(stop)
+
+    trainer._train_step = train_step
+    try:
+        trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in heard.saved] == ["step-00000004", "step-00000012"]
+    assert any("step 8 not saved" in message for message in heard.messages)
+    for path in list_checkpoints(trainer.run.checkpoints):
+        verify_checkpoint(path)
+    assert not list(trainer.run.checkpoints.glob("*.tmp"))
+
+
+@pytest.fixture
+def finished(recipe_file, tmp_path):
+    """A finished run with checkpoints at steps 4, 8 and 12."""
+    recipe = recipe_file(training={"checkpoint": {"every": 4, "keep_last": 3}})
+    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "run"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "flipped byte": lambda path: flip(path / "model.safetensors"),
+    "truncated": lambda path: os.truncate(path / "training_state" / "optimizer.safetensors", 1000),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "missing file": lambda path: (path / "training_state" / "progress.json").unlink(),
+}
+
+
+def test_resume_takes_the_newest_intact_checkpoint_and_names_those_it_skipped(finished, tmp_path):
+    checkpoints = finished / "checkpoints"
+    pristine = tmp_path / "pristine"
+    shutil.copytree(checkpoints, pristine)
+    for name, damage in DAMAGE.items():
+        shutil.rmtree(checkpoints)
+        shutil.copytree(pristine, checkpoints)
+        damage(checkpoints / "step-00000012")
+        done = run_inl("resume", "run", "--json", cwd=tmp_path)
+        assert done.returncode == 0, (name, done.stderr)
+        assert "skipped" in done.stderr, name
+        assert "step-00000012" in done.stderr, name
+        assert json.loads(done.stdout)["step"] == 12
+        assert [row["step"] for row in read_metrics(finished) if "loss" in row] == list(range(1, 13)), name
+
+
+def test_resume_without_an_intact_checkpoint_exits_with_4(finished, tmp_path):
+    for path in list_checkpoints(finished / "checkpoints"):
+        flip(path / "model.safetensors")
+    done = run_inl("resume", "run", "--quiet", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "none of its 3 checkpoints is intact" in done.stderr
+
+
+def test_resume_refuses_a_change_of_the_experiment_and_accepts_it_when_allowed(finished, tmp_path):
+    refused = run_inl("resume", "run", "--steps", "14", "--set", "training.seed=1", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--allow-change training.seed" in refused.stderr
+    allowed = run_inl(
+        "resume",
+        "run",
+        "--steps",
+        "14",
+        "--set",
+        "training.seed=1",
+        "--allow-change",
+        "training.seed",
+        "--json",
+        cwd=tmp_path,
+    )
+    assert allowed.returncode == 0, allowed.stderr
+    assert json.loads(allowed.stdout)["step"] == 14
+    assert "training.steps" in allowed.stderr
+
+
+def test_training_into_a_run_that_exists_is_refused(finished, recipe_file, tmp_path):
+    done = run_inl("train", recipe_file(), "--run-dir", "run", "--quiet", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "inl resume run" in done.stderr
+
+
+def test_a_batch_that_the_ranks_do_not_divide_shows_the_arithmetic(recipe_file, tmp_path):
+    done = run_inl("train", recipe_file(), "--set", "training.micro_batch_size=3", "--quiet", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "does not divide 8" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_data_changed_after_preparation_is_refused(recipe_file, data_directory, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(data_directory, copy)
+    recipe = recipe_file(data={"directory": str(copy / "set"), "sources": [str(copy / "modules.jsonl")]})
+    with (copy / "modules.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    assert "modules.jsonl" in done.stderr
+    shard = next((copy / "set").glob("train-*.arrow"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    shutil.copy(data_directory / "modules.jsonl", copy / "modules.jsonl")
+    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    assert shard.name in done.stderr

@@ -1,0 +1,105 @@
+"""A run that is stopped and resumed is the run that was never stopped, bit for bit."""
+
+import pytest
+import torch
+
+from inl_core.errors import Interrupted
+from inl_core.inference.artefacts import list_checkpoints
+from inl_core.training.checkpoint import newest_valid
+from inl_core.training.metrics import read_metrics
+
+VARIANTS = {
+    "v4": {},
+    "transformer": {"model": {"preset": "transformer"}},
+    "muon": {"training": {"optimizer": {"name": "muon"}}},
+    "cycle, losses, moving mu": {
+        "model": {"integrator": {"mu": {"adaptation_rate": 0.01}}},
+        "training": {"cycle": {"preset": "balanced"}, "losses": {"lambda_speed": 0.1}, "micro_batch_size": 4},
+    },
+}
+
+
+def timeless(rows):
+    """Metric rows without what a clock or the machine decides."""
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_bytes", "validation_seconds")}
+        for row in rows
+    ]
+
+
+def stop_after(trainer, step: int) -> None:
+    """Make the trainer see a signal when it has done `step` steps."""
+    original = trainer._train_step
+
+    def train_step(stop):
+        if trainer.state.step == step - 1:
+            stop.requested, stop.name = True, "SIGTERM"
+        return original(stop)
+
+    trainer._train_step = train_step
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_resuming_twice_equals_never_stopping(make_recipe, make_trainer, changes):
+    recipe = make_recipe(**changes)
+    whole, _ = make_trainer(recipe, "whole")
+    whole.fit()
+    for stop in (5, 9):
+        trainer, _ = make_trainer(recipe, "parts")
+        if stop > 5:
+            trainer.resume(newest_valid(trainer.run.checkpoints, pytest.fail))
+        stop_after(trainer, stop)
+        with pytest.raises(Interrupted):
+            trainer.fit()
+        assert list_checkpoints(trainer.run.checkpoints)[-1].name == f"step-{stop:08d}"
+    last, _ = make_trainer(recipe, "parts")
+    last.resume(newest_valid(last.run.checkpoints, pytest.fail))
+    last.fit()
+    assert timeless(read_metrics(last.run.path)) == timeless(read_metrics(whole.run.path))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, last.model.state_dict()[name]), name
+
+
+def test_resuming_across_an_epoch_boundary(make_recipe, make_trainer):
+    windows = make_trainer(make_recipe(), "probe")[0].loader.num_windows
+    sequences = 2 * windows // 5  # the third step spans two epochs
+    boundary = 3
+    recipe = make_recipe(training={"batch_tokens": 32 * sequences, "steps": 5})
+    whole, heard = make_trainer(recipe, "whole")
+    whole.fit()
+    assert heard.rows[boundary - 2]["epoch"] < 1 < heard.rows[boundary - 1]["epoch"]
+    trainer, _ = make_trainer(recipe, "parts")
+    stop_after(trainer, boundary)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    last, _ = make_trainer(recipe, "parts")
+    last.resume(newest_valid(last.run.checkpoints, pytest.fail))
+    last.fit()
+    assert timeless(read_metrics(last.run.path)) == timeless(read_metrics(whole.run.path))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, last.model.state_dict()[name]), name
+
+
+def test_the_trial_checkpoint_leaves_no_trace_in_the_training(make_recipe, make_trainer):
+    tried, _ = make_trainer(make_recipe(training={"steps": 3}), "tried")
+    tried.fit()
+    untried, _ = make_trainer(make_recipe(training={"steps": 3}), "untried")
+    untried._try_checkpoint = lambda: None
+    untried.fit()
+    for name, value in tried.model.state_dict().items():
+        assert torch.equal(value, untried.model.state_dict()[name]), name
+    assert not (tried.run.path / "checkpoints.trial").exists()
+
+
+def test_an_evaluation_that_a_stop_prevented_is_made_up_for(make_recipe, make_trainer):
+    recipe = make_recipe(training={"evaluation": {"every": 4, "tokens": 512}})
+    whole, _ = make_trainer(recipe, "whole")
+    whole.fit()
+    trainer, _ = make_trainer(recipe, "parts")
+    stop_after(trainer, 4)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    last, _ = make_trainer(recipe, "parts")
+    last.resume(newest_valid(last.run.checkpoints, pytest.fail))
+    last.fit()
+    assert timeless(read_metrics(last.run.path)) == timeless(read_metrics(whole.run.path))
