@@ -21,7 +21,7 @@ from inl_core.training.distributed import World, start_world
 from inl_core.training.dynamics import cut_records
 from inl_core.training.launch import RunData, build_model, open_data
 from inl_core.training.metrics import cut_metrics
-from inl_core.training.run import RunFiles, new_run_directory
+from inl_core.training.run import RunFiles, is_taken, new_run_directory
 from inl_core.training.trainer import Trainer
 
 
@@ -101,7 +101,7 @@ def _choose(console: Console, recipe: Recipe, run_dir: Path | None, resume: bool
         return run_dir, newest_valid(run_dir / "checkpoints", lambda text: console.warn(f"skipped: {text}"))
     if run_dir is None:
         return new_run_directory(Path("runs") / recipe.name), None
-    if run_dir.exists() and any(run_dir.iterdir()):
+    if is_taken(run_dir):
         raise ArtefactError(f"{run_dir}: not empty; `inl resume {run_dir}` continues it, another --run-dir starts anew")
     return run_dir, None
 

@@ -14,8 +14,14 @@ from typing import Any
 
 from inl_core.analysis.planning import count_parameters, meta_model, plan_recipe
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, WORK, Manifest, load_manifest, verify
-from inl_core.errors import ArtefactError, InlError
-from inl_core.inference.artefacts import checkpoint_step, list_checkpoints, read_json, verify_checkpoint
+from inl_core.errors import ArtefactError
+from inl_core.inference.artefacts import (
+    checkpoint_step,
+    list_checkpoints,
+    read_json,
+    read_model_config,
+    verify_checkpoint,
+)
 from inl_core.recipe import IntegratorConfig, ModelConfig, Recipe
 from inl_core.recipe.load import load_recipe
 from inl_core.training.launch import data_directory
@@ -120,9 +126,9 @@ def inspect_checkpoint(path: Path) -> Overview:
     problem = _problem(lambda: verify_checkpoint(path))
     try:
         config = read_json(path / "config.json")
-        model = ModelConfig.model_validate(config["model"])
-    except (InlError, KeyError, ValueError) as error:
-        raise ArtefactError(problem or f"{path / 'config.json'}: not a model configuration ({error})") from error
+        model = read_model_config(path, config)
+    except ArtefactError as error:
+        raise ArtefactError(problem or str(error)) from error
     progress_path = path / "training_state" / "progress.json"
     progress = read_json(progress_path) if progress_path.is_file() and problem is None else {}
     kept = ("samples", "tokens", "seconds", "world_size", "data_fingerprint")

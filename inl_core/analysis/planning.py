@@ -22,7 +22,7 @@ _PARTS = (
     ("mu", (".equilibrium.",)),
     ("excitation", (".excitation.",)),
     ("feed-forward", (".feed_forward.",)),
-    ("norms and gains", ("norm", "layer_gain")),
+    ("norms and gains", ("norm", "_gain")),
 )
 
 

@@ -19,6 +19,7 @@ from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
+from inl_core.recipe.problems import find_problems
 
 MANIFEST = "manifest.json"
 
@@ -120,12 +121,7 @@ def _newest_run(runs: Path) -> Path:
 def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     """The model and tokenizer of a verified checkpoint, in evaluation mode."""
     config = read_json(path / "config.json")
-    try:
-        model_config = ModelConfig.model_validate(config["model"])
-    except (KeyError, ValidationError) as error:
-        raise ArtefactError(
-            f"{path / 'config.json'}: not a model configuration this version knows ({error})"
-        ) from error
+    model_config = read_model_config(path, config)
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     if tokenizer.vocab_size != model_config.vocab_size:
         raise ArtefactError(
@@ -151,6 +147,18 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
         wrong = [*problems.missing_keys, *problems.unexpected_keys][0]
         raise ArtefactError(f"{path / 'model.safetensors'}: does not fit config.json (first difference: {wrong})")
     return LoadedModel(model.eval(), tokenizer, path, config)
+
+
+def read_model_config(path: Path, config: dict[str, Any]) -> ModelConfig:
+    """The model section of a checkpoint's config.json, or an ArtefactError that names the first wrong key."""
+    try:
+        return ModelConfig.model_validate(config["model"])
+    except KeyError:
+        problem = "it has no 'model'"
+    except ValidationError as error:
+        key, message = next(iter(find_problems(error, ModelConfig).items()))
+        problem = f"{'.'.join(('model', *map(str, key)))}: {message}"
+    raise ArtefactError(f"{path / 'config.json'}: not a model configuration this version knows ({problem})")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from inl_core.recipe import IntegratorConfig
 
-EPS = 1e-6
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
@@ -31,7 +30,6 @@ class Controller(nn.Module):
         super().__init__()
         width = config.controller.width
         self.dim, self.activation = dim, ACTIVATIONS[config.controller.activation]
-        self.normalises = config.controller.normalise_inputs
         self.context = nn.Linear(dim, width)
         # [W_x; W_v] is one parameter of shape (C, 2D).
         self.state_velocity = nn.Linear(2 * dim, width, bias=False)
@@ -39,14 +37,13 @@ class Controller(nn.Module):
 
     def hoist(self, h: Tensor) -> Tensor:
         """h W_h + b_h, (B, S, D) -> (B, S, C)."""
-        return self.context(F.rms_norm(h, h.shape[-1:], eps=EPS) if self.normalises else h)
+        return self.context(h)
 
     def hidden(self, hoisted: Tensor, x: Tensor, v: Tensor | None) -> Tensor:
         """u, (B, S, C); `v` None is a velocity of zeros."""
         weight = self.state_velocity.weight
         total = hoisted + F.linear(x, weight[:, : self.dim])
         if v is not None:
-            v = F.rms_norm(v, v.shape[-1:], eps=EPS) if self.normalises else v
             total = total + F.linear(v, weight[:, self.dim :])
         return self.activation(total)
 

@@ -21,12 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inl_core.model.controller import EPS, Controller, Head, Modulation
+from inl_core.model.controller import Controller, Head, Modulation
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
 from inl_core.recipe import IntegratorConfig
-
-INITIAL_VELOCITY_GAIN = 0.1  # about the rms of the velocities an untrained model carries
 
 
 def rms(x: Tensor) -> Tensor:
@@ -88,11 +86,9 @@ def speed_weights(num_iterations: int) -> list[float]:
 class Integrator(nn.Module):
     """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share."""
 
-    def __init__(self, config: IntegratorConfig, dim: int, *, receives_velocity: bool = False) -> None:
+    def __init__(self, config: IntegratorConfig, dim: int) -> None:
         super().__init__()
         self.config = config
-        scales = receives_velocity and config.normalise_velocity
-        self.velocity_gain = nn.Parameter(torch.empty(dim)) if scales else None
         self.equilibrium = Equilibrium(config.mu, dim)
         self.excitation = Excitation(config.excitation, dim)
         self.modulation = Modulation(config, dim)
@@ -103,8 +99,6 @@ class Integrator(nn.Module):
         self.equilibrium.initialise()
         self.excitation.initialise()
         self.modulation.initialise()
-        if self.velocity_gain is not None:
-            nn.init.constant_(self.velocity_gain, INITIAL_VELOCITY_GAIN)
 
     def gains(
         self,
@@ -157,9 +151,6 @@ class Integrator(nn.Module):
         assert controller is not None, "a shared controller must be passed in"
         mu, forcing = self.equilibrium(), self.excitation(total, amplitude)
         head, hoisted = self.modulation.fold(controller), controller.hoist(h)
-        if self.velocity_gain is not None:
-            assert velocity is not None, "this layer expects the velocity of the layer below"
-            velocity = self.velocity_gain * F.rms_norm(velocity, velocity.shape[-1:], eps=EPS)
         candidate = None if candidate is None else candidate.to(state.dtype)
         stride = config.dt * config.velocity_scale
         stopping = _EarlyStopping(config, state) if early_stopping and _stops_early(self) else None

@@ -69,10 +69,7 @@ class Block(nn.Module):
         self.norm_attention = build_norm(config)
         self.attention = Attention(config)
         self.norm_state = build_norm(config) if integrator else None
-        self.integrator = None
-        if integrator:
-            carried = layer > 0 and integrator.carry_velocity
-            self.integrator = Integrator(integrator, config.d_model, receives_velocity=carried)
+        self.integrator = Integrator(integrator, config.d_model) if integrator else None
         self.layer_gain = nn.Parameter(torch.empty(config.d_model)) if self.reads_delta else None
         self.norm_feed_forward = None if self.feeds_candidate else build_norm(config)
         self.feed_forward = FeedForward(config)

@@ -49,8 +49,6 @@ class ControllerConfig(Section):
     """What a layer adds to the shared controller: one scale and bias per output group, or one per channel."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """The hidden activation."""
-    normalise_inputs: bool = False
-    """The controller sees h and v divided by their rms; the state x is normalised already."""
 
 
 class EarlyStoppingConfig(Section):
@@ -87,8 +85,6 @@ class IntegratorConfig(Section):
     """Where v_cand comes from: the block's feed-forward of s_0 (once a layer), or the controller (each step)."""
     carry_velocity: bool = True
     """The velocity a layer ends with is the next layer's v_0; otherwise every layer starts at rest."""
-    normalise_velocity: bool = False
-    """A carried velocity enters a layer divided by its rms and scaled by a learned gain per channel."""
     readout: Literal["delta", "state"] = "delta"
     """What joins the residual stream: layer_gain (s_T - s_0), or s_T as in the seeds' code."""
     mu: MuConfig = MuConfig()

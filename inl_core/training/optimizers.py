@@ -56,9 +56,10 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
     """Split the parameters into groups and build their optimizers (fused AdamW where torch has it: CPU and CUDA)."""
     muon, decay, plain = [], [], []
     for name, parameter in model.named_parameters():
-        if settings.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
+        is_matrix = parameter.dim() == 2 and "modulation" not in name
+        if settings.name == "muon" and is_matrix and name.startswith("blocks."):
             muon.append((name, parameter))
-        elif parameter.dim() == 2 and "modulation" not in name:
+        elif is_matrix:
             decay.append((name, parameter))
         else:
             plain.append((name, parameter))

@@ -126,10 +126,18 @@ class RunFiles:
             shutil.rmtree(trial, ignore_errors=True)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether a directory holds anything worth keeping; a run that failed before its first step leaves nothing."""
+    if not path.exists() or not any(path.iterdir()):
+        return False
+    failed_start = (path / "recipe.yaml").is_file() and not (path / "metrics.jsonl").exists()
+    return not failed_start or any((path / "checkpoints").glob("step-*"))
+
+
 def new_run_directory(base: Path) -> Path:
     """`base`, or base-2, base-3, ... when there is a run already; an existing run is never written over."""
     path, number = base, 2
-    while path.exists() and any(path.iterdir()):
+    while is_taken(path):
         path, number = base.with_name(f"{base.name}-{number}"), number + 1
     return path
 

@@ -121,7 +121,7 @@ class Trainer:
         if not saved:
             raise InlError(
                 f"{self.run.path}: trained to step {total} ({evaluation.bits_per_byte:.4f} bits per byte), but the "
-                f"last checkpoint could not be saved; make room, then `inl resume {self.run.path}` repeats what is missing"
+                f"last checkpoint could not be saved; make room, then `inl resume {self.run.path}` repeats the rest"
             )
         return evaluation
 
