@@ -94,7 +94,8 @@ def find_checkpoint(
     if path is None:
         path = _newest_run(runs)
     if not path.exists():
-        raise ArtefactError(f"{path}: no such run or checkpoint")
+        hint = f"; did you mean {runs / path}?" if (runs / path).is_dir() else ""
+        raise ArtefactError(f"{path}: no such run or checkpoint{hint}")
     if (path / MANIFEST).is_file() or path.name.startswith("step-"):
         verify_checkpoint(path)
         return path

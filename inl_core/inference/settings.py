@@ -67,4 +67,5 @@ class GenerationSettings:
 
 
 def _spelt(name: str) -> str:
-    return name.replace("_", "-")
+    """As the command line's option."""
+    return "iterations" if name == "num_iterations" else name.replace("_", "-")

@@ -70,8 +70,6 @@ def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = 
     """
     if split not in SPLITS:
         raise RecipeError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-    recipe_path = loaded.path / "recipe.yaml"
-    recipe = load_recipe(recipe_path) if recipe_path.is_file() else None
     directory = directory or _own_data(loaded)
     manifest = load_manifest(directory)
     if manifest.tokenizer_fingerprint != loaded.tokenizer.fingerprint:
@@ -80,7 +78,7 @@ def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = 
             f"{directory}: encoded by another tokenizer than the model's ({sizes}); prepare the text with "
             f"inl prepare-data ... --tokenizer {loaded.path / 'tokenizer.json'}"
         )
-    dataset = TokenDataset.open(directory, split, document_mask=recipe.data.document_mask if recipe else True)
+    dataset = TokenDataset.open(directory, split, document_mask=_document_mask(loaded))
     return Text(f"{directory}, {split} split", loaded, dataset, _leakage(loaded, directory, manifest.fingerprint))
 
 
@@ -124,6 +122,15 @@ def _own_data(loaded: LoadedModel) -> Path:
             "or a text file (--text)"
         )
     return directory
+
+
+def _document_mask(loaded: LoadedModel) -> bool:
+    """Whether the model was trained with document masks, and so should be measured with them."""
+    path = loaded.path / "recipe.yaml"
+    try:
+        return load_recipe(path).data.document_mask if path.is_file() else True
+    except RecipeError as error:
+        raise ArtefactError(str(error)) from None
 
 
 def _leakage(loaded: LoadedModel, directory: Path, fingerprint: str) -> tuple[str, ...]:

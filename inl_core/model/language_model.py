@@ -49,7 +49,8 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, S) -> (B, S, D)."""
         x = self.table(ids)
-        x = self.project_up(x) if self.project_up else x
+        if self.project_up:
+            x = self.project_up(x).to(x.dtype)  # the residual stream keeps its precision under autocast
         return F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.normalise else x
 
     def head_factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

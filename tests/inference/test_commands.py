@@ -107,7 +107,7 @@ def test_usage_errors_exit_with_2(inl: Callable[..., Result]) -> None:
     assert_refused(inl("generate", "--prompt", "x" * 300), 2, "the model's context holds 64; shorten it by")
     assert_refused(inl("generate", "--temperature", "-1"), 2, "temperature -1")
     assert_refused(inl("generate", "--prompt-file", "none.txt"), 2, "none.txt: no such file")
-    assert_refused(inl("generate", "--iterations", "0"), 2, "num-iterations 0")
+    assert_refused(inl("generate", "--iterations", "0"), 2, "iterations 0")
     assert_refused(inl("eval", "--iterations", "0"), 2, "iterations 0")
     assert_refused(inl("eval", "--data", "a", "--text", "b"), 2, "give one of them")
     assert_refused(inl("eval", "--window", "100"), 2, "window 100")
@@ -188,7 +188,7 @@ def unknown_model(checkpoint: Path) -> None:
     reseal(checkpoint)
 
 
-DAMAGE = {
+DAMAGE: dict[Callable[[Path], None], str] = {
     flip_byte: "model.safetensors: its checksum is wrong",
     truncate: "truncated or changed",
     remove_manifest: "has no manifest.json, so the save never finished",
@@ -221,6 +221,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(inl: Callable[.
 
 def test_missing_checkpoints_exit_with_4(inl: Callable[..., Result], tmp_path: Path) -> None:
     assert_refused(inl("generate", "runs/none"), 4, "runs/none: no such run or checkpoint")
+    assert_refused(inl("generate", "v3"), 4, "v3: no such run or checkpoint; did you mean runs/v3?")
     (tmp_path / "empty").mkdir()
     assert_refused(inl("eval", str(tmp_path / "empty")), 4, "holds no intact checkpoint")
 

@@ -257,7 +257,7 @@ def test_a_prompt_that_is_no_text_is_refused() -> None:
 def test_a_diverged_model_is_named() -> None:
     model = tiny_model("v4")
     with torch.no_grad():
-        model.norm_final.weight.fill_(float("nan"))
+        next(model.norm_final.parameters()).fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="diverged"):
         generate(model, tokenizer(), ["a"], GREEDY)
 

@@ -125,7 +125,7 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
         ({"min_p": 2.0}, "min-p 2"),
         ({"repetition_penalty": 0.0}, "repetition-penalty 0"),
         ({"num_samples": 0}, "num-samples 0"),
-        ({"num_iterations": 0}, "num-iterations 0"),
+        ({"num_iterations": 0}, "iterations 0"),
         ({"stop": ("x", "")}, "empty stop string"),
     ],
 )

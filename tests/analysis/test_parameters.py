@@ -1,0 +1,107 @@
+"""`inl inspect-params`: learned values against the tensors, measured values against a trajectory."""
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from inl_cli.app import app
+from inl_core.analysis.parameters import ParameterReport, report_parameters
+from inl_core.inference.artefacts import load_model
+from inl_core.inference.texts import open_split, open_text
+from inl_core.model import Options
+from tests.inference.tiny import TEXT
+
+
+def report(workplace: Path, preset: str) -> ParameterReport:
+    loaded = load_model(workplace / "runs" / preset / "checkpoints" / "step-00000007")
+    return report_parameters(loaded, open_split(loaded), max_tokens=320)
+
+
+@pytest.mark.parametrize("preset", ["v3", "v4"])
+@torch.no_grad()
+def test_figures_equal_the_tensors_and_a_trajectory(workplace: Path, preset: str) -> None:
+    found = report(workplace, preset)
+    loaded = load_model(workplace / "runs" / preset / "checkpoints" / "step-00000007")
+    batch = next(open_split(loaded).windows(window=32, batch_size=10))
+    extra = {
+        name: None if (array := getattr(batch, name)) is None else torch.from_numpy(array)
+        for name in ("positions", "document_ids")
+    }
+    options = Options(keep_trajectory=True, early_stopping=False)
+    output = loaded.model(torch.from_numpy(batch.tokens), options=options, **extra)
+    assert found.tokens == 320
+    for index, block in enumerate(loaded.model.blocks):
+        rows = {row["quantity"]: row for row in found.layers if row["layer"] == index}
+        mu, gamma = block.integrator.equilibrium().numpy(), block.integrator.excitation.gamma.numpy()  # type: ignore
+        values = {name: getattr(output.layers[index].trajectory, name).numpy() for name in ("alpha", "beta", "gate")}
+        values |= {"mu": mu, "gamma": gamma, "period": 2 * math.pi / np.abs(gamma)}
+        for name, array in values.items():
+            wanted = {"mean": array.mean(), "std": array.std(), "min": array.min(), "max": array.max()}
+            wanted |= {f"p{p}": np.percentile(array, p) for p in (5, 50, 95)}
+            assert {key: rows[name][key] for key in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5), name
+        assert rows["mu"]["drift"] == pytest.approx(np.sqrt((mu**2).mean()), rel=1e-5)  # both presets start mu at 0
+        outside = (values["gate"] < 0.01) | (values["gate"] > 0.99)
+        assert rows["gate"]["saturated"] == pytest.approx(outside.mean(), abs=1e-6)
+
+
+def test_a_text_shorter_than_a_window_is_measured_without_padding(workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("fox")
+    loaded = load_model(workplace / "runs" / "v4" / "checkpoints" / "step-00000007")
+    text = open_text(loaded, tmp_path / "a.txt")
+    assert report_parameters(loaded, text).tokens == text.num_targets < 32
+
+
+@pytest.fixture
+def inl(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.chdir(workplace)
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def test_tables_json_and_csv_hold_the_same_figures(inl: Callable[..., Result], workplace: Path) -> None:
+    rows = report(workplace, "v4").layers
+    arguments = ("inspect-params", "--max-tokens", "320")
+    data = json.loads(inl(*arguments, "--json").stdout)
+    assert data["layers"] == json.loads(json.dumps(rows))
+    assert data["text"].endswith("data/tiny, validation split")
+    table = pd.read_csv(io.StringIO(inl(*arguments, "--csv").stdout))
+    assert list(table["quantity"]) == [row["quantity"] for row in rows]
+    assert list(table["mean"]) == pytest.approx([row["mean"] for row in rows])
+    printed = inl(*arguments)
+    assert printed.exit_code == 0
+    for title in (
+        "parameters",
+        "mu, the learned",
+        "gamma, radians",
+        "phi, radians",
+        "alpha, beta, gate",
+        "rms velocity",
+    ):
+        assert title in printed.stdout
+    alpha = next(row for row in rows if row["quantity"] == "alpha")
+    assert f"{alpha['mean']:.4f}" in printed.stdout
+    assert f"{alpha['saturated']:.1%}" in printed.stdout
+
+
+def test_a_transformer_has_no_integrator_and_says_so(inl: Callable[..., Result]) -> None:
+    result = inl("inspect-params", "runs/transformer")
+    assert result.exit_code == 0
+    assert "no integrator" in result.stdout
+    assert "attention" in result.stdout
+    data = json.loads(inl("inspect-params", "runs/transformer", "--json").stdout)
+    assert (data["layers"], data["amplitude"]) == ([], None)
+    assert data["parameters"]["feed-forward"] > 0
+
+
+def test_another_text_can_be_measured(inl: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    result = inl("inspect-params", "--text", str(tmp_path / "a.txt"))
+    assert f"tokens of {tmp_path / 'a.txt'}" in result.stdout
+    assert inl("inspect-params", "--csv", "--json").exit_code == 2

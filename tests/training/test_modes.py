@@ -1,0 +1,80 @@
+"""Recomputation, compilation, bfloat16 and Muon: the same training by other means."""
+
+import pytest
+import torch
+
+from inl_core.training.metrics import read_metrics
+
+
+def losses(make_recipe, make_trainer, name: str, **training) -> list[float]:
+    trainer, _ = make_trainer(make_recipe(training={"steps": 4, **training}), name)
+    trainer.fit()
+    return [row["loss"] for row in read_metrics(trainer.run.path) if "loss" in row]
+
+
+def test_recomputing_blocks_changes_nothing(make_recipe, make_trainer):
+    plain = losses(make_recipe, make_trainer, "plain")
+    assert losses(make_recipe, make_trainer, "recomputed", recomputation="block") == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(make_recipe, make_trainer):
+    plain = losses(make_recipe, make_trainer, "plain")
+    assert losses(make_recipe, make_trainer, "compiled", compile=True) == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["v3", "v4", "transformer"])
+def test_bfloat16_stays_finite_and_near_float32(make_recipe, make_trainer, preset):
+    curves = []
+    for precision in ("fp32", "bf16"):
+        recipe = make_recipe(training={"steps": 6, "precision": precision}, model={"preset": preset, "d_model": 64})
+        trainer, _ = make_trainer(recipe, precision)
+        trainer.fit()
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+        curves.append([row["loss"] for row in read_metrics(trainer.run.path) if "loss" in row])
+    assert curves[0] != curves[1]
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_says_so(make_recipe, make_trainer):
+    trainer, _ = make_trainer(make_recipe(training={"optimizer": {"name": "muon"}}))
+    muon, adamw = trainer.optimizers.parts
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    held = {names[parameter] for group in muon.param_groups for parameter in group["params"]}
+    assert held == {name for name, parameter in trainer.model.named_parameters() if "blocks" in name and parameter.dim() == 2}
+    rest = {names[parameter] for group in adamw.param_groups for parameter in group["params"]}
+    assert held | rest == set(names.values())
+    assert [entry.optimizer for entry in trainer.optimizers.assignments] == ["muon", "adamw", "adamw"]
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.fit()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+
+def test_places_and_scales_are_not_decayed(make_recipe, make_trainer):
+    trainer, _ = make_trainer(make_recipe())
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    decayed = {
+        names[parameter]
+        for group in trainer.optimizers.parts[0].param_groups
+        if group["weight_decay"] > 0
+        for parameter in group["params"]
+    }
+    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
+    assert not any(word in name for name in decayed for word in ("equilibrium", "excitation", "modulation", "gain"))
+    assert "controller.output.weight" in decayed
+
+
+def test_a_cycle_moves_the_amplitude_and_it_is_saved_with_the_weights(make_recipe, make_trainer):
+    from safetensors.torch import load_file
+
+    recipe = make_recipe(training={"steps": 6, "cycle": {"preset": "aggressive", "num_cycles": 1, "warmup_epochs": 1}})
+    trainer, heard = make_trainer(recipe)
+    trainer.fit()
+    amplitudes = [row["A"] for row in heard.rows]
+    phases = [row["phase"] for row in heard.rows]
+    assert phases[0] == "warmup"
+    assert phases[-1] == "exploration"
+    assert amplitudes[0] == 0.0
+    assert amplitudes[-1] == pytest.approx(0.08)
+    weights = load_file(heard.saved[-1] / "model.safetensors")
+    assert weights["excitation_amplitude"].item() == pytest.approx(0.08)
