@@ -1,0 +1,1 @@
+"""The `inl` command line: the only part that prints, reads the environment for looks, or exits."""

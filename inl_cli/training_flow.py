@@ -1,6 +1,7 @@
 """The flow of a run, for `inl train` and `inl resume` alike; run by every process of a distributed run."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from inl_cli.commands.data import prepare_with_progress
 from inl_cli.console import Console
+from inl_cli.progress import amount
 from inl_cli.training_view import TrainingView, show_plan
 from inl_core.analysis.planning import plan_recipe
 from inl_core.corpus.loader import TokenDataset
@@ -139,3 +141,9 @@ def _show(console: Console, recipe: Recipe, data: RunData, trainer: Trainer, dir
         "eta": f"{left * seconds / 60:.1f} minutes at {seconds:.3f} s a step, evaluations not counted",
     }
     show_plan(console, plan, trainer.optimizers.assignments, facts)
+    free = shutil.disk_usage(directory).free
+    if free < plan.disk_bytes:
+        console.warn(
+            f"{directory}: the plan keeps up to {amount(plan.disk_bytes, 'B')} of checkpoints, {amount(free, 'B')} are "
+            "free; lower training.checkpoint.keep_last or keep_every, or make room"
+        )

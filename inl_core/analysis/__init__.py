@@ -1,0 +1,1 @@
+"""Plans and inspections: numbers about a recipe, a data set, a run or a checkpoint."""

@@ -41,7 +41,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_says_so(make_recipe, make_tra
     muon, adamw = trainer.optimizers.parts
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
     held = {names[parameter] for group in muon.param_groups for parameter in group["params"]}
-    assert held == {name for name, parameter in trainer.model.named_parameters() if "blocks" in name and parameter.dim() == 2}
+    matrices = {name for name, parameter in trainer.model.named_parameters() if parameter.dim() == 2}
+    assert held == {name for name in matrices if name.startswith("blocks.")}
     rest = {names[parameter] for group in adamw.param_groups for parameter in group["params"]}
     assert held | rest == set(names.values())
     assert [entry.optimizer for entry in trainer.optimizers.assignments] == ["muon", "adamw", "adamw"]
