@@ -8,6 +8,7 @@ read, not repeated. Prints the tables of docs/evidence.md.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import yaml
 
 ROOT = Path(__file__).parent.parent
 ARMS = {"transformer": "tiny-transformer.yaml", "v4": "tiny.yaml"}
@@ -40,9 +42,12 @@ def rows_of(run: Path) -> list[dict]:
 
 
 def finished(run: Path) -> bool:
-    """Whether the last row is the final evaluation."""
+    """Whether the last row is the evaluation after the recipe's last step."""
     rows = rows_of(run)
-    return bool(rows) and "validation_loss" in rows[-1] and len(rows) > 1 and rows[-2]["step"] == rows[-1]["step"]
+    if not rows or "validation_loss" not in rows[-1]:
+        return False
+    training = yaml.safe_load((run / "recipe.yaml").read_text())["training"]
+    return rows[-1]["step"] == (training["steps"] or math.ceil(training["tokens"] / training["batch_tokens"]))
 
 
 def parameters(run: Path) -> int:
@@ -52,15 +57,7 @@ def parameters(run: Path) -> int:
     checkpoint = max((run / "checkpoints").glob("step-*"))
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys() if name != "excitation_amplitude"]  # noqa: SIM118
-    return sum(int(np_product(shape)) for shape in shapes)
-
-
-def np_product(shape: list[int]) -> int:
-    """Elements of a shape."""
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def dynamics(run: Path) -> str:

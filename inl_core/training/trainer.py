@@ -165,7 +165,7 @@ class Trainer:
         self.state.samples += self.settings.batch_size
         self.state.tokens += int(count)
         self.state.seconds += seconds
-        if self.state.step == 1 or _due(self.state.step, self.settings.logging.every):
+        if self.state.step in (1, self.settings.num_steps) or _due(self.state.step, self.settings.logging.every):
             self._log(terms, now, rate, norm, count, num_bytes, seconds, parts[0])
         return stopping > 0
 

@@ -58,9 +58,10 @@ def test_cached_logits_equal_uncached_ones(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("positions", ["rope", "sinusoidal"])  # rope alone would not notice shifted positions
 @torch.no_grad()
-def test_padded_logits_equal_those_of_the_row_alone(preset: str) -> None:
-    model = tiny_model(preset)
+def test_padded_logits_equal_those_of_the_row_alone(preset: str, positions: str) -> None:
+    model = tiny_model(preset, positions=positions)
     rows = [prompt_ids(prompt) for prompt in PROMPTS]
     width = max(map(len, rows))
     cache = model.new_cache(len(rows), width + 1)
