@@ -73,6 +73,8 @@ def start_world(device: str) -> Iterator[World]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(rank, size, chosen)
+        if size > 1:
+            dist.barrier()  # nobody takes the group down while another rank still uses it
     finally:
         if size > 1:
             dist.destroy_process_group()
@@ -92,4 +94,4 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
