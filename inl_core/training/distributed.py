@@ -94,4 +94,6 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        module, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
