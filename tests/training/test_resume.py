@@ -39,6 +39,15 @@ def stop_after(trainer, step: int) -> None:
     trainer._train_step = train_step
 
 
+def finishes_like(whole, last) -> None:
+    """Resume and finish `last`; its metrics and weights are those of the run that never stopped."""
+    last.resume(newest_valid(last.run.checkpoints, pytest.fail))
+    last.fit()
+    assert timeless(read_metrics(last.run.path)) == timeless(read_metrics(whole.run.path))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, last.model.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_resuming_twice_equals_never_stopping(make_recipe, make_trainer, changes):
     recipe = make_recipe(**changes)
@@ -52,12 +61,7 @@ def test_resuming_twice_equals_never_stopping(make_recipe, make_trainer, changes
         with pytest.raises(Interrupted):
             trainer.fit()
         assert list_checkpoints(trainer.run.checkpoints)[-1].name == f"step-{stop:08d}"
-    last, _ = make_trainer(recipe, "parts")
-    last.resume(newest_valid(last.run.checkpoints, pytest.fail))
-    last.fit()
-    assert timeless(read_metrics(last.run.path)) == timeless(read_metrics(whole.run.path))
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, last.model.state_dict()[name]), name
+    finishes_like(whole, make_trainer(recipe, "parts")[0])
 
 
 def test_resuming_across_an_epoch_boundary(make_recipe, make_trainer):
@@ -72,12 +76,7 @@ def test_resuming_across_an_epoch_boundary(make_recipe, make_trainer):
     stop_after(trainer, boundary)
     with pytest.raises(Interrupted):
         trainer.fit()
-    last, _ = make_trainer(recipe, "parts")
-    last.resume(newest_valid(last.run.checkpoints, pytest.fail))
-    last.fit()
-    assert timeless(read_metrics(last.run.path)) == timeless(read_metrics(whole.run.path))
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, last.model.state_dict()[name]), name
+    finishes_like(whole, make_trainer(recipe, "parts")[0])
 
 
 def test_the_trial_checkpoint_leaves_no_trace_in_the_training(make_recipe, make_trainer):
@@ -99,7 +98,4 @@ def test_an_evaluation_that_a_stop_prevented_is_made_up_for(make_recipe, make_tr
     stop_after(trainer, 4)
     with pytest.raises(Interrupted):
         trainer.fit()
-    last, _ = make_trainer(recipe, "parts")
-    last.resume(newest_valid(last.run.checkpoints, pytest.fail))
-    last.fit()
-    assert timeless(read_metrics(last.run.path)) == timeless(read_metrics(whole.run.path))
+    finishes_like(whole, make_trainer(recipe, "parts")[0])
