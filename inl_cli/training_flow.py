@@ -36,7 +36,7 @@ def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resu
         directory, checkpoint = _choose_run(console, recipe, run_dir, resume, world)
         provenance = tuple(read_json(checkpoint / "config.json")["provenance"]) if checkpoint else ()
         run = RunFiles(directory, recipe, data.tokenizer, data.directory, provenance)
-        if world.is_main:
+        if world.is_main and not checkpoint:
             run.create()
         world.barrier()
         view = TrainingView(console, num_steps=recipe.training.num_steps)
@@ -118,7 +118,9 @@ def _continue(trainer: Trainer, checkpoint: Path, train: TokenDataset, world: Wo
             "put back the data set, or start a new run"
         )
     if world.is_main:
-        cut_metrics(trainer.run.path, trainer.state.step)
+        trainer.run.create()  # not earlier: a resume that is refused changes nothing
+        finished = trainer.state.step == trainer.settings.num_steps
+        cut_metrics(trainer.run.path, trainer.state.step, keep_evaluation=not finished)
         cut_records(trainer.run.path, trainer.state.step)
     world.barrier()
 

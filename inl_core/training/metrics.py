@@ -52,12 +52,16 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_metrics(run: Path, step: int) -> None:
-    """Drop the rows after `step`, by rewriting the file aside."""
+def cut_metrics(run: Path, step: int, *, keep_evaluation: bool = True) -> None:
+    """Drop the rows after `step`, by rewriting the file aside.
+
+    `keep_evaluation` False also drops the evaluation at `step`: a finished run that is resumed makes it again.
+    """
     path = run / "metrics.jsonl"
     if not path.is_file():
         return
-    kept = [row for row in read_metrics(run) if row["step"] <= step]
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    kept = [row for row in rows if keep_evaluation or row["step"] < step or "validation_loss" not in row]
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
     aside.replace(path)

@@ -188,6 +188,23 @@ def test_resume_refuses_a_change_of_the_experiment_and_accepts_it_when_allowed(f
     assert "training.steps" in allowed.stderr
 
 
+def test_a_refused_resume_changes_nothing_and_a_finished_run_is_evaluated_once(finished, data_directory, tmp_path):
+    before = {name: (finished / name).read_text() for name in ("recipe.yaml", "metrics.jsonl", "environment.json")}
+    other = tmp_path / "other"
+    shutil.copytree(data_directory, other)
+    with (other / "modules.jsonl").open("a") as file:
+        file.write('{"text": "one more document of another corpus"}\n')
+    settings = ["data.directory=fresh", f"data.sources=[{other / 'modules.jsonl'}]"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    refused = run_inl("resume", "run", "--steps", "14", *arguments, "--allow-change", "data.sources", cwd=tmp_path)
+    assert refused.returncode == 4, refused.stderr
+    assert "fingerprint" in refused.stderr
+    assert {name: (finished / name).read_text() for name in before} == before
+    again = run_inl("resume", "run", "--quiet", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len([row for row in read_metrics(finished) if "validation_loss" in row]) == 1
+
+
 def test_training_into_a_run_that_exists_is_refused(finished, recipe_file, tmp_path):
     done = run_inl("train", recipe_file(), "--run-dir", "run", "--quiet", cwd=tmp_path)
     assert done.returncode == 4
