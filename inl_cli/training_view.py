@@ -117,14 +117,12 @@ class TrainingView:
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
     def _panel(self) -> Any:
-        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
-        grid = Table.grid(padding=(0, 2))
         figures = self._figures() | ({"validation": self.evaluation} if self.evaluation else {})
-        items = list(figures.items())
-        for start in range(0, len(items), 6):
-            line = items[start : start + 6]
-            grid.add_row(*(f"{name} {value}" for name, value in line))
-        return Group(ProgressBar(self.num_steps, self.row.get("step", self.first_step), width=80), grid)
+        # One column: a bar by itself would not end its line. Texts wrap where the terminal is narrow.
+        panel = Table.grid()
+        panel.add_row(ProgressBar(self.num_steps, self.row.get("step", self.first_step), width=60))
+        panel.add_row("   ".join(f"{name} {value}" for name, value in figures.items()))
+        return panel
