@@ -4,9 +4,11 @@
 - Help and usage errors are plain text (no rich markup): it is half the start-up time, and it pipes and greps.
 """
 
+import atexit
 import io
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -59,4 +61,28 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # generated text may hold what an old terminal cannot show
             stream.reconfigure(errors="backslashreplace")
-    app()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _run_as_rank()
+    else:
+        app()
+
+
+def _run_as_rank() -> NoReturn:
+    """Run the command as one process of several, and end without taking the interpreter down.
+
+    Taking it down frees the process group, and gloo's worker threads that need Python's lock just then are stopped
+    where they stand: a finished run that never ends (pytorch issue 190489; inl_core/training/distributed.py holds what
+    must live until here). Everything of ours is written and closed before this point.
+    """
+    code: object = 0
+    try:
+        app()
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException as error:  # a bug: its traceback, then the same way out
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

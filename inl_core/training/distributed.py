@@ -20,6 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from inl_core.errors import RecipeError
 from inl_core.recipe import TrainingSettings
 
+# Every reducer of this process, held to its end. Freeing one frees the process group it holds, which waits for gloo's
+# worker threads while it keeps Python's lock; a worker that still has to let go of its last tensor waits for that lock,
+# and neither ever goes on (torch 2.13: about one two-rank run in fifty on a busy machine, after its last line).
+_REDUCERS: list[Any] = []
+
 
 @dataclass(frozen=True)
 class World:
@@ -94,6 +99,8 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return module
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
+    parallel = DistributedDataParallel(
         module, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
+    _REDUCERS.append(parallel.reducer)
+    return parallel

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,10 +23,26 @@ LOSSES = {
 
 
 def torchrun(recipe, run: str, cwd) -> subprocess.CompletedProcess:
+    """`inl train` on two ranks; a run that does not end says where each of its threads stands."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "inl_cli", "train", str(recipe), "--run-dir", run, "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
+    try:
+        stdout, stderr = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        for pid in _family(process.pid):
+            os.kill(pid, signal.SIGABRT)
+        stdout, stderr = process.communicate()
+        pytest.fail(f"still running after 180 s; stdout:\n{stdout}\nstderr:\n{stderr}")
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def _family(leader: int) -> list[int]:
+    """torchrun gives each worker a session of its own: the leader and its descendants, youngest first."""
+    children = [int(pid) for pid in Path(f"/proc/{leader}/task/{leader}/children").read_text().split()]
+    return [pid for child in children for pid in _family(child)] + [leader]
 
 
 @pytest.mark.parametrize("changes", [{}, LOSSES], ids=["task alone", "every loss, accumulation, moving mu"])
@@ -41,3 +59,11 @@ def test_two_ranks_give_the_loss_curve_of_one_process(recipe_file, tmp_path, cha
             if name in first:
                 assert second[name] == pytest.approx(first[name], rel=1e-5), (first["step"], name)
     assert json.loads(double.stdout)["step"] == 12
+
+
+def test_one_of_several_processes_keeps_its_exit_code_and_its_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = run_inl("train", "missing.yaml", cwd=tmp_path)
+    assert outcome.returncode == 2
+    assert "missing.yaml" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
