@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inl_core.model.controller import Controller, Head, Modulation
+from inl_core.model.controller import Controller, Head, Modulation, num_groups
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
 from inl_core.recipe import IntegratorConfig
@@ -33,12 +33,12 @@ def rms(x: Tensor) -> Tensor:
 
 
 class Gains(NamedTuple):
-    """One step's coefficients, each (B, S, D); `candidate` may be shared by all steps."""
+    """One step's coefficients, each (B, S, D); `candidate` may be shared by all steps, or None for no such term."""
 
     alpha: Tensor
     beta: Tensor
     gate: Tensor
-    candidate: Tensor
+    candidate: Tensor | None
 
 
 class Step(NamedTuple):
@@ -112,12 +112,14 @@ class Integrator(nn.Module):
     ) -> Gains:
         """alpha, beta, gate and v_cand at one step, in the state's precision (under autocast the GEMM is not)."""
         raw = F.linear(controller.hidden(hoisted, x, v), head.weight, head.bias).to(x.dtype)
-        parts = raw.chunk(3 if candidate is not None else 4, dim=-1)
+        parts = raw.chunk(num_groups(self.config), dim=-1)
         alpha = torch.sigmoid(parts[0])
         if self.config.dynamic_alpha:
             alpha = alpha * -torch.expm1(-self.config.kappa * rms(error))
-        beta = F.softplus(parts[1]).clamp(max=self.config.beta_max)
-        return Gains(alpha, beta, torch.sigmoid(parts[2]), parts[3] if candidate is None else candidate)
+        beta = F.softplus(parts[1])
+        if self.config.beta_max is not None:
+            beta = beta.clamp(max=self.config.beta_max)
+        return Gains(alpha, beta, torch.sigmoid(parts[2]), parts[3] if len(parts) == 4 else candidate)
 
     def forward(
         self,
@@ -186,7 +188,9 @@ class Integrator(nn.Module):
 def step_velocity(gains: Gains, v: Tensor | None, error: Tensor, forcing: Tensor) -> Tensor:
     """v_{t+1} = alpha v + (1 - alpha) v_cand - beta error + forcing; `v` None is zeros."""
     candidate = gains.candidate
-    if v is None:
+    if candidate is None:
+        mixed = torch.zeros_like(error) if v is None else gains.alpha * v
+    elif v is None:
         mixed = torch.addcmul(candidate, gains.alpha, candidate, value=-1.0)
     else:
         mixed = torch.lerp(candidate, v, gains.alpha)

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from inl_core.recipe.base import Section
 from inl_core.recipe.presets import PRESETS, merge
+from inl_core.recipe.sizes import ALIASES, SIZES, find_size
 
 NonNegative = Annotated[float, Field(ge=0)]
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
@@ -73,16 +74,16 @@ class IntegratorConfig(Section):
     """alpha shrinks near the equilibrium: alpha = alpha_base (1 - exp(-kappa rms(x - mu)))."""
     kappa: PositiveFloat = 1.0
     """Sensitivity of the dynamic alpha."""
-    beta_max: PositiveFloat = 2.0
-    """Upper clamp of beta; an unbounded beta ends in NaN."""
+    beta_max: PositiveFloat | None = 2.0
+    """Upper clamp of beta; null leaves it unbounded as released seeds' weights have it, and may end in NaN."""
     init_alpha: OpenUnit = 0.5
     """alpha_base at the start."""
     init_beta: PositiveFloat = 0.05
     """beta at the start."""
     init_gate: OpenUnit = 0.9
     """gate at the start."""
-    candidate: Literal["feed_forward", "controller"] = "feed_forward"
-    """Where v_cand comes from: the block's feed-forward of s_0 (once a layer), or the controller (each step)."""
+    candidate: Literal["feed_forward", "controller", "none"] = "feed_forward"
+    """Where v_cand comes from: the block's feed-forward of s_0 (once a layer), the controller (each step), nowhere."""
     carry_velocity: bool = True
     """The velocity a layer ends with is the next layer's v_0; otherwise every layer starts at rest."""
     readout: Literal["delta", "state"] = "delta"
@@ -98,7 +99,7 @@ class IntegratorConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.init_beta >= self.beta_max:
+        if self.beta_max is not None and self.init_beta >= self.beta_max:
             raise ValueError(f"init_beta {self.init_beta} must be below beta_max {self.beta_max}")
         if self.early_stopping.min_iterations > self.num_iterations:
             raise ValueError(
@@ -111,8 +112,10 @@ class IntegratorConfig(Section):
 class ModelConfig(Section):
     """Everything that decides the function the model computes."""
 
-    preset: Literal["v3", "v4", "transformer"] = "v4"
+    preset: Literal["v1", "v2", "v3", "v4", "transformer"] = "v4"
     """The generation whose values fill every key not given here."""
+    size: str | None = None
+    """One of the documents' sizes (small, medium, large, xlarge, 3B, 7B, 13B, 3072x32): fills the dimensions."""
     d_model: PositiveInt = 128
     """D, width of the residual stream."""
     num_layers: PositiveInt = 4
@@ -162,6 +165,11 @@ class ModelConfig(Section):
             return values
         if preset["integrator"] is None and values.get("integrator") is not None:
             raise ValueError("the transformer preset has no integrator: remove the integrator section")
+        size = values.get("size")
+        if size is not None:
+            if size not in SIZES and size not in ALIASES:
+                raise ValueError(f"size {size!r} is not one of {', '.join((*SIZES, *ALIASES))}")
+            preset = merge(preset, find_size(size).keys(str(values.get("preset", "v4"))))
         return merge(preset, values)
 
     @model_validator(mode="after")

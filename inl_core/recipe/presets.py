@@ -1,13 +1,13 @@
 """The generations as plain dictionaries: what each preset means, before a recipe's own keys are laid over it.
 
 - Pure data, no torch: a recipe can be validated, and `inl --help` shown, without the core.
-- Sources: doc 000 is `v3`; `v4` and `transformer` are this project's own (docs/evidence.md has their measurements).
-- Generations v1 and v2 (docs 002, 001) take their place in this table.
+- Sources: doc 002 is `v1`, doc 001 `v2`, doc 000 `v3`; `v4` and `transformer` are this project's own.
+- v2 is v1 with low-rank embeddings, a shared controller, hierarchical mu and sparse excitation; v3 has a modern block.
 """
 
 from typing import Any
 
-_COMMON: dict[str, Any] = {
+_MODERN_BLOCK: dict[str, Any] = {
     "norm": "rmsnorm",
     "norm_eps": 1e-6,
     "positions": "rope",
@@ -17,31 +17,61 @@ _COMMON: dict[str, Any] = {
     "tie_head": True,
 }
 
+_FIRST_BLOCK: dict[str, Any] = {
+    "norm": "layernorm",
+    "norm_eps": 1e-5,
+    "positions": "sinusoidal",
+    "rope_theta": 10_000.0,
+    "feed_forward": "gelu",
+    "feed_forward_rounding": "exact",
+    "bias": True,
+    "tie_head": True,
+    "embedding_norm": False,
+}
+
+# The dynamics all three documents share. The seeds' own code reads the state out as it is, hence `readout: state`.
+_SEEDS_DYNAMICS: dict[str, Any] = {
+    "num_iterations": 5,
+    "dt": 0.1,
+    "init_alpha": 0.8,
+    "init_beta": 0.5,
+    "init_gate": 0.5,
+    "candidate": "controller",
+    "carry_velocity": False,
+    "readout": "state",
+}
+
+_SEEDS_OPTIMISED: dict[str, Any] = {
+    **_SEEDS_DYNAMICS,
+    "mu": {"form": "hierarchical"},
+    "excitation": {"amplitude": 0.03, "sparsity": 0.1},
+    "controller": {"shared": True, "modulation": "scalar"},
+    "early_stopping": {"convergence_threshold": 0.001},
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
-    # Doc 000. The seeds' own code reads the state out as it is, hence `readout: state`.
+    "v1": {
+        **_FIRST_BLOCK,
+        "embedding_rank": None,
+        "integrator": {
+            **_SEEDS_DYNAMICS,
+            "mu": {"form": "per_dim"},
+            "excitation": {"amplitude": 0.03, "sparsity": 1.0},
+            "controller": {"shared": False},
+            "early_stopping": {"convergence_threshold": 0.0},
+        },
+    },
+    "v2": {**_FIRST_BLOCK, "embedding_rank": "auto", "integrator": _SEEDS_OPTIMISED},
     "v3": {
-        **_COMMON,
+        **_MODERN_BLOCK,
         "feed_forward_rounding": "exact",
         "embedding_rank": "auto",
         "embedding_norm": False,
-        "integrator": {
-            "num_iterations": 5,
-            "dt": 0.1,
-            "init_alpha": 0.8,
-            "init_beta": 0.5,
-            "init_gate": 0.5,
-            "candidate": "controller",
-            "carry_velocity": False,
-            "readout": "state",
-            "mu": {"form": "hierarchical"},
-            "excitation": {"amplitude": 0.03, "sparsity": 0.1},
-            "controller": {"modulation": "scalar"},
-            "early_stopping": {"convergence_threshold": 0.001},
-        },
+        "integrator": _SEEDS_OPTIMISED,
     },
     # The feed-forward is the integrator's candidate velocity and velocity is carried through depth.
     "v4": {
-        **_COMMON,
+        **_MODERN_BLOCK,
         "feed_forward_rounding": "down_64",
         "embedding_rank": None,
         "embedding_norm": True,
@@ -62,13 +92,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The baseline: the same block, norms, attention, initialisation and loss, without an integrator.
     "transformer": {
-        **_COMMON,
+        **_MODERN_BLOCK,
         "feed_forward_rounding": "up_16",
         "embedding_rank": None,
         "embedding_norm": True,
         "integrator": None,
     },
 }
+
+# How a generation reads the documents' sizes: grouped queries or one key per query, the seeds' iterations or its own.
+GROUPED_QUERIES = ("v3", "v4", "transformer")
+SEEDS_ITERATIONS = ("v1", "v2", "v3")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,11 @@ def summarise(values: Tensor) -> dict[str, float]:
     return row | {f"p{p}": value for p, value in zip(PERCENTILES, quantiles, strict=True)}
 
 
-def saturation(name: str, values: Tensor, beta_max: float) -> float:
-    """Share of values within 1% of a bound: 0 and 1 for alpha and gate, 0 and beta_max for beta."""
+def saturation(name: str, values: Tensor, beta_max: float | None) -> float:
+    """Share of values within 1% of a bound: 0 and 1 for alpha and gate, 0 and beta_max (if any) for beta."""
     top = beta_max if name == "beta" else 1.0
+    if top is None:
+        return (values < SATURATION).float().mean().item()
     return ((values < SATURATION * top) | (values > (1 - SATURATION) * top)).float().mean().item()
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.recipe import ModelConfig
 
-PRESETS = ("v3", "v4", "transformer")
+PRESETS = ("v1", "v2", "v3", "v4", "transformer")
 VOCAB = 97
 
 
@@ -146,21 +146,25 @@ def test_rotary_attention_depends_on_relative_positions_only():
 def closed_formula(config: ModelConfig) -> int:
     """Parameters of a model, counted by hand from the equations."""
     d, layers, f = config.d_model, config.num_layers, config.hidden_dim
-    kv = config.key_value_heads * config.head_dim
+    kv, bias = config.key_value_heads * config.head_dim, int(config.bias)
+    norm = (2 if config.norm == "layernorm" and config.bias else 1) * d
     embedding = config.vocab_size * d if config.rank is None else (config.vocab_size + d) * config.rank
-    block = d * (d + 2 * kv) + d * d + 3 * d * f + d  # attention, SwiGLU, one norm
-    total = embedding + d
+    attention = d * (d + 2 * kv) + d * d + bias * (2 * d + 2 * kv)
+    feed_forward = 3 * d * f if config.feed_forward == "swiglu" else 2 * d * f + bias * (f + d)
+    block = attention + feed_forward + norm
+    total = embedding + norm
     integrator = config.integrator
     if integrator is None:
-        return total + layers * (block + d)
-    groups, c = (
-        (3, integrator.controller.width) if integrator.candidate == "feed_forward" else (4, integrator.controller.width)
-    )
+        return total + layers * (block + norm)
+    groups, c = 4 if integrator.candidate == "controller" else 3, integrator.controller.width
+    controller = 3 * d * c + c + groups * d * c
     mu = d if integrator.mu.form == "per_dim" else 1 + d // integrator.mu.group_size
     excited = max(1, math.floor(d * integrator.excitation.sparsity))
-    extra = d + mu + 2 * excited + 2 * groups  # norm_state, mu, gamma and phi, scale and bias
-    extra += d  # v4: layer_gain; v3: the third norm
-    return total + layers * (block + extra) + 3 * d * c + c + groups * d * c
+    extra = norm + mu + 2 * excited + groups  # norm_state, mu, gamma and phi, bias
+    extra += d if integrator.readout == "delta" else 0  # layer_gain
+    extra += 0 if integrator.candidate == "feed_forward" else norm  # the third norm
+    extra += groups if integrator.controller.shared else controller  # scale, or a controller of the layer's own
+    return total + layers * (block + extra) + (controller if integrator.controller.shared else 0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
