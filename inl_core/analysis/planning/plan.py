@@ -145,7 +145,8 @@ def recipe_of_model(
     rows = micro_batch_size or 1
 
     def build(length: int, texts: Sequence[str]) -> Recipe:
-        training = {"steps": 1, "sequence_length": length, "batch_tokens": rows * length, "precision": "bf16"}
+        batch = {"sequence_length": length, "batch_tokens": rows * length, "micro_batch_size": rows}
+        training = {"steps": 1, "precision": "bf16", **batch}
         values = {"name": "model", "model": {"vocab_size": documents.VOCABULARY, **model}, "training": training}
         return recipe_from_mapping(values, texts, "inl plan")
 
