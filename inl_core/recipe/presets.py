@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feed_forward_rounding": "exact",
         "embedding_rank": "auto",
         "embedding_norm": False,
-        "integrator": _SEEDS_OPTIMISED,
+        "integrator": {**_SEEDS_OPTIMISED, "budget": {"strategy": "hybrid"}},
     },
     # The feed-forward is the integrator's candidate velocity and velocity is carried through depth.
     "v4": {
