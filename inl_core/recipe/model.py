@@ -87,7 +87,7 @@ class IntegratorConfig(Section):
 
     num_iterations: PositiveInt = 2
     """T, integrator iterations per layer."""
-    dt: PositiveFloat = 1.0
+    dt: PositiveFloat = 0.7
     """Step size of the state update."""
     velocity_scale: PositiveFloat = 1.0
     """Constant factor on the velocity in the state update."""

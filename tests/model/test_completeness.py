@@ -37,7 +37,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "embedding_norm": ({}, False),
     "tie_head": ({}, False),
     "integrator.num_iterations": ({}, 3),
-    "integrator.dt": ({}, 0.5),
+    "integrator.dt": ({}, 0.4),
     "integrator.velocity_scale": ({}, 0.5),
     "integrator.dynamic_alpha": ({}, False),
     "integrator.kappa": ({}, 2.0),
