@@ -84,15 +84,18 @@ def speed_weights(num_iterations: int) -> list[float]:
 
 
 class Integrator(nn.Module):
-    """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share."""
+    """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share.
 
-    def __init__(self, config: IntegratorConfig, dim: int) -> None:
+    `context_dim` is the width of h where it is not the state's (a controller of the layer's own only).
+    """
+
+    def __init__(self, config: IntegratorConfig, dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.equilibrium = Equilibrium(config.mu, dim)
         self.excitation = Excitation(config.excitation, dim)
         self.modulation = Modulation(config, dim)
-        self.controller = None if config.controller.shared else Controller(config, dim)
+        self.controller = None if config.controller.shared else Controller(config, dim, context_dim)
 
     def initialise(self) -> None:
         """Everything of this layer that starts without random numbers."""
@@ -131,6 +134,7 @@ class Integrator(nn.Module):
         candidate: Tensor | None = None,
         controller: Controller | None = None,
         num_iterations: int | None = None,
+        first_step: int = 0,
         energy_power: float | None = None,
         keep_trajectory: bool = False,
         early_stopping: bool = True,
@@ -143,6 +147,7 @@ class Integrator(nn.Module):
             candidate: v_cand (B, S, D) when the block's feed-forward provides it.
             controller: the shared controller; None uses the layer's own.
             num_iterations: T instead of the configured one.
+            first_step: t of the first iteration, for a caller that runs the T iterations in parts.
             energy_power: p; when given, the terms of the speed and energy losses are returned.
             keep_trajectory: return every iteration.
             early_stopping: False runs all T iterations also where the configuration would stop early.
@@ -151,7 +156,7 @@ class Integrator(nn.Module):
         total = num_iterations or config.num_iterations
         controller = controller or self.controller
         assert controller is not None, "a shared controller must be passed in"
-        mu, forcing = self.equilibrium(), self.excitation(total, amplitude)
+        mu, forcing = self.equilibrium(), self.excitation(first_step + total, amplitude)[first_step:]
         head, hoisted = self.modulation.fold(controller), controller.hoist(h)
         candidate = None if candidate is None else candidate.to(state.dtype)
         stride = config.dt * config.velocity_scale
