@@ -181,11 +181,16 @@ class IntegratorLanguageModel(nn.Module):
             cache = self.model.new_cache(ids.shape[0], self.config.max_seq_len)
         self._adapt_mu()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
-            output = self.model(ids, cache=cache, options=Options(keep_trajectory=return_aux))
+            output = self.model(ids, cache=cache, options=self._options(ids, return_aux))
             logits = self.model.logits(output.hidden)
             aux = self._aux(output) if return_aux else None
         self._measure(output.layers)
         return (logits, aux, cache) if cache is not None else (logits, aux)
+
+    def _options(self, ids: Tensor, return_aux: bool) -> Options:
+        # Without memory a learned budget has no values to read: every layer then counts with T iterations.
+        total = self.config.num_iterations if ids.is_meta and self.config.integrator else None
+        return Options(num_iterations=total, keep_trajectory=return_aux)
 
     def _aux(self, output: ModelOutput) -> dict[str, Any]:
         paths = [trajectory_dict(layer.trajectory) for layer in output.layers if layer.trajectory]

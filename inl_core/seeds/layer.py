@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from inl_core.model.controller import Controller
 from inl_core.model.initialisation import draw
 from inl_core.model.integrator import Integrator, Trajectory
 from inl_core.recipe import IntegratorConfig
@@ -106,7 +107,7 @@ class IntegratorNeuronLayer(nn.Module):
         self.dynamics.excitation.reset_buffers()
         self.amplitude.fill_(self.config.excitation.amplitude)
         controller = self.dynamics.controller
-        assert controller is not None
+        assert isinstance(controller, Controller)
         controller.context.bias.zero_()
         draw(controller.context.weight, 0.6 / math.sqrt(self.hidden_dim), seed, "context.weight")
         draw(controller.state_velocity.weight, 0.6 / math.sqrt(self.output_dim), seed, "state_velocity.weight")
