@@ -99,16 +99,19 @@ def speed_weights(num_iterations: int) -> list[float]:
 
 
 class Integrator(nn.Module):
-    """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share."""
+    """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share.
 
-    def __init__(self, config: IntegratorConfig, dim: int) -> None:
+    `context_dim` is the width of h where it is not the state's (a controller of the layer's own only).
+    """
+
+    def __init__(self, config: IntegratorConfig, dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.equilibrium = Equilibrium(config.mu, dim)
         self.excitation = Excitation(config.excitation, dim)
         self.modulation = Modulation(config, dim)
-        self.controller = None if config.controller.shared else build_controller(config, dim)
-        self.router = Router(config, dim) if config.controller.experts > 1 else None
+        self.controller = None if config.controller.shared else build_controller(config, dim, context_dim)
+        self.router = Router(config, context_dim or dim) if config.controller.experts > 1 else None
 
     def initialise(self) -> None:
         """Everything of this layer that starts without random numbers."""
@@ -186,6 +189,7 @@ class Integrator(nn.Module):
         candidate: Tensor | None = None,
         controller: Controller | Experts | None = None,
         num_iterations: int | None = None,
+        first_step: int = 0,
         last_fraction: Tensor | None = None,
         energy_power: float | None = None,
         keep_trajectory: bool = False,
@@ -199,6 +203,7 @@ class Integrator(nn.Module):
             candidate: v_cand (B, S, D) when the block's feed-forward provides it.
             controller: the shared controller (or experts); None uses the layer's own.
             num_iterations: T instead of the configured one.
+            first_step: t of the first iteration, for a caller that runs the T iterations in parts.
             last_fraction: how much of the last step counts, a 0-dim tensor (budget.py); None is all of it.
             energy_power: p; when given, the terms of the speed and energy losses are returned.
             keep_trajectory: return every iteration.
@@ -208,7 +213,7 @@ class Integrator(nn.Module):
         total = num_iterations or config.num_iterations
         controller = controller or self.controller
         assert controller is not None, "a shared controller must be passed in"
-        mu, forcing = self.equilibrium(), self.excitation(total, amplitude)
+        mu, forcing = self.equilibrium(), self.excitation(first_step + total, amplitude)[first_step:]
         candidate = None if candidate is None else candidate.to(state.dtype)
         routing = self.router(h) if self.router else None
         advance = self.advance(controller, h, candidate, routing)

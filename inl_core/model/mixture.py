@@ -24,13 +24,14 @@ from inl_core.recipe import IntegratorConfig
 class Experts(nn.ModuleList):
     """E controllers in the place of one."""
 
-    def __init__(self, config: IntegratorConfig, dim: int) -> None:
-        super().__init__(Controller(config, dim) for _ in range(config.controller.experts))
+    def __init__(self, config: IntegratorConfig, dim: int, context_dim: int | None = None) -> None:
+        super().__init__(Controller(config, dim, context_dim) for _ in range(config.controller.experts))
 
 
-def build_controller(config: IntegratorConfig, dim: int) -> Controller | Experts:
+def build_controller(config: IntegratorConfig, dim: int, context_dim: int | None = None) -> Controller | Experts:
     """One controller, or as many as the configuration has experts."""
-    return Experts(config, dim) if config.controller.experts > 1 else Controller(config, dim)
+    kind = Experts if config.controller.experts > 1 else Controller
+    return kind(config, dim, context_dim)
 
 
 class Routing(NamedTuple):
