@@ -11,6 +11,7 @@
 - Legend: B batch, S sequence, D d_model, V vocabulary, R rank, L layers.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,7 @@ class Embedding(nn.Module):
         super().__init__()
         assert config.vocab_size, "the vocabulary size is the tokenizer's: ModelConfig.with_vocab_size"
         self.normalise, self.eps = config.embedding_norm, config.norm_eps
+        self.scale = math.sqrt(config.d_model) if config.embedding_scale == "sqrt_dim" else 1.0
         self.table = nn.Embedding(config.vocab_size, config.rank or config.d_model)
         self.project_up = nn.Linear(config.rank, config.d_model, bias=False) if config.rank else None
 
@@ -53,7 +55,9 @@ class Embedding(nn.Module):
         x = self.table(ids)
         if self.project_up:
             x = self.project_up(x).to(x.dtype)  # the residual stream keeps its precision under autocast
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.normalise else x
+        if self.normalise:
+            x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return x if self.scale == 1.0 else x * self.scale
 
     def head_factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """z and E with logits = z E^T: hidden (..., D) -> z (..., R or D), E (V, R or D)."""

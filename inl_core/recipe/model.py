@@ -179,6 +179,8 @@ class ModelConfig(Section):
     """R of a factored embedding; auto is max(64, D/8); null is a full one."""
     embedding_norm: bool = True
     """RMS-normalise the embeddings after the look-up."""
+    embedding_scale: Literal["none", "sqrt_dim"] = "none"
+    """sqrt_dim multiplies the embeddings by sqrt(d_model) after the look-up, to stand beside sinusoidal positions."""
     tie_head: bool = True
     """The output head reuses the embedding (through the factors when it is low rank)."""
     integrator: IntegratorConfig | None = IntegratorConfig()

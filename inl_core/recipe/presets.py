@@ -27,6 +27,7 @@ _FIRST_BLOCK: dict[str, Any] = {
     "bias": True,
     "tie_head": True,
     "embedding_norm": False,
+    "embedding_scale": "sqrt_dim",  # arXiv 1706.03762, section 3.4: or the positions' sines drown the tokens
 }
 
 # The dynamics all three documents share. The seeds' own code reads the state out as it is, hence `readout: state`.

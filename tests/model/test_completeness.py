@@ -35,6 +35,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "bias": ({}, True),
     "embedding_rank": ({}, 16),
     "embedding_norm": ({}, False),
+    "embedding_scale": ({}, "sqrt_dim"),
     "tie_head": ({}, False),
     "integrator.num_iterations": ({}, 3),
     "integrator.dt": ({}, 0.4),
