@@ -26,11 +26,13 @@ from inl_core.model.attention import (
     rotary_tables,
     sinusoidal_table,
 )
+from inl_core.model.budget import Budget, LayerBudget
 from inl_core.model.controller import Controller
 from inl_core.model.excitation import Excitation
 from inl_core.model.feed_forward import FeedForward
 from inl_core.model.initialisation import initialise
 from inl_core.model.integrator import Integrator, IntegratorOutput
+from inl_core.model.mixture import Experts, build_controller
 from inl_core.recipe import ModelConfig
 
 _CHUNKED = nn.LinearCrossEntropyOptions()
@@ -81,12 +83,16 @@ class Block(nn.Module):
         velocity: Tensor | None,
         plan: AttentionPlan,
         rotary: tuple[Tensor, Tensor] | None,
-        controller: Controller | None,
+        controller: Controller | Experts | None,
         amplitude: Tensor,
         options: "Options",
         cache: KVCache | None = None,
+        budget: LayerBudget | None = None,
     ) -> tuple[Tensor, IntegratorOutput | None]:
-        """x (B, S, D) and the velocity carried from below -> x and the integrator's output."""
+        """x (B, S, D) and the velocity carried from below -> x and the integrator's output.
+
+        `budget` is this layer's iterations; None takes the options' or the configured ones.
+        """
         h = self.attention(self.norm_attention(x), plan, rotary, cache, self.layer)
         x = x + h
         output = None
@@ -100,7 +106,8 @@ class Block(nn.Module):
                 amplitude=amplitude,
                 candidate=self.feed_forward(start) if self.feeds_candidate else None,
                 controller=controller,
-                num_iterations=options.iterations_of(self.layer),
+                num_iterations=budget.num_iterations if budget else options.iterations_of(self.layer),
+                last_fraction=budget.last_fraction if budget else None,
                 energy_power=options.energy_power,
                 keep_trajectory=options.keep_trajectory,
                 early_stopping=options.early_stopping,
@@ -154,7 +161,12 @@ class IntegratorLanguageModel(nn.Module):
         integrator = config.integrator
         self.embedding = Embedding(config)
         self.controller = (
-            Controller(integrator, config.d_model) if integrator and integrator.controller.shared else None
+            build_controller(integrator, config.d_model) if integrator and integrator.controller.shared else None
+        )
+        self.budget = (
+            Budget(integrator.budget, config.num_layers, integrator.num_iterations)
+            if integrator and integrator.budget.strategy != "uniform"
+            else None
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm_final = build_norm(config)
@@ -221,8 +233,11 @@ class IntegratorLanguageModel(nn.Module):
         else:
             x = x + self.position_table[plan.positions]
         velocity, outputs = None, []
-        for block in self.blocks:
-            x, output = block(x, velocity, plan, rotary, self.controller, self.excitation_amplitude, options, cache)
+        budgets = self.budget() if self.budget and options.num_iterations is None else [None] * len(self.blocks)
+        for block, budget in zip(self.blocks, budgets, strict=True):
+            x, output = block(
+                x, velocity, plan, rotary, self.controller, self.excitation_amplitude, options, cache, budget
+            )
             if output is not None:
                 outputs.append(output)
                 velocity = output.velocity if self.carries_velocity else None

@@ -50,6 +50,27 @@ class ControllerConfig(Section):
     """What a layer adds to the shared controller: one scale and bias per output group, or one per channel."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """The hidden activation."""
+    experts: PositiveInt = 1
+    """E: more than one is a mixture of integrators, whose router picks expert controllers for every token."""
+    top_k: PositiveInt = 2
+    """Experts per token (with more than one expert)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if 1 < self.experts < self.top_k:
+            raise ValueError(f"top_k {self.top_k} exceeds experts {self.experts}")
+        return self
+
+
+class BudgetConfig(Section):
+    """How the model's L*T integrator iterations are divided among its layers; the total is always preserved."""
+
+    strategy: Literal["uniform", "learned", "dynamic", "hybrid"] = "uniform"
+    """uniform: T each; learned: by gradient; dynamic: by each layer's measured residual; hybrid: learned, corrected."""
+    min_iterations: PositiveInt = 1
+    """Fewest iterations of a layer (dynamic)."""
+    max_iterations: PositiveInt | None = None
+    """Most iterations of a layer (dynamic); null is 2 T."""
 
 
 class EarlyStoppingConfig(Section):
@@ -67,8 +88,8 @@ class IntegratorConfig(Section):
     num_iterations: PositiveInt = 2
     """T, integrator iterations per layer."""
     iterations_per_layer: tuple[PositiveInt, ...] | None = None
-    """T of every layer, bottom up, where they are not all num_iterations."""
-    dt: PositiveFloat = 1.0
+    """T of every layer, bottom up, where they are not all num_iterations; only with the uniform budget."""
+    dt: PositiveFloat = 0.7
     """Step size of the state update."""
     velocity_scale: PositiveFloat = 1.0
     """Constant factor on the velocity in the state update."""
@@ -98,6 +119,8 @@ class IntegratorConfig(Section):
     """The controller."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """Per-token early stopping in evaluation."""
+    budget: BudgetConfig = BudgetConfig()
+    """Division of the iterations among the layers; measured at the steps of training.evaluation.every."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -107,6 +130,14 @@ class IntegratorConfig(Section):
         if self.early_stopping.min_iterations > fewest:
             raise ValueError(
                 f"early_stopping.min_iterations {self.early_stopping.min_iterations} exceeds num_iterations {fewest}"
+            )
+        if self.iterations_per_layer and self.budget.strategy != "uniform":
+            raise ValueError(f"iterations_per_layer needs budget.strategy uniform, not {self.budget.strategy}")
+        highest = self.budget.max_iterations
+        if self.budget.min_iterations > self.num_iterations or (highest and highest < self.num_iterations):
+            raise ValueError(
+                f"budget: num_iterations {self.num_iterations} must lie between min_iterations "
+                f"{self.budget.min_iterations} and max_iterations {highest}"
             )
         return self
 

@@ -18,6 +18,8 @@ def test_parameters_by_part_are_all_parameters(preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_flops_are_those_torch_counts(preset: str) -> None:
     model, length = tiny_model(preset), 16
+    if model.budget is not None:
+        model.budget.initialise()  # T each: the plan's premise
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(torch.zeros(1, length, dtype=torch.long)).hidden)
     matrices = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
