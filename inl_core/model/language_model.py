@@ -70,7 +70,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        integrator = config.integrator
+        integrator = config.integrator_of(layer)
         self.feeds_candidate = integrator is not None and integrator.candidate == "feed_forward"
         self.reads_delta = integrator is not None and integrator.readout == "delta"
         self.norm_attention = build_norm(config)

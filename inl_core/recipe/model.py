@@ -87,6 +87,8 @@ class IntegratorConfig(Section):
 
     num_iterations: PositiveInt = 2
     """T, integrator iterations per layer."""
+    iterations_per_layer: tuple[PositiveInt, ...] | None = None
+    """T of every layer, bottom up, where they are not all num_iterations; only with the uniform budget."""
     dt: PositiveFloat = 0.7
     """Step size of the state update."""
     velocity_scale: PositiveFloat = 1.0
@@ -124,11 +126,13 @@ class IntegratorConfig(Section):
     def _consistent(self) -> Self:
         if self.beta_max is not None and self.init_beta >= self.beta_max:
             raise ValueError(f"init_beta {self.init_beta} must be below beta_max {self.beta_max}")
-        if self.early_stopping.min_iterations > self.num_iterations:
+        fewest = min(self.iterations_per_layer or (self.num_iterations,))
+        if self.early_stopping.min_iterations > fewest:
             raise ValueError(
-                f"early_stopping.min_iterations {self.early_stopping.min_iterations} exceeds "
-                f"num_iterations {self.num_iterations}"
+                f"early_stopping.min_iterations {self.early_stopping.min_iterations} exceeds num_iterations {fewest}"
             )
+        if self.iterations_per_layer and self.budget.strategy != "uniform":
+            raise ValueError(f"iterations_per_layer needs budget.strategy uniform, not {self.budget.strategy}")
         highest = self.budget.max_iterations
         if self.budget.min_iterations > self.num_iterations or (highest and highest < self.num_iterations):
             raise ValueError(
@@ -214,6 +218,9 @@ class ModelConfig(Section):
         mu = self.integrator.mu if self.integrator else None
         if mu and mu.form == "hierarchical" and self.d_model % mu.group_size:
             raise ValueError(f"integrator.mu.group_size {mu.group_size} must divide d_model {self.d_model}")
+        each = self.integrator.iterations_per_layer if self.integrator else None
+        if each is not None and len(each) != self.num_layers:
+            raise ValueError(f"integrator.iterations_per_layer has {len(each)} entries for {self.num_layers} layers")
         return self
 
     @property
@@ -243,9 +250,19 @@ class ModelConfig(Section):
         return -(-hidden // 16) * 16 if self.feed_forward_rounding == "up_16" else hidden
 
     @property
-    def num_iterations(self) -> int:
-        """T, or 0 without an integrator."""
-        return self.integrator.num_iterations if self.integrator else 0
+    def num_iterations(self) -> float:
+        """T, the mean over layers; 0 without an integrator."""
+        if self.integrator is None:
+            return 0.0
+        each = self.integrator.iterations_per_layer or (self.integrator.num_iterations,)
+        return sum(each) / len(each)
+
+    def integrator_of(self, layer: int) -> IntegratorConfig | None:
+        """The integrator of one layer, with its own number of iterations."""
+        if self.integrator is None or self.integrator.iterations_per_layer is None:
+            return self.integrator
+        own = {"num_iterations": self.integrator.iterations_per_layer[layer], "iterations_per_layer": None}
+        return self.integrator.model_copy(update=own)
 
     def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
         """The same model for a vocabulary of this size (the tokenizer's)."""
