@@ -189,7 +189,8 @@ class IntegratorLanguageModel(nn.Module):
 
     def _options(self, ids: Tensor, return_aux: bool) -> Options:
         # Without memory a learned budget has no values to read: every layer then counts with T iterations.
-        total = self.config.num_iterations if ids.is_meta and self.config.integrator else None
+        integrator = self.config.integrator
+        total = integrator.num_iterations if ids.is_meta and integrator else None
         return Options(num_iterations=total, keep_trajectory=return_aux)
 
     def _aux(self, output: ModelOutput) -> dict[str, Any]:

@@ -38,6 +38,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "embedding_scale": ({}, "sqrt_dim"),
     "tie_head": ({}, False),
     "integrator.num_iterations": ({}, 3),
+    "integrator.iterations_per_layer": ({}, (1, 2, 3)),
     "integrator.dt": ({}, 0.4),
     "integrator.velocity_scale": ({}, 0.5),
     "integrator.dynamic_alpha": ({}, False),

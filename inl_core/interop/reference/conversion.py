@@ -73,6 +73,7 @@ def build_config(
             "rope_theta": ROTARY_BASE,
             "embedding_rank": layout.rank,
             "embedding_norm": False,
+            "embedding_scale": "none",
             "tie_head": False,
             "integrator": integrator.model_dump(),
         }
