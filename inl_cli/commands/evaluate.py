@@ -106,7 +106,7 @@ def _score(
         "text": source.name,
         "window": window,
         "stride": stride or window,
-        "max_iterations": evaluation.default_iterations(loaded.model, iterations),
+        "max_iterations": evaluation.most_iterations(loaded.model, iterations),
         **asdict(scores),
     }
 

@@ -77,13 +77,15 @@ class Trajectory:
 class IntegratorOutput:
     """What T iterations leave behind.
 
-    state, velocity: (B, S, D) at the end.  iterations: (B, S) iterations each token used, or None = all of them.
+    state, velocity: (B, S, D) at the end.  num_iterations: steps that were run.
+    iterations: (B, S) iterations each token used, or None = all of them.
     speed: (B, S) sum_t w_t mean_D |x_t - mu|.  energy: (B, S) mean_t mean_D |v_t|^p.  Both only when asked for.
     routing: which experts each token took, in a mixture of integrators.
     """
 
     state: Tensor
     velocity: Tensor
+    num_iterations: int
     iterations: Tensor | None = None
     speed: Tensor | None = None
     energy: Tensor | None = None
@@ -240,6 +242,7 @@ class Integrator(nn.Module):
         return IntegratorOutput(
             x,
             v,
+            total,
             stopping.iterations if stopping else None,
             losses.speed if losses else None,
             losses.energy if losses else None,

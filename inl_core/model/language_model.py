@@ -144,10 +144,12 @@ class ModelOutput:
     hidden: Tensor
     layers: list[IntegratorOutput] = field(default_factory=list)
 
-    def iterations(self, default: float) -> Tensor:
-        """Mean iterations over layers of each token, (B, S); `default` where early stopping is off."""
-        used = [layer.iterations.float() for layer in self.layers if layer.iterations is not None]
-        return torch.stack(used).mean(0) if used else self.hidden.new_full(self.hidden.shape[:2], float(default))
+    def iterations(self) -> Tensor:
+        """Mean iterations over layers of each token, (B, S); a fractional last step counts as one; 0 without any."""
+        total = self.hidden.new_zeros(self.hidden.shape[:2], dtype=torch.float32)
+        for layer in self.layers:
+            total = total + (layer.num_iterations if layer.iterations is None else layer.iterations)
+        return total / max(1, len(self.layers))
 
 
 class IntegratorLanguageModel(nn.Module):

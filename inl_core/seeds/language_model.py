@@ -196,7 +196,7 @@ class IntegratorLanguageModel(nn.Module):
     def _aux(self, output: ModelOutput) -> dict[str, Any]:
         paths = [trajectory_dict(layer.trajectory) for layer in output.layers if layer.trajectory]
         aux: dict[str, Any] = {name: [path[name] for path in paths] for name in ("x", "v", "alpha", "beta", "gate")}
-        return aux | {"mu": self.get_learned_mu(), "iterations": output.iterations(self.config.num_iterations)}
+        return aux | {"mu": self.get_learned_mu(), "iterations": output.iterations()}
 
     def _measure(self, layers: list[IntegratorOutput]) -> None:
         """Remember the mean final states of a training pass for mu's moving average."""

@@ -198,4 +198,4 @@ def _summary(x: Tensor, v: Tensor, mu: Tensor) -> IntegratorOutput:
     weights = x.new_tensor(speed_weights(x.shape[-2] - 1))
     speed = ((x[..., 1:, :] - mu).abs().mean(-1) * weights).sum(-1)
     energy = v[..., 1:, :].square().mean((-1, -2))
-    return IntegratorOutput(x[..., -1, :], v[..., -1, :], speed=speed, energy=energy)
+    return IntegratorOutput(x[..., -1, :], v[..., -1, :], x.shape[-2] - 1, speed=speed, energy=energy)

@@ -108,7 +108,7 @@ def everything_observable(values: dict[str, Any]) -> list[torch.Tensor]:
             if parameter.dim() == 2:
                 parameter.mul_(2.0)  # away from the small start, where norms hide a part's effect
         training, evaluated = model.train()(ids), model.eval()(ids)
-        seen += [training.hidden, evaluated.hidden, model.logits(evaluated.hidden), evaluated.iterations(0.0)]
+        seen += [training.hidden, evaluated.hidden, model.logits(evaluated.hidden), evaluated.iterations()]
         seen.append(torch.tensor(model.position_table.shape))
         for integrator, layer in zip(model.integrators(), training.layers, strict=True):
             integrator.equilibrium.adapt(layer.state.mean((0, 1)), integrator.config.mu.adaptation_rate)
