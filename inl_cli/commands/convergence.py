@@ -97,8 +97,11 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     console.table(title, _COLUMNS, [_cells(layer) for layer in summary["layers"]])
     console.write("\n" + "".join(f"{sentence}\n" for sentence in sentences(summary)) + "\n")
     bits = summary["bits_per_byte"]
-    rows = [_bits_cells(row["iterations"], row, row["iterations"] == own) for row in bits["by_iterations"]]
-    console.table("Bits per byte by iterations (0: every integrator skipped)", ("T", *_BITS_COLUMNS, ""), rows)
+    rows = [_bits_cells(row["iterations"], row) for row in bits["by_iterations"]]
+    title = (
+        f"Bits per byte with T iterations in every layer (0: skipped); the model as it is: {bits['bits_per_byte']:.4f}"
+    )
+    console.table(title, ("T", *_BITS_COLUMNS), rows)
     console.write("\n")
     rows = [_bits_cells(row["layer"], row) for row in bits["without_layer"]]
     console.table("Bits per byte with one layer's integrator skipped", ("layer", *_BITS_COLUMNS), rows)
@@ -124,7 +127,6 @@ def _cells(layer: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _bits_cells(key: int, row: dict[str, Any], *is_own: bool) -> tuple[Any, ...]:
+def _bits_cells(key: int, row: dict[str, Any]) -> tuple[Any, ...]:
     error = None if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-    marks = ("the model's own" if own else "" for own in is_own)
-    return (key, f"{row['bits_per_byte']:.4f}", f"{row['change']:+.4f}", error, *marks)
+    return (key, f"{row['bits_per_byte']:.4f}", f"{row['change']:+.4f}", error)

@@ -122,10 +122,12 @@ def report_convergence(
         )
     if not epsilon > 0:
         raise RecipeError(f"epsilon {epsilon}: must be above 0")
-    window = min(window or default_window(loaded), max(1, text.num_targets))
+    if window is None:
+        window = min(default_window(loaded), max(1, text.num_targets))
+    text.check_window(window)
     num_windows = -(-min(max_tokens, text.num_targets) // window)
-    rows = _BATCH_ELEMENTS // (followed * window * model.config.d_model)
-    rows = max(1, min(rows, num_windows // FEWEST_BATCHES))
+    most_rows = _BATCH_ELEMENTS // (followed * window * model.config.d_model)
+    rows = max(1, min(most_rows, num_windows // FEWEST_BATCHES))
     total, done = 1 + num_passes(model), 0
 
     def windows() -> Any:
