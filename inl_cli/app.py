@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from inl_cli.commands import data, evaluate, generate, import_reference, inspect, recipe, train
+from inl_cli.commands import convergence, data, evaluate, generate, import_reference, inspect, recipe, train
 
 app = typer.Typer(
     name="inl",
@@ -29,6 +29,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("inspect-params")(inspect.inspect_params)
+app.command("convergence-report")(convergence.convergence_report)
 app.command("import-reference")(import_reference.import_reference)
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)

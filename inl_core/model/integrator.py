@@ -64,13 +64,17 @@ class Drive(NamedTuple):
 
 @dataclass
 class Trajectory:
-    """Every iteration of one layer: states and velocities (T+1, B, S, D), alpha, beta, gate (T, B, S, D)."""
+    """Every iteration of one layer: states and velocities (T+1, B, S, D), alpha, beta, gate (T, B, S, D).
+
+    candidate: v_cand (T, B, S, D), one tensor seen T times where all steps share it; None where there is none.
+    """
 
     states: Tensor
     velocities: Tensor
     alpha: Tensor
     beta: Tensor
     gate: Tensor
+    candidate: Tensor | None = None
 
 
 @dataclass
@@ -329,4 +333,14 @@ class _Recorder:
         alpha, beta, gate = (
             torch.stack([getattr(step, name) for step in self.gains]) for name in ("alpha", "beta", "gate")
         )
-        return Trajectory(torch.stack(self.states), torch.stack(self.velocities), alpha, beta, gate)
+        return Trajectory(torch.stack(self.states), torch.stack(self.velocities), alpha, beta, gate, self._candidate())
+
+    def _candidate(self) -> Tensor | None:
+        """Stacked only where the steps differ: the feed-forward's candidate is one tensor for all of them."""
+        found = [step.candidate for step in self.gains]
+        first = found[0]
+        if first is None:
+            return None
+        if all(candidate is first for candidate in found):
+            return first.expand(len(found), *first.shape)
+        return torch.stack([candidate for candidate in found if candidate is not None])
