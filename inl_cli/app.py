@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from inl_cli.commands import convergence, data, evaluate, generate, import_reference, inspect, recipe, train
+from inl_cli.commands import convergence, data, evaluate, generate, import_reference, inspect, plan, recipe, train
 
 app = typer.Typer(
     name="inl",
@@ -27,6 +27,7 @@ app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("inspect-params")(inspect.inspect_params)
 app.command("convergence-report")(convergence.convergence_report)

@@ -124,5 +124,5 @@ def most_iterations(model: IntegratorLanguageModel, num_iterations: int | tuple[
     if num_iterations is None and model.budget is not None:
         num_iterations = tuple(layer.num_iterations for layer in model.budget())
     if num_iterations is None:
-        return model.config.num_iterations
+        return model.config.mean_iterations
     return sum(num_iterations) / len(num_iterations) if isinstance(num_iterations, tuple) else float(num_iterations)

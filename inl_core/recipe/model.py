@@ -250,8 +250,13 @@ class ModelConfig(Section):
         return -(-hidden // 16) * 16 if self.feed_forward_rounding == "up_16" else hidden
 
     @property
-    def num_iterations(self) -> float:
-        """T, the mean over layers; 0 without an integrator."""
+    def num_iterations(self) -> int:
+        """T, or 0 without an integrator."""
+        return self.integrator.num_iterations if self.integrator else 0
+
+    @property
+    def mean_iterations(self) -> float:
+        """T, the mean over layers where they differ; 0 without an integrator."""
         if self.integrator is None:
             return 0.0
         each = self.integrator.iterations_per_layer or (self.integrator.num_iterations,)

@@ -287,7 +287,7 @@ class Trainer:
         }
         if self.model.config.integrator:
             row |= {"phase": now.phase, "lambda_mean": now.lambda_mean, "A": self.model.excitation_amplitude.item()}
-            row |= {"iterations": float(self.model.config.num_iterations), **gains}
+            row |= {"iterations": self.model.config.mean_iterations, **gains}
         if self.model.budget is not None:
             row["budget"] = self.model.budget.shares().tolist()
         if "loads" in terms:

@@ -7,13 +7,25 @@ from typing import Any
 
 import pytest
 
+from inl_core.analysis.planning import count_parameters, meta_model, training_flops
+from inl_core.analysis.planning.memory import memory_table, trace_modes
 from inl_core.recipe.differences import recipe_differences
 from inl_core.recipe.load import load_recipe, shipped_recipes
 from inl_core.recipe.presets import PRESETS
 from inl_core.recipe.schema import recipe_schema, schema_text
+from inl_core.recipe.sizes import find_size
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-NAMES = ("medium", "small", "tiny", "tiny-transformer", "tiny-v1", "tiny-v2", "tiny-v3")
+SIZES = {
+    "small": "small",
+    "medium": "medium",
+    "large": "large",
+    "xlarge": "xlarge",
+    "3b": "3B",
+    "7b": "7B",
+    "13b": "13B",
+}
+NAMES = ("tiny", "tiny-transformer", "tiny-v1", "tiny-v2", "tiny-v3", *SIZES)
 
 
 def test_the_shipped_recipes_are_these() -> None:
@@ -30,6 +42,33 @@ def test_each_recipe_starts_with_its_command_and_its_schema_and_runs_without_dat
     recipe = load_recipe(path)
     assert recipe.name == name
     assert recipe.data.sources == ("builtin:python",)
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES.items())
+def test_the_sizes_are_the_documents_and_one_to_four_gpus_can_share_the_batch(name: str, size: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    row = find_size(size)
+    dimensions = (recipe.model.d_model, recipe.model.num_layers, recipe.model.num_heads, recipe.model.max_seq_len)
+    assert dimensions == (row.d_model, row.num_layers, row.num_heads, row.max_seq_len)
+    assert recipe.model.preset == "v4"
+    for world_size in (1, 2, 4):
+        recipe.training.micro_batch(world_size)  # raises where it does not divide
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_each_size_is_headed_by_the_figures_of_its_plan(name: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ["training.precision=bf16"])
+    settings = recipe.training
+    config = recipe.model.with_vocab_size(recipe.data.tokenizer.vocab_size)
+    saved = trace_modes(recipe, config, bf16=True, modes=tuple({"none": 0, settings.recomputation: 0}))
+    table = memory_table(recipe, config, saved, bf16=True, degrees=(1,))
+    memory = next(row for row in table if row.recomputation == settings.recomputation)
+    parameters = sum(count_parameters(meta_model(config)).values())
+    flops = training_flops(config, settings.sequence_length) * settings.num_steps * settings.batch_tokens
+    assert (
+        f"# `inl plan`: {parameters / 1e6:.1f}M parameters, {flops:.1e} FLOP, {memory.total / 1e9:.1f} GB of memory in "
+        f"bf16, micro-batch {settings.micro_batch(1)} x {settings.sequence_length}."
+    ) in (RECIPES / f"{name}.yaml").read_text().splitlines()
 
 
 def test_the_baseline_differs_in_nothing_but_name_and_preset() -> None:

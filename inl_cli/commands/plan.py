@@ -1,0 +1,126 @@
+"""`inl plan`: what a recipe or a model would cost, before anything is allocated."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.options import JsonOption, QuietOption, SetOption
+from inl_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from inl_core.recipe import Recipe
+
+PlannedRecipe = Annotated[
+    Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.")
+]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, transformer.")]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="A size of the documents: small, medium, large, xlarge, 3B, 7B, 13B, ...")
+]
+VocabularyOption = Annotated[
+    int | None,
+    typer.Option(
+        "--vocab-size", metavar="V", min=1, help="Vocabulary; default the recipe's or its data's, else 50,000."
+    ),
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--sequence-length", metavar="S", min=1, help="Tokens in a window; default the recipe's or the context."
+    ),
+]
+MicroBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--micro-batch-size", metavar="B", min=1, help="Windows in one forward pass; default the recipe's, else 1."
+    ),
+]
+AllSizesOption = Annotated[
+    bool, typer.Option("--all-sizes", help="Every size beside the documents' figures, as Markdown: docs/sizes.md.")
+]
+
+
+@errors_to_exit_codes()
+def plan(
+    recipe: PlannedRecipe = None,
+    preset: PresetOption = None,
+    size: SizeOption = None,
+    vocab_size: VocabularyOption = None,
+    sequence_length: LengthOption = None,
+    micro_batch_size: MicroBatchOption = None,
+    overrides: SetOption = None,
+    all_sizes: AllSizesOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show parameters, FLOPs, memory, disk and schedule of a recipe or a model; nothing is allocated.
+
+    inl plan recipes/medium.yaml --micro-batch-size 8
+
+    inl plan --preset v3 --size 13B --vocab-size 50000
+
+    Memory is that of one device, by recomputation mode and by the number of devices over which weights, gradients and
+    optimizer are sharded. FLOPs are those of the matrix products.
+    """
+    console = Console(json=json, quiet=quiet)
+    chosen = (recipe, preset, size, vocab_size, sequence_length, micro_batch_size)
+    if all_sizes:
+        _show_all_sizes(console, alone=not overrides and all(value is None for value in chosen))
+        return
+    planned = _choose(*chosen, overrides or [])
+
+    from inl_cli.plan_view import plan_data, show_model_plan
+    from inl_core.analysis.planning import plan_model
+
+    figures, has_schedule = plan_model(planned), recipe is not None
+    console.result(
+        plan_data(figures, has_schedule=has_schedule),
+        lambda: show_model_plan(console, figures, has_schedule=has_schedule),
+    )
+
+
+def _choose(
+    recipe: Path | None,
+    preset: str | None,
+    size: str | None,
+    vocab_size: int | None,
+    sequence_length: int | None,
+    micro_batch_size: int | None,
+    overrides: list[str],
+) -> "Recipe":
+    """The recipe at `recipe`, or one around a preset at a size; RecipeError when neither or both are named."""
+    if recipe is None and preset is None and size is None:
+        raise RecipeError(
+            "inl plan needs a recipe or a model: inl plan recipes/tiny.yaml, or inl plan --preset v3 --size 13B"
+        )
+    if recipe is not None and (preset or size):
+        raise RecipeError(
+            f"{recipe} together with {'--preset' if preset else '--size'}: a recipe names its own model; "
+            "change it with --set model.preset=... --set model.size=..., or leave the recipe out"
+        )
+    from inl_core.analysis.planning import recipe_of_model
+    from inl_core.recipe.load import load_recipe
+
+    if recipe is None:
+        given = {"preset": preset or "v4", "size": size, "vocab_size": vocab_size}
+        model = {key: value for key, value in given.items() if value is not None}
+        return recipe_of_model(
+            model, sequence_length=sequence_length, micro_batch_size=micro_batch_size, overrides=overrides
+        )
+    options = {
+        "model.vocab_size": vocab_size,
+        "training.sequence_length": sequence_length,
+        "training.micro_batch_size": micro_batch_size,
+    }
+    return load_recipe(recipe, [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)])
+
+
+def _show_all_sizes(console: Console, *, alone: bool) -> None:
+    if not alone:
+        raise RecipeError("--all-sizes plans every size by itself: give no recipe, size or other option with it")
+    from inl_cli.sizes_page import sizes_page
+
+    page = sizes_page()
+    console.result({"markdown": page}, lambda: console.write(page))

@@ -1,0 +1,162 @@
+"""What `inl plan` shows: tables for people, and the same figures as plain values for --json."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from inl_cli.console import Console
+from inl_cli.progress import amount
+
+if TYPE_CHECKING:
+    from inl_core.analysis.planning import ModelPlan
+
+
+def plan_data(plan: "ModelPlan", *, has_schedule: bool) -> dict[str, Any]:
+    """The plan as one object: what the tables show, unrounded, sizes in bytes."""
+    settings, total = plan.recipe.training, plan.run.total_parameters
+    data: dict[str, Any] = {
+        "model": _model_facts(plan),
+        "parameters": [
+            {"part": part, "number": number, "share": number / total} for part, number in plan.run.parameters.items()
+        ],
+        "total_parameters": total,
+        "non_embedding_parameters": plan.run.non_embedding_parameters,
+        "optimisations": [{**asdict(saving), "change": saving.change} for saving in plan.savings],
+        "flops_per_token": {
+            "sequence_length": settings.sequence_length,
+            "forward_by_part": plan.flops,
+            "training": plan.run.flops_per_token,
+            "training_by_iterations": plan.flops_by_iterations,
+            "executed_by_recomputation": plan.flops_by_recomputation,
+        },
+        "kv_cache": [
+            {"type": name, "bytes_per_token": size, "bytes_at_max_seq_len": size * plan.config.max_seq_len}
+            for name, size in plan.cache.items()
+        ],
+        "states": {**asdict(plan.states), "total": plan.states.total},
+        "memory": [{**asdict(row), "total": row.total} for row in plan.memory],
+        "checkpoint": {"weights_bytes": plan.states.weights, "bytes": plan.states.checkpoint},
+    }
+    if has_schedule:
+        data["checkpoint"]["kept_bytes"] = plan.run.disk_bytes
+        data["schedule"] = {
+            "steps": plan.run.num_steps,
+            "tokens": plan.run.train_tokens,
+            "tokens_per_parameter": plan.run.train_tokens / total,
+            "epochs": plan.run.epochs or None,
+            "total_flops": plan.run.total_flops,
+        }
+    return data
+
+
+def show_model_plan(console: Console, plan: "ModelPlan", *, has_schedule: bool) -> None:
+    """All tables, on stdout."""
+    facts = [(name.replace("_", " "), value) for name, value in _model_facts(plan).items()]
+    console.table("model", ("", ""), facts)
+    for show in (_show_parameters, _show_savings, _show_flops, _show_cache, _show_memory):
+        console.write("\n")
+        show(console, plan)
+    console.write("\n")
+    rows = [("weights alone", amount(plan.states.weights, "B")), ("a checkpoint", amount(plan.states.checkpoint, "B"))]
+    if has_schedule:
+        rows.append(("checkpoints kept at once, at most", amount(plan.run.disk_bytes, "B")))
+    console.table("disk", ("", ""), rows)
+    if has_schedule:
+        console.write("\n")
+        console.table("schedule", ("", ""), _schedule(plan))
+
+
+def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
+    config = plan.config
+    integrator = config.integrator
+    return {
+        "preset": config.preset,
+        "size": config.size,
+        "d_model": config.d_model,
+        "layers": config.num_layers,
+        "heads": config.num_heads,
+        "key_value_heads": config.key_value_heads,
+        "feed_forward": f"{config.feed_forward}, {config.hidden_dim:,} wide",
+        "context": config.max_seq_len,
+        "iterations": config.num_iterations or None,
+        "controller_width": integrator.controller.width if integrator else None,
+        "embedding_rank": config.rank,
+        "vocabulary": plan.vocabulary.size,
+        "vocabulary_from": plan.vocabulary.source,
+    }
+
+
+def _show_parameters(console: Console, plan: "ModelPlan") -> None:
+    total, inner = plan.run.total_parameters, plan.run.non_embedding_parameters
+    rows = [(part, count, f"{count / total:.1%}") for part, count in plan.run.parameters.items()]
+    rows += [("total", total, "100%"), ("total without embedding and head", inner, f"{inner / total:.1%}")]
+    console.table("parameters", ("part", "number", "share"), rows)
+
+
+def _show_savings(console: Console, plan: "ModelPlan") -> None:
+    rows = [
+        (saving.part, saving.optimisation, saving.full, saving.optimised, f"{saving.change:+.1%}", saving.here)
+        for saving in plan.savings
+    ]
+    columns = ("part", "optimisation", "full", "optimised", "change", "in this model")
+    console.table("parameters without and with each optimisation", columns, rows)
+
+
+def _show_flops(console: Console, plan: "ModelPlan") -> None:
+    length = plan.recipe.training.sequence_length
+    rows = [(part, flop_amount(count), flop_amount(3 * count)) for part, count in plan.flops.items()]
+    rows.append(("total", flop_amount(sum(plan.flops.values())), flop_amount(plan.run.flops_per_token)))
+    console.table(f"FLOPs of one token, windows of {length:,}", ("part", "forward", "training"), rows)
+    modes = [(f"recomputation {mode}", flop_amount(count)) for mode, count in plan.flops_by_recomputation.items()]
+    console.write("\n")
+    console.table("FLOPs the machine does for one token in training", ("", ""), modes)
+    if plan.flops_by_iterations:
+        counts = [flop_amount(count) for count in plan.flops_by_iterations.values()]
+        console.write("\n")
+        columns = ("", *(f"T = {iterations}" for iterations in plan.flops_by_iterations))
+        console.table("training FLOPs of one token at T iterations a layer", columns, [("training", *counts)])
+
+
+def _show_cache(console: Console, plan: "ModelPlan") -> None:
+    length = plan.config.max_seq_len
+    rows = [(name, amount(size, "B"), amount(size * length, "B")) for name, size in plan.cache.items()]
+    console.table("key-value cache, whatever T is", ("type", "a token", f"a row of {length:,}"), rows)
+
+
+def _show_memory(console: Console, plan: "ModelPlan") -> None:
+    settings, states = plan.recipe.training, plan.states
+    parts = {"weights": states.weights, "gradients": states.gradients, settings.optimizer.name: states.optimizer}
+    console.table("training state", ("", ""), [(name, amount(size, "B")) for name, size in parts.items()])
+    degrees = sorted({row.sharding for row in plan.memory})
+    rows = []
+    for mode in dict.fromkeys(row.recomputation for row in plan.memory):
+        row = [row for row in plan.memory if row.recomputation == mode]
+        sizes = [amount(entry.total, "B") for entry in row]
+        rows.append((mode, amount(row[0].activations, "B"), amount(row[0].working, "B"), *sizes))
+    title = (
+        f"memory of one device, {'bf16' if plan.bf16 else 'fp32'}, micro-batch {plan.memory[0].rows} x "
+        f"{settings.sequence_length:,}, training state sharded over N devices (1: whole on each)"
+    )
+    console.write("\n")
+    columns = ("recomputation", "activations", "working", *(f"N = {degree}" for degree in degrees))
+    console.table(title, columns, rows)
+
+
+def _schedule(plan: "ModelPlan") -> list[tuple[str, str]]:
+    run, settings = plan.run, plan.recipe.training
+    epochs = f"{run.epochs:.2f}" if run.epochs else "unknown: the data is not prepared"
+    return [
+        ("steps", f"{run.num_steps:,} of {settings.batch_tokens:,} tokens"),
+        ("tokens", f"{run.train_tokens:,}, {run.train_tokens / run.total_parameters:.1f} a parameter"),
+        ("epochs", epochs),
+        ("compute", f"{run.total_flops:.3g} FLOP"),
+        ("recomputation", settings.recomputation),
+    ]
+
+
+def flop_amount(count: float) -> str:
+    """`12.3 MFLOP`, in powers of a thousand."""
+    units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+    power = 0
+    while count >= 1000 and power < len(units) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.4g} {units[power]}"

@@ -1,0 +1,137 @@
+"""Memory that autograd keeps between the forward and the backward pass, found by running the real forward pass.
+
+- The chunked loss computes its gradients on the way and holds them where no hook sees them: they are added.
+- The model runs on fake tensors: shapes and types without values, as on the meta device, but with a CPU's kernels and
+  autocast. Whatever autograd saves is seen by a hook; each storage counts once, parameters not at all. A formula would
+  have to be kept true to every switch of the model by hand.
+- One block is like the next from the second on, and one iteration like the next from the second on: two and three of
+  each are run, and the rest is extrapolated, which is exact.
+- The batch is a large prime: a storage whose size it divides grows with the batch, any other does not.
+- Kernels of a GPU save the same tensors; its autocast keeps a few operations in float32 that a CPU's does not.
+  `training.compile` saves less than counted here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from inl_core.model import IntegratorLanguageModel, Options
+from inl_core.recipe import ModelConfig
+
+Recomputation = Literal["none", "block", "integrator"]
+RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "integrator", "block")
+
+_ROWS = 10_007  # prime, and no dimension of a model
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that autograd keeps: for every row (window) of the micro-batch, and whatever its size."""
+
+    per_row: float
+    fixed: float
+    """Weights as autocast converted them, and the gradient of the head's weight."""
+
+    def __sub__(self, other: "Saved") -> "Saved":
+        return Saved(self.per_row - other.per_row, self.fixed - other.fixed)
+
+    def plus(self, other: "Saved", times: float) -> "Saved":
+        """self + times * other."""
+        return Saved(self.per_row + times * other.per_row, self.fixed + times * other.fixed)
+
+    def bytes(self, rows: int) -> int:
+        """For a micro-batch of `rows` windows."""
+        return round(self.per_row * rows + self.fixed)
+
+
+def saved_activations(
+    config: ModelConfig,
+    length: int,
+    *,
+    recomputation: Recomputation = "none",
+    bf16: bool = False,
+    document_mask: bool = False,
+    energy_power: float | None = None,
+) -> Saved:
+    """What autograd saves in one forward pass over windows of `length`, loss included.
+
+    Args:
+        bf16: under bfloat16 autocast.
+        document_mask: attention is kept inside documents, by a mask (B, 1, S, S).
+        energy_power: p, when the speed and energy losses are on.
+    """
+
+    def at(layers: int, iterations: int) -> Saved:
+        smaller = config.model_copy(update={"num_layers": layers})
+        options = Options(num_iterations=iterations or None, energy_power=energy_power)
+        return _trace(smaller, length, recomputation, bf16, document_mask, options)
+
+    def over_layers(iterations: int) -> Saved:
+        if config.num_layers <= 3:
+            return at(config.num_layers, iterations)
+        two, three = at(2, iterations), at(3, iterations)
+        return two.plus(three - two, config.num_layers - 2)
+
+    if config.num_iterations <= 3:
+        return over_layers(config.num_iterations)
+    two, three = over_layers(2), over_layers(3)
+    return two.plus(three - two, config.num_iterations - 2)
+
+
+def recompute(blocks: nn.ModuleList, mode: Recomputation) -> None:
+    """Make each block, or each block's integrator, keep its inputs only."""
+    for block in blocks:
+        inner = block if mode == "block" else block.integrator if mode == "integrator" else None
+        if isinstance(inner, nn.Module):
+            inner.forward = partial(checkpoint, inner.forward, use_reentrant=False)
+
+
+def saved_bytes(model: IntegratorLanguageModel, forward: Callable[[], None]) -> list[int]:
+    """Sizes of the distinct storages that autograd saves while `forward()` runs, the parameters' own left out."""
+    sizes: dict[int, int] = {}
+    alive = [parameter.untyped_storage() for parameter in model.parameters()]  # held: an identity must stay taken
+    own = {storage._cdata for storage in alive}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in sizes:
+            alive.append(storage)
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        forward()
+    return list(sizes.values())
+
+
+def _trace(
+    config: ModelConfig, length: int, mode: Recomputation, bf16: bool, document_mask: bool, options: Options
+) -> Saved:
+    with FakeTensorMode():
+        model = IntegratorLanguageModel(config).train()
+        recompute(model.blocks, mode)
+        ids = torch.zeros(_ROWS, length, dtype=torch.long)
+        documents = {"document_ids": ids, "positions": ids} if document_mask else {}
+
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        gradients: list[int] = []
+
+        def forward() -> None:
+            with autocast:
+                output = model(ids, options=options, **documents)
+            with autocast:
+                model.loss_sum(output.hidden, ids)
+                with torch.no_grad():
+                    z, weight = model.head_factors(output.hidden)
+            gradients.extend(tensor.numel() * z.element_size() for tensor in (z, weight))
+
+        sizes = saved_bytes(model, forward) + gradients
+    per_row = sum(size for size in sizes if size % _ROWS == 0)
+    return Saved(per_row / _ROWS, sum(sizes) - per_row)

@@ -1,0 +1,71 @@
+"""Floating-point operations of one token, by part, from the equations.
+
+- A matrix of n weights costs 2 n a token forward. Attention's two products cost 2 D (S + 1) in a causal window of S,
+  where a token sees (S + 1) / 2 on average; a document mask makes it less.
+- The backward pass does every product twice (for the input and for the weight): training is 3 times forward.
+  Recomputation does a part of the forward pass once more; that is work of the machine, not of the model.
+- Counted to the product: the low-rank embedding's look-up, and W_v only where the velocity is not zero by definition.
+- Left out, as everywhere in the literature: what is not a matrix product. Norms, softmax, activations and the
+  dynamics themselves come to some 30 operations a dimension and iteration; the sines and the folding of a layer's
+  modulation into W_out are done once a step, not once a token.
+- Legend: S window, D d_model, C controller width, T iterations, V vocabulary, R embedding rank.
+"""
+
+from inl_core.model.controller import num_groups
+from inl_core.recipe import ModelConfig
+
+
+def flops_by_part(config: ModelConfig, length: int, *, iterations: int | None = None) -> dict[str, int]:
+    """Forward FLOPs of one token in a window of `length`, with T = `iterations` or the configured one."""
+    assert config.vocab_size
+    dim, layers, rank = config.d_model, config.num_layers, config.rank
+    queries_keys_values = dim * (dim + 2 * config.key_value_heads * config.head_dim)
+    matrices = 3 if config.feed_forward == "swiglu" else 2
+    head = config.vocab_size * rank + rank * dim if rank and config.tie_head else config.vocab_size * dim
+    parts = {
+        "embedding": 2 * rank * dim if rank else 0,
+        "attention": 2 * layers * (queries_keys_values + dim * dim),
+        "attention scores": 2 * layers * dim * (length + 1),
+        "controller": 2 * _controller_products(config, config.mean_iterations if iterations is None else iterations),
+        "feed-forward": 2 * layers * matrices * dim * config.hidden_dim,
+        "head": 2 * head,
+    }
+    return {part: count for part, count in parts.items() if count}
+
+
+def forward_flops(config: ModelConfig, length: int, *, iterations: int | None = None) -> int:
+    """Forward FLOPs of one token, all parts."""
+    return sum(flops_by_part(config, length, iterations=iterations).values())
+
+
+def training_flops(
+    config: ModelConfig, length: int, *, iterations: int | None = None, recomputation: str = "none"
+) -> int:
+    """Forward and backward FLOPs of one token; with `recomputation`, what the machine does instead of the model."""
+    parts = flops_by_part(config, length, iterations=iterations)
+    again = 0
+    if recomputation == "integrator":
+        again = parts.get("controller", 0)
+    elif recomputation == "block":
+        again = sum(parts.values()) - parts.get("embedding", 0) - parts["head"]
+        if config.integrator is None or config.integrator.candidate != "feed_forward":
+            # The feed-forward ends the block, and recomputation ends with the last tensor that was saved: its input.
+            again -= 2 * config.num_layers * config.d_model * config.hidden_dim
+    return 3 * sum(parts.values()) + again
+
+
+def _controller_products(config: ModelConfig, iterations: float) -> int:
+    """Multiply-adds of all layers' controllers: W_h once, then W_x, W_v and W_out in each iteration; k experts a token.
+
+    `iterations` is the mean over layers; a learned budget adds at most one step a layer to it.
+    """
+    integrator = config.integrator
+    if integrator is None:
+        return 0
+    per_matrix, layers = config.d_model * integrator.controller.width, config.num_layers
+    at_rest = 1 if integrator.carry_velocity else layers  # layers whose v_0 is zeros: no W_v in their first step
+    products = per_matrix * (layers + round(layers * iterations) * (2 + num_groups(integrator)) - at_rest)
+    mixture = integrator.controller
+    if mixture.experts == 1:
+        return products
+    return mixture.top_k * products + layers * config.d_model * mixture.experts

@@ -1,0 +1,136 @@
+"""Bytes: weights, gradients, optimizer, activations, key-value cache, checkpoint; by recomputation and sharding degree.
+
+- Weights and gradients are float32 (bf16 is autocast). The optimizer's tensors are counted on the optimizers that
+  training builds: AdamW keeps two values a parameter, Muon one.
+- Sharding degree N is FSDP's: every device keeps 1/N of weights, gradients and optimizer, and gathers the block it
+  computes and the next one. Degree 1 is one device, or plain data parallelism, in which every device keeps all.
+- Working memory comes on top of what is kept: the block (or integrator) that is recomputed in the backward pass, and
+  autocast's bfloat16 copies of the weights, which live to the end of the forward pass.
+- Not counted: the allocator's fragmentation, the backward pass's own temporaries (a few tensors of one block), the
+  chunk of logits that the head holds at a time, buffers of the communication library, the framework itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from inl_core.analysis.planning.activations import RECOMPUTATIONS, Recomputation, Saved, saved_activations
+from inl_core.analysis.planning.parameters import meta_model
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import ModelConfig, OptimizerSettings, Recipe
+from inl_core.training.optimizers import build_optimizers
+
+FLOAT32_BYTES = 4
+SHARDING_DEGREES = (1, 2, 4, 8, 16, 32)
+CACHE_TYPES = {"float32": 4, "bfloat16": 2}
+_MOMENTS = {"adamw": 2, "muon": 1}
+_GATHERED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of what is there from the first step to the last."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def checkpoint(self) -> int:
+        """What a checkpoint holds: weights and optimizer."""
+        return self.weights + self.optimizer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One device's memory under one recomputation mode and sharding degree, in bytes."""
+
+    recomputation: Recomputation
+    sharding: int
+    rows: int
+    """Windows in the device's micro-batch."""
+    states: int
+    """Weights, gradients and optimizer that this device keeps."""
+    activations: int
+    """Kept from the forward to the backward pass."""
+    working: int
+    """At most this much more: what is recomputed or gathered, or the weights as autocast converted them."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.states + self.activations + self.working
+
+
+def count_states(model: IntegratorLanguageModel, settings: OptimizerSettings) -> States:
+    """The states of a model that may be on the meta device."""
+    weights = FLOAT32_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    entries = build_optimizers(model, settings, torch.device("meta")).assignments
+    moments = sum(_MOMENTS[entry.optimizer] * entry.num_parameters for entry in entries)
+    return States(weights, weights, FLOAT32_BYTES * moments)
+
+
+def cache_bytes(config: ModelConfig, value_bytes: int) -> int:
+    """Key-value cache of one token: keys and values of every layer, whatever T is."""
+    return 2 * config.num_layers * config.key_value_heads * config.head_dim * value_bytes
+
+
+def trace_modes(
+    recipe: Recipe, config: ModelConfig, *, bf16: bool, modes: tuple[Recomputation, ...] = RECOMPUTATIONS
+) -> dict[Recomputation, Saved]:
+    """What autograd saves under each recomputation mode, for the recipe's windows, masks and losses."""
+    settings = recipe.training
+    losses = settings.losses
+    has_terms = losses.lambda_speed > 0 or losses.lambda_energy > 0 or settings.cycle is not None
+    return {
+        mode: saved_activations(
+            config,
+            settings.sequence_length,
+            recomputation=mode,
+            bf16=bf16,
+            document_mask=recipe.data.document_mask,
+            energy_power=losses.energy_power if has_terms else None,
+        )
+        for mode in modes
+    }
+
+
+def memory_table(
+    recipe: Recipe,
+    config: ModelConfig,
+    saved: dict[Recomputation, Saved],
+    *,
+    bf16: bool,
+    degrees: tuple[int, ...] = SHARDING_DEGREES,
+) -> list[Memory]:
+    """Every mode of `saved` (which must hold "none") at every sharding degree."""
+    model = meta_model(config)
+    states = count_states(model, recipe.training.optimizer)
+    block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    rest = states.weights // FLOAT32_BYTES - block * config.num_layers
+    table = []
+    for mode, kept in saved.items():
+        # A block's (or integrator's) tensors while it is recomputed: what the mode does not keep, one layer's share.
+        again = Saved(0, 0).plus(saved["none"] - kept, 1 / config.num_layers)
+        for degree in degrees:
+            rows = _rows(recipe, degree)
+            if degree == 1:
+                converted = 2 * (block * config.num_layers + rest) if bf16 and mode == "block" else 0
+                activations, working = kept.bytes(rows), max(again.bytes(rows), converted)
+            else:  # autocast's copies are made from gathered weights and freed with them
+                gathered = (rest + _GATHERED_BLOCKS * block) * (2 if bf16 else FLOAT32_BYTES)
+                activations = round(kept.per_row * rows)
+                working = round(again.per_row * rows) + gathered
+            table.append(Memory(mode, degree, rows, -(-states.total // degree), activations, working))
+    return table
+
+
+def _rows(recipe: Recipe, world_size: int) -> int:
+    """Windows in the micro-batch of one of `world_size` devices, also where they do not divide the batch."""
+    settings = recipe.training
+    return settings.micro_batch_size or max(1, settings.batch_size // world_size)

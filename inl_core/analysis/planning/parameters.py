@@ -1,0 +1,35 @@
+"""Parameters by part, counted on the real module tree without memory, so that the count cannot drift from the model."""
+
+import torch
+
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import ModelConfig
+
+# The first matching prefix or part of a parameter's name decides where it is counted.
+_PARTS = (
+    ("embedding", ("embedding.",)),
+    ("head", ("head.",)),
+    ("attention", (".attention.",)),
+    ("controller", ("controller.", ".modulation.", ".router.")),
+    ("budget", ("budget.",)),
+    ("mu", (".equilibrium.",)),
+    ("excitation", (".excitation.",)),
+    ("feed-forward", (".feed_forward.",)),
+    ("norms and gains", ("norm", "_gain")),
+)
+
+
+def count_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Parameters by part, in a fixed order; parts a model does not have are left out."""
+    counts: dict[str, int] = {name: 0 for name, _ in _PARTS}
+    for name, parameter in model.named_parameters():
+        part = next((part for part, marks in _PARTS if any(mark in name for mark in marks)), None)
+        assert part is not None, f"parameter {name} belongs to no part"
+        counts[part] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}
+
+
+def meta_model(config: ModelConfig) -> IntegratorLanguageModel:
+    """The model without memory."""
+    with torch.device("meta"):
+        return IntegratorLanguageModel(config)

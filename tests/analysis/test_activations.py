@@ -1,0 +1,93 @@
+"""The planned activation memory against the storages that autograd really keeps, on real tensors."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from inl_core.analysis.planning.activations import recompute, saved_activations
+from inl_core.model import IntegratorLanguageModel, Options
+from inl_core.recipe import ModelConfig, TrainingSettings
+from inl_core.training.distributed import prepare_blocks
+
+ROWS, LENGTH = 5, 64
+KEYS = {"d_model": 64, "num_heads": 4, "vocab_size": 700, "max_seq_len": LENGTH}
+PRESETS = ("v1", "v2", "v3", "v4", "transformer")
+
+
+def real_bytes(
+    config: ModelConfig, mode: str, *, bf16: bool = False, documents: bool = False, energy_power: float | None = None
+) -> int:
+    """Every storage that a real forward pass and its loss save, but for the parameters."""
+    model = IntegratorLanguageModel(config)
+    model.initialise(0)
+    recompute(model.train().blocks, mode)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    extra = {"document_ids": ids, "positions": torch.arange(LENGTH).expand(ROWS, -1)} if documents else {}
+    options = Options(energy_power=energy_power)
+    with saved_tensors_hooks(save, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hidden = model(ids, options=options, **extra).hidden
+        loss = model.loss_sum(hidden, ids)
+    # The chunked loss holds its two gradients on its node, out of the hook's sight.
+    held = [value.nbytes for value in vars(loss.grad_fn).values() if isinstance(value, torch.Tensor)]
+    assert len(held) == 2
+    return sum(storage.nbytes() for storage in kept.values()) + sum(held)
+
+
+def cases() -> Iterator[tuple[str, str, dict]]:
+    for preset in PRESETS:
+        for mode in ("none", "block", "integrator"):
+            yield preset, mode, {}
+    yield "v1", "none", {"bf16": True}
+    yield "v3", "none", {"bf16": True, "documents": True}
+    yield "v4", "none", {"documents": True}
+    yield "v4", "integrator", {"bf16": True, "documents": True}
+    yield "v4", "none", {"energy_power": 2.0}
+    yield "v3", "integrator", {"energy_power": 2.0}
+
+
+@pytest.mark.parametrize(("preset", "mode", "circumstances"), list(cases()))
+def test_the_plan_is_what_autograd_keeps(preset: str, mode: str, circumstances: dict) -> None:
+    config = ModelConfig.model_validate({"preset": preset, "num_layers": 3} | KEYS)
+    named = {"document_mask" if key == "documents" else key: value for key, value in circumstances.items()}
+    planned = saved_activations(config, LENGTH, recomputation=mode, **named).bytes(ROWS)
+    assert planned == pytest.approx(real_bytes(config, mode, **circumstances), rel=0.02)
+
+
+@pytest.mark.parametrize("preset", ["v2", "v4", "transformer"])
+def test_more_layers_and_iterations_are_extrapolated_exactly(preset: str) -> None:
+    keys = {"preset": preset, "num_layers": 5} | KEYS
+    if preset != "transformer":
+        keys["integrator"] = {"num_iterations": 6}
+    config = ModelConfig.model_validate(keys)
+    for mode in ("none", "block"):
+        planned = saved_activations(config, LENGTH, recomputation=mode)
+        assert planned.bytes(ROWS) == pytest.approx(real_bytes(config, mode), rel=0.02)
+
+
+def test_what_does_not_grow_with_the_batch_is_the_heads_gradient_and_under_autocast_the_converted_weights() -> None:
+    config = ModelConfig.model_validate({"preset": "transformer", "num_layers": 3} | KEYS)
+    head = 4 * 700 * 64
+    weights = 2 * sum(p.numel() for p in IntegratorLanguageModel(config).blocks.parameters() if p.dim() == 2)
+    assert saved_activations(config, LENGTH).fixed == pytest.approx(head, rel=0.03)
+    assert saved_activations(config, LENGTH, bf16=True).fixed > weights
+
+
+def test_recomputation_is_the_trainers() -> None:
+    config = ModelConfig.model_validate({"preset": "v4", "num_layers": 2} | KEYS)
+    settings = TrainingSettings.model_validate({"steps": 1, "recomputation": "block"})
+    ours, theirs = IntegratorLanguageModel(config).blocks, IntegratorLanguageModel(config).blocks
+    recompute(ours, "block")
+    prepare_blocks(theirs, settings)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.forward.func, one.forward.keywords) == (other.forward.func, other.forward.keywords)

@@ -1,0 +1,186 @@
+"""`inl plan`: a recipe, a model, the documents' shares, the page of sizes, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from inl_cli import sizes_page
+from inl_cli.app import app
+from inl_core.corpus.shards import prepare
+from inl_core.recipe.load import load_recipe, shipped_recipes
+from inl_core.training.launch import data_directory
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--set", "model.d_model=64", "--set", "model.num_layers=2", "--set", "model.max_seq_len=64")
+
+
+@pytest.fixture
+def inl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
+    """`inl plan` in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, ["plan", *arguments])
+
+
+def figures(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    return json.loads(line)
+
+
+def recipe_file(directory: Path, more: str = "") -> str:
+    (directory / "some.txt").write_text("\n\n".join(f"document {number} has its words" for number in range(200)))
+    path = directory / "a.yaml"
+    path.write_text(
+        "name: a\nmodel: {d_model: 64, num_layers: 2, max_seq_len: 64}\n"
+        f"data: {{sources: [{directory / 'some.txt'}], tokenizer: {{vocab_size: 290}}}}\n"
+        f"training: {{steps: 10, sequence_length: 32, batch_tokens: 128{more}}}\n"
+    )
+    return str(path)
+
+
+def test_the_documents_three_shares_are_reproduced_at_their_own_dimensions(inl: Callable[..., Result]) -> None:
+    dimensions = ("model.d_model=2048", "model.num_layers=24", "model.num_heads=16")
+    arguments = [word for text in dimensions for word in ("--set", text)]
+    data = figures(inl("--preset", "v2", *arguments, "--vocab-size", "50000", "--json"))
+    rows = {row["part"]: row for row in data["optimisations"]}
+    shares = {part: round(100 * row["change"]) for part, row in rows.items()}
+    assert {part: shares[part] for part in ("embedding", "controller", "mu")} == {
+        "embedding": -87,
+        "controller": -96,
+        "mu": -98,
+    }
+    # doc 002: 102M -> 13.3M
+    assert (rows["embedding"]["full"], rows["embedding"]["optimised"]) == (102_400_000, 13_324_288)
+    assert (rows["mu"]["full"] / 24, rows["mu"]["optimised"] / 24) == (2048, 33)
+    counts = {row["part"]: row["number"] for row in data["parameters"]}
+    assert all(row["here"] == row["optimised"] == counts[part] for part, row in rows.items() if part in counts)
+
+
+def test_a_model_is_planned_by_preset_and_size(inl: Callable[..., Result]) -> None:
+    data = figures(inl("--preset", "v3", "--size", "small", "--vocab-size", "4000", "--json"))
+    assert (data["model"]["d_model"], data["model"]["iterations"], data["model"]["vocabulary"]) == (512, 5, 4000)
+    assert data["flops_per_token"]["sequence_length"] == data["model"]["context"] == 512
+    assert sum(row["number"] for row in data["parameters"]) == data["total_parameters"]
+    assert "schedule" not in data
+    assert data["flops_per_token"]["training"] == data["flops_per_token"]["training_by_iterations"]["5"]
+    assert data["kv_cache"][0]["bytes_at_max_seq_len"] == 512 * data["kv_cache"][0]["bytes_per_token"]
+    assert {(row["recomputation"], row["sharding"]) for row in data["memory"]} == {
+        (mode, degree) for mode in ("none", "integrator", "block") for degree in (1, 2, 4, 8, 16, 32)
+    }
+
+
+def test_people_see_every_table(inl: Callable[..., Result]) -> None:
+    result = inl("--preset", "v2", *SMALL)
+    assert result.exit_code == 0, result.output
+    for title in (
+        "parameters\n",
+        "parameters without and with each optimisation",
+        "FLOPs of one token, windows of 64",
+        "training FLOPs of one token at T iterations",
+        "key-value cache",
+        "training state",
+        "memory of one device, bf16, micro-batch 1 x 64",
+        "a checkpoint",
+    ):
+        assert title in result.stdout
+    assert "documents'" not in result.stderr
+    transformer = inl("--preset", "transformer", *SMALL)
+    assert transformer.exit_code == 0
+    assert "at T iterations" not in transformer.stdout
+
+
+def test_windows_and_micro_batch_can_be_chosen(inl: Callable[..., Result]) -> None:
+    def activations(*arguments: str) -> float:
+        rows = figures(inl("--preset", "v4", *SMALL, *arguments, "--json"))["memory"]
+        return next(row["activations"] for row in rows if (row["recomputation"], row["sharding"]) == ("none", 2))
+
+    one = activations()
+    assert activations("--micro-batch-size", "4") == pytest.approx(4 * one, rel=1e-6)
+    assert activations("--sequence-length", "32") < one / 2  # the mask's share falls with the square
+
+
+def test_a_recipe_adds_its_schedule_and_takes_options(inl: Callable[..., Result], tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    data = figures(inl(path, "--json"))
+    assert data["schedule"]["tokens"] == 1280
+    assert data["schedule"]["epochs"] is None
+    assert (data["model"]["vocabulary"], data["model"]["vocabulary_from"]) == (290, "data.tokenizer.vocab_size")
+    changed = figures(
+        inl(path, "--json", "--set", "training.steps=20", "--vocab-size", "500", "--micro-batch-size", "2")
+    )
+    assert changed["schedule"]["tokens"] == 2560
+    assert changed["model"]["vocabulary"] == 500
+    assert changed["memory"][0]["rows"] == 2
+    assert "schedule\n" in inl(path).stdout
+
+
+def test_a_prepared_data_set_gives_vocabulary_and_epochs(inl: Callable[..., Result], tmp_path: Path) -> None:
+    path = recipe_file(tmp_path)
+    recipe = load_recipe(path)
+    manifest = prepare(recipe.data, data_directory(recipe))
+    data = figures(inl(path, "--json"))
+    assert data["model"]["vocabulary"] == manifest.vocab_size
+    assert "data set" in data["model"]["vocabulary_from"]
+    assert data["schedule"]["epochs"] == pytest.approx(1280 / manifest.splits["train"].tokens, rel=0.05)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_is_planned(inl: Callable[..., Result], name: str) -> None:
+    """With two iterations in two layers: the same path, sooner."""
+    data = figures(inl(str(shipped_recipes()[name]), "--json", "--set", "model.num_layers=2"))
+    assert data["schedule"]["steps"] > 0
+    assert data["memory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "needs a recipe or a model: inl plan recipes/tiny.yaml"),
+        (("--size", "14B"), "size '14B' is not one of small, medium"),
+        (("--preset", "v9", "--size", "13B"), "expected 'v1', 'v2', 'v3', 'v4' or 'transformer', got 'v9'"),
+        (("--size", "small", "--set", "model.d_modle=3"), "did you mean 'd_model'?"),
+        (("--size", "small", "--set", "nonsense"), "expected KEY=VALUE"),
+        (("--size", "small", "--set", "model.num_heads=7"), "num_heads 7 must divide d_model 512"),
+        (("--size", "small", "--sequence-length", "600"), "exceeds model.max_seq_len 512"),
+        (("missing.yaml",), "missing.yaml: no such file"),
+        (("a.yaml", "--size", "13B"), "a recipe names its own model"),
+        (("--all-sizes", "--size", "13B"), "--all-sizes plans every size by itself"),
+        (("--size", "small", "--vocab-size", "0"), "--vocab-size"),
+        (("--preset", "transformer", "--set", "model.integrator.dt=1"), "has no integrator"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(
+    inl: Callable[..., Result], arguments: tuple[str, ...], message: str
+) -> None:
+    result = inl(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_micro_batch_that_does_not_divide_shows_the_arithmetic(inl: Callable[..., Result], tmp_path: Path) -> None:
+    result = inl(recipe_file(tmp_path), "--micro-batch-size", "3")
+    assert result.exit_code == 2
+    assert "micro_batch_size 3 x world size 1 = 3 does not divide 4" in result.stderr
+
+
+def test_the_help_shows_how() -> None:
+    assert "inl plan --preset v3 --size 13B --vocab-size 50000" in CliRunner().invoke(app, ["plan", "--help"]).stdout
+
+
+def test_the_committed_page_has_the_current_parameters() -> None:
+    page = (ROOT / "docs" / "sizes.md").read_text()
+    assert sizes_page._parameter_table() in page, "run `inl plan --all-sizes > docs/sizes.md`"
+    assert sizes_page._flops_table(("small", "3B", "13B", "3072x32")) in page
+
+
+@pytest.mark.slow
+def test_the_committed_page_is_what_the_command_writes(inl: Callable[..., Result]) -> None:
+    result = inl("--all-sizes")
+    assert result.exit_code == 0
+    assert result.stdout == (ROOT / "docs" / "sizes.md").read_text(), "run `inl plan --all-sizes > docs/sizes.md`"
