@@ -1,6 +1,8 @@
-"""The v4 preset against the transformer preset: same data, order, tokenizer, optimizer, tokens; paired seeds.
+"""Presets against each other: same data, order, tokenizer, optimizer, tokens; paired by seed with the last one named.
 
     .venv/bin/python benchmarks/compare_presets.py --seeds 0 1 2 --output /tmp/compare
+    .venv/bin/python benchmarks/compare_presets.py --presets v1 v2 v3 transformer v4 --seeds 0 \
+        --set training.steps=200 --set training.tokens=null --output /tmp/presets
 
 Each arm is an ordinary `inl train` on one thread, two at a time; runs already finished in the output directory are
 read, not repeated. Prints the tables of docs/evidence.md.
@@ -20,14 +22,22 @@ import pyarrow.parquet as pq
 import yaml
 
 ROOT = Path(__file__).parent.parent
-ARMS = {"transformer": "tiny-transformer.yaml", "v4": "tiny.yaml"}
+RECIPES = {preset: f"tiny-{preset}.yaml" for preset in ("v1", "v2", "v3", "transformer")} | {"v4": "tiny.yaml"}
 
 
 def train(arm: str, seed: int, output: Path, overrides: list[str]) -> Path:
     """One run, unless it is there."""
     run = output / f"{arm}-{seed}"
     if not finished(run):
-        command = [sys.executable, "-m", "inl_cli", "train", str(ROOT / "recipes" / ARMS[arm]), "--run-dir", str(run)]
+        command = [
+            sys.executable,
+            "-m",
+            "inl_cli",
+            "train",
+            str(ROOT / "recipes" / RECIPES[arm]),
+            "--run-dir",
+            str(run),
+        ]
         command += ["--quiet", "--set", f"training.seed={seed}", "--set", "training.evaluation.final_tokens=null"]
         command += [word for override in overrides for word in ("--set", override)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -76,12 +86,13 @@ def dynamics(run: Path) -> str:
 def main() -> None:
     """Train what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=list(RECIPES), default=["v4", "transformer"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--set", dest="overrides", action="append", default=[], help="for both arms")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], help="for every arm")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    jobs = [(arm, seed) for seed in arguments.seeds for arm in ARMS]
+    jobs = [(arm, seed) for seed in arguments.seeds for arm in arguments.presets]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(lambda job: train(*job, arguments.output, arguments.overrides), jobs))
     scores = {job: rows_of(run)[-1]["validation_bits_per_byte"] for job, run in zip(jobs, runs, strict=True)}
@@ -94,12 +105,14 @@ def main() -> None:
             f"| {arm} | {seed} | {parameters(run):,} | {scores[arm, seed]:.4f} | "
             f"{rows[-1]['validation_accuracy']:.4f} | {speed:,.0f} | {dynamics(run)} |"
         )
-    differences = [scores["v4", seed] - scores["transformer", seed] for seed in arguments.seeds]
-    for arm in ARMS:
+    *others, reference = arguments.presets
+    for arm in arguments.presets:
         print(f"\nmean {arm}: {statistics.mean(scores[arm, seed] for seed in arguments.seeds):.4f}")
-    spread = statistics.stdev(differences) if len(differences) > 1 else float("nan")
-    print(f"\nv4 - transformer, paired: {statistics.mean(differences):+.4f}, standard deviation {spread:.4f}")
-    print("per seed: " + ", ".join(f"{difference:+.4f}" for difference in differences))
+    for arm in others:
+        differences = [scores[arm, seed] - scores[reference, seed] for seed in arguments.seeds]
+        spread = statistics.stdev(differences) if len(differences) > 1 else float("nan")
+        print(f"\n{arm} - {reference}, paired: {statistics.mean(differences):+.4f}, standard deviation {spread:.4f}")
+        print("per seed: " + ", ".join(f"{difference:+.4f}" for difference in differences))
 
 
 if __name__ == "__main__":

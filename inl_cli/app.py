@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from inl_cli.commands import data, evaluate, generate, inspect, plan, recipe, train
+from inl_cli.commands import convergence, data, evaluate, generate, import_reference, inspect, plan, recipe, train
 
 app = typer.Typer(
     name="inl",
@@ -30,6 +30,8 @@ app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("inspect-params")(inspect.inspect_params)
+app.command("convergence-report")(convergence.convergence_report)
+app.command("import-reference")(import_reference.import_reference)
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 recipe_app.command("show")(recipe.show)

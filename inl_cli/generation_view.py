@@ -33,11 +33,11 @@ class CompletionView:
         prompts: list[str],
         show_iterations: bool,
     ) -> None:
-        from inl_core.inference.evaluate import default_iterations
+        from inl_core.inference.evaluate import most_iterations
 
         self.console, self.tokenizer, self.settings = console, loaded.tokenizer, settings
         self.prompts = prompts
-        self.max_iterations = default_iterations(loaded.model, settings.num_iterations)
+        self.max_iterations = most_iterations(loaded.model, settings.num_iterations)
         self.show_iterations = show_iterations and self.max_iterations > 0
         if show_iterations and not self.show_iterations:
             console.warn("this model has no integrator: there are no iterations to show")

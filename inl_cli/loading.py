@@ -1,13 +1,14 @@
-"""Open the model a command works on, and say which one it is."""
+"""Open the model and the text a command works on, and say which they are."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from inl_cli.console import Console
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from inl_core.inference.artefacts import LoadedModel
+    from inl_core.inference.texts import Text
 
 
 def open_model(
@@ -26,3 +27,21 @@ def open_model(
     if iterations is not None and loaded.model.config.integrator is None:
         console.warn("this model has no integrator: --iterations has no effect")
     return loaded
+
+
+def check_source(data: Path | None, text: Path | None) -> None:
+    """Refuse a data set and a text together, before anything is loaded."""
+    if data and text:
+        raise RecipeError("--data and --text: give one of them")
+
+
+def open_source(
+    console: Console, loaded: "LoadedModel", data: Path | None, text: Path | None, split: Literal["validation", "train"]
+) -> "Text":
+    """The text file named, else a split of the data set named, else of the one the model was trained on."""
+    from inl_core.inference.texts import open_split, open_text
+
+    source = open_text(loaded, text) if text else open_split(loaded, data, split)
+    for warning in source.warnings:
+        console.warn(warning)
+    return source

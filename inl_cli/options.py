@@ -34,3 +34,11 @@ IterationsOption = Annotated[
 NoEarlyStoppingOption = Annotated[
     bool, typer.Option("--no-early-stopping", help="Run all T iterations for every token.")
 ]
+
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="A prepared data set; default the one the model was trained on.")
+]
+
+TextOption = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file as one document, or - for stdin.")]
+
+SplitOption = Annotated[Literal["validation", "train"], typer.Option("--split", help="Which split of the data set.")]

@@ -2,33 +2,29 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.loading import open_model
+from inl_cli.loading import check_source, open_model, open_source
 from inl_cli.options import (
     CheckpointArgument,
+    DataOption,
     DeviceOption,
     IterationsOption,
     JsonOption,
     NoEarlyStoppingOption,
     QuietOption,
+    SplitOption,
+    TextOption,
 )
-from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from inl_core.corpus.loader import Batch
     from inl_core.inference.artefacts import LoadedModel
     from inl_core.inference.texts import Text
 
-DataOption = Annotated[
-    Path | None, typer.Option("--data", help="A prepared data set; default the one the model was trained on.")
-]
-TextOption = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file as one document, or - for stdin.")]
-SplitOption = Annotated[Literal["validation", "train"], typer.Option("--split", help="Which split of the data set.")]
 WindowOption = Annotated[
     int | None, typer.Option(help="Tokens the model sees at once; default what it was trained on.")
 ]
@@ -57,23 +53,11 @@ def evaluate(
 ) -> None:
     """Score text: loss, perplexity, bits per byte, accuracy and the integrator iterations used."""
     console = Console(json=json, quiet=quiet)
-    if data and text:
-        raise RecipeError("--data and --text: give one of them")
+    check_source(data, text)
     loaded = open_model(console, checkpoint, device, iterations=iterations)
-    source = _open(console, loaded, data, text, split)
+    source = open_source(console, loaded, data, text, split)
     result = _score(console, loaded, source, window, stride, iterations, no_early_stopping, max_tokens, batch_size)
     console.result(result, lambda: _show(console, result))
-
-
-def _open(
-    console: Console, loaded: "LoadedModel", data: Path | None, text: Path | None, split: Literal["validation", "train"]
-) -> "Text":
-    from inl_core.inference.texts import open_split, open_text
-
-    source = open_text(loaded, text) if text else open_split(loaded, data, split)
-    for warning in source.warnings:
-        console.warn(warning)
-    return source
 
 
 def _score(
@@ -106,7 +90,7 @@ def _score(
         "text": source.name,
         "window": window,
         "stride": stride or window,
-        "max_iterations": evaluation.default_iterations(loaded.model, iterations),
+        "max_iterations": evaluation.most_iterations(loaded.model, iterations),
         **asdict(scores),
     }
 

@@ -128,12 +128,15 @@ def _show_report(console: Console, report: "ParameterReport", name: str) -> None
     columns = ("mean", "std", "p5", "p50", "p95", "saturated")
     gains = [(row["layer"], row["quantity"], *_values(row, columns)) for row in report.layers if "saturated" in row]
     console.table("alpha, beta, gate", ("layer", "", *columns), gains)
-    residuals = [row["quantity"] for row in report.layers if row["layer"] == 0 and "residual" in row["quantity"]]
-    motion = [report.of(quantity) for quantity in ("velocity", *residuals)]
-    rows = [(rows[0]["layer"], *(row["mean"] for row in rows)) for rows in zip(*motion, strict=True)]
+    motion: dict[int, dict[str, float]] = {}  # layers may differ in their iterations
+    for row in report.layers:
+        if row["quantity"] == "velocity" or "residual" in row["quantity"]:
+            motion.setdefault(row["layer"], {})[row["quantity"]] = row["mean"]
+    names = max(motion.values(), key=len)
+    rows = [(layer, *(means.get(name) for name in names)) for layer, means in motion.items()]
     console.write("\n")
-    names = [name.replace("residual_", "step ") for name in residuals]
-    console.table("rms velocity, and rms change of the state in each iteration", ("layer", "velocity", *names), rows)
+    titles = [name.replace("residual_", "step ") for name in names]
+    console.table("rms velocity, and rms change of the state in each iteration", ("layer", *titles), rows)
 
 
 def _gamma(report: "ParameterReport") -> list[tuple[Any, ...]]:

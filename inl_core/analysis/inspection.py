@@ -255,7 +255,7 @@ def _integrator_facts(config: IntegratorConfig) -> Facts:
     threshold = config.early_stopping.convergence_threshold
     excitation, controller = config.excitation, config.controller
     return {
-        "iterations": config.num_iterations,
+        "iterations": config.iterations_per_layer or config.num_iterations,
         "dt": config.dt,
         "mu": config.mu.form,
         "candidate_velocity": config.candidate,

@@ -81,6 +81,16 @@ class Tokenizer:
             ) from None
         return cls(backend, origin=str(path))
 
+    def padded(self, vocab_size: int) -> "Tokenizer":
+        """The same tokenizer with unused special tokens up to `vocab_size` ids, for an embedding with more rows.
+
+        Special tokens are never encoded from text and never generated, so no text gets other ids.
+        """
+        backend = tokenizers.Tokenizer.from_str(self.to_json())
+        names = [f"<|unused_{id}|>" for id in range(self.vocab_size, vocab_size)]
+        backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+        return Tokenizer(backend)
+
     def to_json(self) -> str:
         """The text of its tokenizer.json."""
         return self._backend.to_str(pretty=True)

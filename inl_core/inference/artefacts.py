@@ -123,6 +123,17 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     """The model and tokenizer of a verified checkpoint, in evaluation mode."""
     config = read_json(path / "config.json")
     model_config = read_model_config(path, config)
+    tokenizer = _load_tokenizer(path, config, model_config)
+    return LoadedModel(load_weights(path, model_config, device), tokenizer, path, config)
+
+
+def _load_tokenizer(path: Path, config: dict[str, Any], model_config: ModelConfig) -> Tokenizer:
+    """The checkpoint's tokenizer, which must be the one its model was trained with."""
+    if config.get("tokenizer", "") is None:
+        raise ArtefactError(
+            f"{path}: was imported without a tokenizer, so it cannot read or write text; "
+            "import it again with --tokenizer FILE"
+        )
     tokenizer = Tokenizer.load(path / "tokenizer.json")
     if tokenizer.vocab_size != model_config.vocab_size:
         raise ArtefactError(
@@ -134,6 +145,11 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
             f"{path / 'tokenizer.json'}: is not the tokenizer that config.json names, so its tokens mean something "
             "else; put back the tokenizer the model was trained with"
         )
+    return tokenizer
+
+
+def load_weights(path: Path, model_config: ModelConfig, device: torch.device | str = "cpu") -> IntegratorLanguageModel:
+    """The model of a verified checkpoint without its tokenizer, in evaluation mode."""
     with torch.device("meta"):
         model = IntegratorLanguageModel(model_config)
     model.to_empty(device=device)
@@ -147,7 +163,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     if problems.missing_keys or problems.unexpected_keys:
         wrong = [*problems.missing_keys, *problems.unexpected_keys][0]
         raise ArtefactError(f"{path / 'model.safetensors'}: does not fit config.json (first difference: {wrong})")
-    return LoadedModel(model.eval(), tokenizer, path, config)
+    return model.eval()
 
 
 def read_model_config(path: Path, config: dict[str, Any]) -> ModelConfig:

@@ -113,13 +113,16 @@ def _score(
         sums[:5] += torch.stack(
             (nats.sum(), nats[num_bytes > 0].sum(), nats.new_tensor(len(part)), num_bytes.sum().double(), correct)
         )
-    sums[5] = output.iterations(default_iterations(model, options.num_iterations))[valid].double().sum()
+    sums[5] = output.iterations()[valid].double().sum()
     return sums
 
 
-def default_iterations(model: IntegratorLanguageModel, num_iterations: int | tuple[int, ...] | None) -> float:
+def most_iterations(model: IntegratorLanguageModel, num_iterations: int | tuple[int, ...] | None) -> float:
     """Mean iterations over layers of a token that does not stop early; 0 without an integrator."""
-    own = model.config.num_iterations
-    if not own or num_iterations is None:
-        return float(own)
+    if model.config.integrator is None:
+        return 0.0
+    if num_iterations is None and model.budget is not None:
+        num_iterations = tuple(layer.num_iterations for layer in model.budget())
+    if num_iterations is None:
+        return model.config.mean_iterations
     return sum(num_iterations) / len(num_iterations) if isinstance(num_iterations, tuple) else float(num_iterations)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from inl_core.corpus.tokenizer import StreamDecoder, Tokenizer
 from inl_core.errors import RecipeError
-from inl_core.inference.evaluate import default_iterations
 from inl_core.inference.sampling import Sampler
 from inl_core.inference.settings import GenerationSettings
 from inl_core.inference.streaming import TextStream
@@ -234,7 +233,6 @@ class _Batch:
         self, model: IntegratorLanguageModel, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
     ) -> None:
         self.model, self.device = model, model.embedding.table.weight.device
-        self.default_iterations = default_iterations(model, settings.num_iterations)
         self.options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
         banned = sorted(set(tokenizer.special_ids.values()) - {tokenizer.eos_id})
         prompts, places = _unique_prompts(rows)
@@ -283,7 +281,7 @@ class _Batch:
 
     def _keep_last(self, output: ModelOutput) -> None:
         self.hidden = output.hidden[:, -1]  # (B, D)
-        self.iterations = output.iterations(self.default_iterations)[:, -1]  # (B,)
+        self.iterations = output.iterations()[:, -1]  # (B,)
 
 
 def _unique_prompts(rows: list[_Row]) -> tuple[list[list[int]], list[int]]:

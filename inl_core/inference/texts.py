@@ -46,15 +46,19 @@ class Text:
         Raises:
             RecipeError: the window does not fit the model's context, or the stride not the window.
         """
-        limit = self.loaded.model.config.max_seq_len
-        if not 0 < window <= limit:
-            raise RecipeError(f"window {window}: must be between 1 and the model's context of {limit:,} tokens")
+        self.check_window(window)
         if stride is not None and not 0 < stride <= window:
             raise RecipeError(f"stride {stride}: must be between 1 and the window of {window:,} tokens")
         settings = {"sequence_length": window, "stride": stride, "batch_size": batch_size, "max_tokens": max_tokens}
         if isinstance(self.source, TokenDataset):
             return evaluation_batches(self.source, **settings)
         return text_batches(self.loaded.tokenizer, self.source, **settings)
+
+    def check_window(self, window: int) -> None:
+        """RecipeError when the window does not fit the model's context."""
+        limit = self.loaded.model.config.max_seq_len
+        if not 0 < window <= limit:
+            raise RecipeError(f"window {window}: must be between 1 and the model's context of {limit:,} tokens")
 
 
 def default_window(loaded: LoadedModel) -> int:

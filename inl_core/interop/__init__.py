@@ -1,1 +1,1 @@
-"""Other formats and tools: released reference weights, Hugging Face, lm-eval. Nothing is here yet."""
+"""Other formats and tools: the released reference weights."""

@@ -24,13 +24,16 @@ def num_groups(config: IntegratorConfig) -> int:
 
 
 class Controller(nn.Module):
-    """The matrices of one controller; one for the whole model when shared, else one a layer."""
+    """The matrices of one controller; one for the whole model when shared, else one a layer.
 
-    def __init__(self, config: IntegratorConfig, dim: int) -> None:
+    `context_dim` is the width of h; None is the state's, as in the language model.
+    """
+
+    def __init__(self, config: IntegratorConfig, dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         width = config.controller.width
         self.dim, self.activation = dim, ACTIVATIONS[config.controller.activation]
-        self.context = nn.Linear(dim, width)
+        self.context = nn.Linear(context_dim or dim, width)
         # [W_x; W_v] is one parameter of shape (C, 2D).
         self.state_velocity = nn.Linear(2 * dim, width, bias=False)
         self.output = nn.Linear(width, num_groups(config) * dim, bias=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from inl_core.model.budget import Budget
 from inl_core.model.integrator import Integrator
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def initialise(model: "IntegratorLanguageModel", seed: int) -> None:
     """Set every parameter and buffer of `model` to its start."""
     model.reset_buffers()
     for module in model.modules():
-        if isinstance(module, Integrator):
+        if isinstance(module, Integrator | Budget):
             module.initialise()
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             module.reset_parameters()
@@ -52,7 +53,7 @@ def _spread(model: "IntegratorLanguageModel", name: str) -> float:
     config = model.config
     if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
         return 0.02 / math.sqrt(2 * config.num_layers)
-    if name.endswith("controller.output.weight"):
+    if "controller." in name and name.endswith("output.weight"):  # also each expert's
         return 0.01
     if config.rank and name == "embedding.table.weight":
         return 0.6 / math.sqrt(config.rank)

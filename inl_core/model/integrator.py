@@ -14,7 +14,9 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from inl_core.model.controller import Controller, Head, Modulation, num_groups
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
+from inl_core.model.mixture import Experts, Router, Routing, Share, build_controller, shares
 from inl_core.recipe import IntegratorConfig
 
 
@@ -42,38 +45,56 @@ class Gains(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step's result, each (B, S, D)."""
+    """One step's result: state and velocity (B, S, D)."""
 
     state: Tensor
     velocity: Tensor
     gains: Gains
 
 
+class Drive(NamedTuple):
+    """What one controller brings to a layer, the same at every iteration; v_cand (..., D) may be None."""
+
+    controller: Controller
+    head: Head
+    hoisted: Tensor
+    """h W_h + b_h, (..., C)"""
+    candidate: Tensor | None
+
+
 @dataclass
 class Trajectory:
-    """Every iteration of one layer: states and velocities (T+1, B, S, D), alpha, beta, gate (T, B, S, D)."""
+    """Every iteration of one layer: states and velocities (T+1, B, S, D), alpha, beta, gate (T, B, S, D).
+
+    candidate: v_cand (T, B, S, D), one tensor seen T times where all steps share it; None where there is none.
+    """
 
     states: Tensor
     velocities: Tensor
     alpha: Tensor
     beta: Tensor
     gate: Tensor
+    candidate: Tensor | None = None
 
 
 @dataclass
 class IntegratorOutput:
     """What T iterations leave behind.
 
-    state, velocity: (B, S, D) at the end.  iterations: (B, S) iterations each token used, or None = all of them.
+    state, velocity: (B, S, D) at the end.  num_iterations: steps that were run.
+    iterations: (B, S) iterations each token used, or None = all of them.
     speed: (B, S) sum_t w_t mean_D |x_t - mu|.  energy: (B, S) mean_t mean_D |v_t|^p.  Both only when asked for.
+    routing: which experts each token took, in a mixture of integrators.
     """
 
     state: Tensor
     velocity: Tensor
+    num_iterations: int
     iterations: Tensor | None = None
     speed: Tensor | None = None
     energy: Tensor | None = None
     trajectory: Trajectory | None = None
+    routing: Routing | None = None
 
 
 def speed_weights(num_iterations: int) -> list[float]:
@@ -84,15 +105,19 @@ def speed_weights(num_iterations: int) -> list[float]:
 
 
 class Integrator(nn.Module):
-    """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share."""
+    """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share.
 
-    def __init__(self, config: IntegratorConfig, dim: int) -> None:
+    `context_dim` is the width of h where it is not the state's (a controller of the layer's own only).
+    """
+
+    def __init__(self, config: IntegratorConfig, dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.equilibrium = Equilibrium(config.mu, dim)
         self.excitation = Excitation(config.excitation, dim)
         self.modulation = Modulation(config, dim)
-        self.controller = None if config.controller.shared else Controller(config, dim)
+        self.controller = None if config.controller.shared else build_controller(config, dim, context_dim)
+        self.router = Router(config, context_dim or dim) if config.controller.experts > 1 else None
 
     def initialise(self) -> None:
         """Everything of this layer that starts without random numbers."""
@@ -100,26 +125,65 @@ class Integrator(nn.Module):
         self.excitation.initialise()
         self.modulation.initialise()
 
-    def gains(
-        self,
-        controller: Controller,
-        head: Head,
-        hoisted: Tensor,
-        x: Tensor,
-        v: Tensor | None,
-        error: Tensor,
-        candidate: Tensor | None,
-    ) -> Gains:
+    def gains(self, drive: Drive, x: Tensor, v: Tensor | None, error: Tensor) -> Gains:
         """alpha, beta, gate and v_cand at one step, in the state's precision (under autocast the GEMM is not)."""
-        raw = F.linear(controller.hidden(hoisted, x, v), head.weight, head.bias).to(x.dtype)
-        parts = raw.chunk(num_groups(self.config), dim=-1)
+        hidden = drive.controller.hidden(drive.hoisted, x, v)
+        parts = F.linear(hidden, drive.head.weight, drive.head.bias).to(x.dtype).chunk(num_groups(self.config), dim=-1)
         alpha = torch.sigmoid(parts[0])
         if self.config.dynamic_alpha:
             alpha = alpha * -torch.expm1(-self.config.kappa * rms(error))
         beta = F.softplus(parts[1])
         if self.config.beta_max is not None:
             beta = beta.clamp(max=self.config.beta_max)
-        return Gains(alpha, beta, torch.sigmoid(parts[2]), parts[3] if len(parts) == 4 else candidate)
+        return Gains(alpha, beta, torch.sigmoid(parts[2]), parts[3] if len(parts) == 4 else drive.candidate)
+
+    def step(self, drive: Drive, x: Tensor, v: Tensor | None, mu: Tensor, forcing: Tensor) -> Step:
+        """One iteration of one controller's dynamics; `forcing` (D,) is the excitation at this step."""
+        error = x - mu
+        gains = self.gains(drive, x, v, error)
+        new_v = step_velocity(gains, v, error, forcing)
+        return Step(torch.addcmul(x, gains.gate, new_v, value=self.stride), new_v, gains)
+
+    @property
+    def stride(self) -> float:
+        """dt velocity_scale."""
+        return self.config.dt * self.config.velocity_scale
+
+    def mixed_step(
+        self,
+        experts: list[tuple[Share, Drive]],
+        x: Tensor,
+        v: Tensor | None,
+        mu: Tensor,
+        forcing: Tensor,
+    ) -> Step:
+        """The experts' steps on their tokens, mixed; the gains are mixed alike, for the records."""
+        flat, flat_v = x.flatten(0, -2), None if v is None else v.flatten(0, -2)  # (N, D)
+        sums = [torch.zeros_like(flat) for _ in range(6)]
+        for share, drive in experts:
+            part = self.step(drive, flat[share.rows], None if flat_v is None else flat_v[share.rows], mu, forcing)
+            for index, value in enumerate((part.state, part.velocity, *part.gains)):
+                if value is not None:
+                    sums[index] = sums[index].index_add(0, share.rows, share.weight.to(value.dtype) * value)
+        state, velocity, *gains = (total.view_as(x) for total in sums)
+        return Step(state, velocity, Gains(*gains))
+
+    def advance(
+        self, controller: Controller | Experts, h: Tensor, candidate: Tensor | None, routing: Routing | None
+    ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Step]:
+        """(x, v, mu, forcing) -> one iteration of this layer, with everything that does not depend on t done."""
+        if isinstance(controller, Controller):
+            drive = Drive(controller, self.modulation.fold(controller), controller.hoist(h), candidate)
+            return partial(self.step, drive)
+        assert routing is not None
+        flat_h, flat_candidate = h.flatten(0, -2), None if candidate is None else candidate.flatten(0, -2)
+        experts = []
+        for share, expert in zip(shares(routing), controller, strict=True):
+            assert isinstance(expert, Controller)
+            own = None if flat_candidate is None else flat_candidate[share.rows]
+            drive = Drive(expert, self.modulation.fold(expert), expert.hoist(flat_h[share.rows]), own)
+            experts.append((share, drive))
+        return partial(self.mixed_step, experts)
 
     def forward(
         self,
@@ -129,8 +193,10 @@ class Integrator(nn.Module):
         *,
         amplitude: Tensor,
         candidate: Tensor | None = None,
-        controller: Controller | None = None,
+        controller: Controller | Experts | None = None,
         num_iterations: int | None = None,
+        first_step: int = 0,
+        last_fraction: Tensor | None = None,
         energy_power: float | None = None,
         keep_trajectory: bool = False,
         early_stopping: bool = True,
@@ -141,8 +207,10 @@ class Integrator(nn.Module):
             h: context (B, S, D).
             amplitude: A, a 0-dim tensor.
             candidate: v_cand (B, S, D) when the block's feed-forward provides it.
-            controller: the shared controller; None uses the layer's own.
+            controller: the shared controller (or experts); None uses the layer's own.
             num_iterations: T instead of the configured one.
+            first_step: t of the first iteration, for a caller that runs the T iterations in parts.
+            last_fraction: how much of the last step counts, a 0-dim tensor (budget.py); None is all of it.
             energy_power: p; when given, the terms of the speed and energy losses are returned.
             keep_trajectory: return every iteration.
             early_stopping: False runs all T iterations also where the configuration would stop early.
@@ -151,22 +219,22 @@ class Integrator(nn.Module):
         total = num_iterations or config.num_iterations
         controller = controller or self.controller
         assert controller is not None, "a shared controller must be passed in"
-        mu, forcing = self.equilibrium(), self.excitation(total, amplitude)
-        head, hoisted = self.modulation.fold(controller), controller.hoist(h)
+        mu, forcing = self.equilibrium(), self.excitation(first_step + total, amplitude)[first_step:]
         candidate = None if candidate is None else candidate.to(state.dtype)
-        stride = config.dt * config.velocity_scale
+        routing = self.router(h) if self.router else None
+        advance = self.advance(controller, h, candidate, routing)
         stopping = _EarlyStopping(config, state) if early_stopping and _stops_early(self) else None
         recorder = _Recorder(state, velocity) if keep_trajectory else None
         losses = _LossTerms(total, energy_power) if energy_power is not None else None
 
         x, v = state, velocity
         for t in range(total):
-            error = x - mu
-            gains = self.gains(controller, head, hoisted, x, v, error, candidate)
-            new_v = step_velocity(gains, v, error, forcing[t])
-            new_x = torch.addcmul(x, gains.gate, new_v, value=stride)
+            new_x, new_v, gains = advance(x, v, mu, forcing[t])
+            if last_fraction is not None and t + 1 == total:
+                new_x = torch.lerp(x, new_x, last_fraction.to(x.dtype))
+                new_v = torch.lerp(torch.zeros_like(new_v) if v is None else v, new_v, last_fraction.to(x.dtype))
             if stopping is not None:
-                new_x, new_v = stopping.freeze(t, x, v, new_x, new_v, stride * gains.gate * forcing[t])
+                new_x, new_v = stopping.freeze(t, x, v, new_x, new_v, self.stride * gains.gate * forcing[t])
             x, v = new_x, new_v
             if losses is not None:
                 losses.add(t, x - mu, v)
@@ -178,10 +246,12 @@ class Integrator(nn.Module):
         return IntegratorOutput(
             x,
             v,
+            total,
             stopping.iterations if stopping else None,
             losses.speed if losses else None,
             losses.energy if losses else None,
             recorder.trajectory() if recorder else None,
+            routing,
         )
 
 
@@ -263,4 +333,14 @@ class _Recorder:
         alpha, beta, gate = (
             torch.stack([getattr(step, name) for step in self.gains]) for name in ("alpha", "beta", "gate")
         )
-        return Trajectory(torch.stack(self.states), torch.stack(self.velocities), alpha, beta, gate)
+        return Trajectory(torch.stack(self.states), torch.stack(self.velocities), alpha, beta, gate, self._candidate())
+
+    def _candidate(self) -> Tensor | None:
+        """Stacked only where the steps differ: the feed-forward's candidate is one tensor for all of them."""
+        found = [step.candidate for step in self.gains]
+        first = found[0]
+        if first is None:
+            return None
+        if all(candidate is first for candidate in found):
+            return first.expand(len(found), *first.shape)
+        return torch.stack([candidate for candidate in found if candidate is not None])

@@ -11,6 +11,7 @@
 - Legend: B batch, S sequence, D d_model, V vocabulary, R rank, L layers.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -26,11 +27,13 @@ from inl_core.model.attention import (
     rotary_tables,
     sinusoidal_table,
 )
+from inl_core.model.budget import Budget, LayerBudget
 from inl_core.model.controller import Controller
 from inl_core.model.excitation import Excitation
 from inl_core.model.feed_forward import FeedForward
 from inl_core.model.initialisation import initialise
 from inl_core.model.integrator import Integrator, IntegratorOutput
+from inl_core.model.mixture import Experts, build_controller
 from inl_core.recipe import ModelConfig
 
 _CHUNKED = nn.LinearCrossEntropyOptions()
@@ -43,6 +46,7 @@ class Embedding(nn.Module):
         super().__init__()
         assert config.vocab_size, "the vocabulary size is the tokenizer's: ModelConfig.with_vocab_size"
         self.normalise, self.eps = config.embedding_norm, config.norm_eps
+        self.scale = math.sqrt(config.d_model) if config.embedding_scale == "sqrt_dim" else 1.0
         self.table = nn.Embedding(config.vocab_size, config.rank or config.d_model)
         self.project_up = nn.Linear(config.rank, config.d_model, bias=False) if config.rank else None
 
@@ -51,7 +55,9 @@ class Embedding(nn.Module):
         x = self.table(ids)
         if self.project_up:
             x = self.project_up(x).to(x.dtype)  # the residual stream keeps its precision under autocast
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) if self.normalise else x
+        if self.normalise:
+            x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return x if self.scale == 1.0 else x * self.scale
 
     def head_factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """z and E with logits = z E^T: hidden (..., D) -> z (..., R or D), E (V, R or D)."""
@@ -64,7 +70,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        integrator = config.integrator
+        integrator = config.integrator_of(layer)
         self.feeds_candidate = integrator is not None and integrator.candidate == "feed_forward"
         self.reads_delta = integrator is not None and integrator.readout == "delta"
         self.norm_attention = build_norm(config)
@@ -81,12 +87,16 @@ class Block(nn.Module):
         velocity: Tensor | None,
         plan: AttentionPlan,
         rotary: tuple[Tensor, Tensor] | None,
-        controller: Controller | None,
+        controller: Controller | Experts | None,
         amplitude: Tensor,
         options: "Options",
         cache: KVCache | None = None,
+        budget: LayerBudget | None = None,
     ) -> tuple[Tensor, IntegratorOutput | None]:
-        """x (B, S, D) and the velocity carried from below -> x and the integrator's output."""
+        """x (B, S, D) and the velocity carried from below -> x and the integrator's output.
+
+        `budget` is this layer's iterations; None takes the options' or the configured ones.
+        """
         h = self.attention(self.norm_attention(x), plan, rotary, cache, self.layer)
         x = x + h
         output = None
@@ -100,7 +110,8 @@ class Block(nn.Module):
                 amplitude=amplitude,
                 candidate=self.feed_forward(start) if self.feeds_candidate else None,
                 controller=controller,
-                num_iterations=options.iterations_of(self.layer),
+                num_iterations=budget.num_iterations if budget else options.iterations_of(self.layer),
+                last_fraction=budget.last_fraction if budget else None,
                 energy_power=options.energy_power,
                 keep_trajectory=options.keep_trajectory,
                 early_stopping=options.early_stopping,
@@ -133,10 +144,12 @@ class ModelOutput:
     hidden: Tensor
     layers: list[IntegratorOutput] = field(default_factory=list)
 
-    def iterations(self, default: float) -> Tensor:
-        """Mean iterations over layers of each token, (B, S); `default` where early stopping is off."""
-        used = [layer.iterations.float() for layer in self.layers if layer.iterations is not None]
-        return torch.stack(used).mean(0) if used else self.hidden.new_full(self.hidden.shape[:2], float(default))
+    def iterations(self) -> Tensor:
+        """Mean iterations over layers of each token, (B, S); a fractional last step counts as one; 0 without any."""
+        total = self.hidden.new_zeros(self.hidden.shape[:2], dtype=torch.float32)
+        for layer in self.layers:
+            total = total + (layer.num_iterations if layer.iterations is None else layer.iterations)
+        return total / max(1, len(self.layers))
 
 
 class IntegratorLanguageModel(nn.Module):
@@ -154,7 +167,12 @@ class IntegratorLanguageModel(nn.Module):
         integrator = config.integrator
         self.embedding = Embedding(config)
         self.controller = (
-            Controller(integrator, config.d_model) if integrator and integrator.controller.shared else None
+            build_controller(integrator, config.d_model) if integrator and integrator.controller.shared else None
+        )
+        self.budget = (
+            Budget(integrator.budget, config.num_layers, integrator.num_iterations)
+            if integrator and integrator.budget.strategy != "uniform"
+            else None
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm_final = build_norm(config)
@@ -221,8 +239,11 @@ class IntegratorLanguageModel(nn.Module):
         else:
             x = x + self.position_table[plan.positions]
         velocity, outputs = None, []
-        for block in self.blocks:
-            x, output = block(x, velocity, plan, rotary, self.controller, self.excitation_amplitude, options, cache)
+        budgets = self.budget() if self.budget and options.num_iterations is None else [None] * len(self.blocks)
+        for block, budget in zip(self.blocks, budgets, strict=True):
+            x, output = block(
+                x, velocity, plan, rotary, self.controller, self.excitation_amplitude, options, cache, budget
+            )
             if output is not None:
                 outputs.append(output)
                 velocity = output.velocity if self.carries_velocity else None

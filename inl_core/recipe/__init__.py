@@ -9,6 +9,7 @@ from inl_core.recipe.data import DataSettings, TokenizerSettings
 from inl_core.recipe.differences import recipe_differences
 from inl_core.recipe.load import dump_recipe, load_recipe, recipe_from_mapping
 from inl_core.recipe.model import (
+    BudgetConfig,
     ControllerConfig,
     EarlyStoppingConfig,
     ExcitationConfig,
@@ -20,6 +21,7 @@ from inl_core.recipe.recipe import Recipe
 from inl_core.recipe.training import CycleSettings, LossSettings, OptimizerSettings, ScheduleSettings, TrainingSettings
 
 __all__ = [
+    "BudgetConfig",
     "ControllerConfig",
     "CycleSettings",
     "DataSettings",

@@ -50,6 +50,27 @@ class ControllerConfig(Section):
     """What a layer adds to the shared controller: one scale and bias per output group, or one per channel."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """The hidden activation."""
+    experts: PositiveInt = 1
+    """E: more than one is a mixture of integrators, whose router picks expert controllers for every token."""
+    top_k: PositiveInt = 2
+    """Experts per token (with more than one expert)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if 1 < self.experts < self.top_k:
+            raise ValueError(f"top_k {self.top_k} exceeds experts {self.experts}")
+        return self
+
+
+class BudgetConfig(Section):
+    """How the model's L*T integrator iterations are divided among its layers; the total is always preserved."""
+
+    strategy: Literal["uniform", "learned", "dynamic", "hybrid"] = "uniform"
+    """uniform: T each; learned: by gradient; dynamic: by each layer's measured residual; hybrid: learned, corrected."""
+    min_iterations: PositiveInt = 1
+    """Fewest iterations of a layer (dynamic)."""
+    max_iterations: PositiveInt | None = None
+    """Most iterations of a layer (dynamic); null is 2 T."""
 
 
 class EarlyStoppingConfig(Section):
@@ -66,7 +87,9 @@ class IntegratorConfig(Section):
 
     num_iterations: PositiveInt = 2
     """T, integrator iterations per layer."""
-    dt: PositiveFloat = 1.0
+    iterations_per_layer: tuple[PositiveInt, ...] | None = None
+    """T of every layer, bottom up, where they are not all num_iterations; only with the uniform budget."""
+    dt: PositiveFloat = 0.7
     """Step size of the state update."""
     velocity_scale: PositiveFloat = 1.0
     """Constant factor on the velocity in the state update."""
@@ -96,15 +119,25 @@ class IntegratorConfig(Section):
     """The controller."""
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """Per-token early stopping in evaluation."""
+    budget: BudgetConfig = BudgetConfig()
+    """Division of the iterations among the layers; measured at the steps of training.evaluation.every."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.beta_max is not None and self.init_beta >= self.beta_max:
             raise ValueError(f"init_beta {self.init_beta} must be below beta_max {self.beta_max}")
-        if self.early_stopping.min_iterations > self.num_iterations:
+        fewest = min(self.iterations_per_layer or (self.num_iterations,))
+        if self.early_stopping.min_iterations > fewest:
             raise ValueError(
-                f"early_stopping.min_iterations {self.early_stopping.min_iterations} exceeds "
-                f"num_iterations {self.num_iterations}"
+                f"early_stopping.min_iterations {self.early_stopping.min_iterations} exceeds num_iterations {fewest}"
+            )
+        if self.iterations_per_layer and self.budget.strategy != "uniform":
+            raise ValueError(f"iterations_per_layer needs budget.strategy uniform, not {self.budget.strategy}")
+        highest = self.budget.max_iterations
+        if self.budget.min_iterations > self.num_iterations or (highest and highest < self.num_iterations):
+            raise ValueError(
+                f"budget: num_iterations {self.num_iterations} must lie between min_iterations "
+                f"{self.budget.min_iterations} and max_iterations {highest}"
             )
         return self
 
@@ -150,6 +183,8 @@ class ModelConfig(Section):
     """R of a factored embedding; auto is max(64, D/8); null is a full one."""
     embedding_norm: bool = True
     """RMS-normalise the embeddings after the look-up."""
+    embedding_scale: Literal["none", "sqrt_dim"] = "none"
+    """sqrt_dim multiplies the embeddings by sqrt(d_model) after the look-up, to stand beside sinusoidal positions."""
     tie_head: bool = True
     """The output head reuses the embedding (through the factors when it is low rank)."""
     integrator: IntegratorConfig | None = IntegratorConfig()
@@ -183,6 +218,9 @@ class ModelConfig(Section):
         mu = self.integrator.mu if self.integrator else None
         if mu and mu.form == "hierarchical" and self.d_model % mu.group_size:
             raise ValueError(f"integrator.mu.group_size {mu.group_size} must divide d_model {self.d_model}")
+        each = self.integrator.iterations_per_layer if self.integrator else None
+        if each is not None and len(each) != self.num_layers:
+            raise ValueError(f"integrator.iterations_per_layer has {len(each)} entries for {self.num_layers} layers")
         return self
 
     @property
@@ -215,6 +253,21 @@ class ModelConfig(Section):
     def num_iterations(self) -> int:
         """T, or 0 without an integrator."""
         return self.integrator.num_iterations if self.integrator else 0
+
+    @property
+    def mean_iterations(self) -> float:
+        """T, the mean over layers where they differ; 0 without an integrator."""
+        if self.integrator is None:
+            return 0.0
+        each = self.integrator.iterations_per_layer or (self.integrator.num_iterations,)
+        return sum(each) / len(each)
+
+    def integrator_of(self, layer: int) -> IntegratorConfig | None:
+        """The integrator of one layer, with its own number of iterations."""
+        if self.integrator is None or self.integrator.iterations_per_layer is None:
+            return self.integrator
+        own = {"num_iterations": self.integrator.iterations_per_layer[layer], "iterations_per_layer": None}
+        return self.integrator.model_copy(update=own)
 
     def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
         """The same model for a vocabulary of this size (the tokenizer's)."""

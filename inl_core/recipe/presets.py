@@ -27,6 +27,7 @@ _FIRST_BLOCK: dict[str, Any] = {
     "bias": True,
     "tie_head": True,
     "embedding_norm": False,
+    "embedding_scale": "sqrt_dim",  # arXiv 1706.03762, section 3.4: or the positions' sines drown the tokens
 }
 
 # The dynamics all three documents share. The seeds' own code reads the state out as it is, hence `readout: state`.
@@ -67,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feed_forward_rounding": "exact",
         "embedding_rank": "auto",
         "embedding_norm": False,
-        "integrator": _SEEDS_OPTIMISED,
+        "integrator": {**_SEEDS_OPTIMISED, "budget": {"strategy": "hybrid"}},
     },
     # The feed-forward is the integrator's candidate velocity and velocity is carried through depth.
     "v4": {
@@ -77,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_norm": True,
         "integrator": {
             "num_iterations": 2,
-            "dt": 1.0,
+            "dt": 0.7,  # at 1 the displacement is too large for this learning rate (docs/evidence.md)
             "init_alpha": 0.5,
             "init_beta": 0.05,
             "init_gate": 0.9,

@@ -32,6 +32,8 @@ class Recipe(Section):
         integrator, losses = self.model.integrator, self.training.losses
         if integrator is None and (losses.lambda_mean or losses.lambda_speed or losses.lambda_energy):
             raise ValueError("training.losses act on integrator states and this model has no integrator: set them to 0")
+        if integrator is None and self.training.recomputation == "integrator":
+            raise ValueError("training.recomputation: this model has no integrator to recompute; use none or block")
         if integrator is None and self.training.cycle:
             raise ValueError("training.cycle drives the integrator and this model has none: remove it")
         return self

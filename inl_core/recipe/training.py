@@ -69,6 +69,8 @@ class LossSettings(Section):
     """Weight of the energy loss on the velocity (a cycle sets its own)."""
     energy_power: PositiveFloat = 2.0
     """p of |v|^p in the energy loss."""
+    lambda_balance: NonNegative = 0.01
+    """Weight of the experts' load balancing (with integrator.controller.experts above 1 only)."""
 
 
 class PhaseSettings(Section):
@@ -157,8 +159,8 @@ class TrainingSettings(Section):
     """bf16 is autocast over fp32 weights; auto uses it on GPUs that have it."""
     compile: bool = False
     """torch.compile each block."""
-    recomputation: Literal["none", "block"] = "none"
-    """block recomputes each block in the backward pass, for memory."""
+    recomputation: Literal["none", "block", "integrator"] = "none"
+    """What the backward pass computes again, for memory: nothing, each block, or each integrator's T iterations."""
     gradient_clip: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
     optimizer: OptimizerSettings = OptimizerSettings()

@@ -88,25 +88,25 @@ def save_checkpoint(
         OSError: it could not be written (a full disk, say); what was there before is untouched.
     """
     final = parent / f"step-{state.step:08d}"
-    aside = parent / f"{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with _disk_errors():
-            (aside / "training_state").mkdir(parents=True)
-            _write_tensors(aside, _on_cpu(model.state_dict()), name="model.safetensors")
-            _write_tensors(aside / "training_state", _on_cpu(_tensors(_optimizer_state(model, optimizers))))
-            (aside / "training_state" / "progress.json").write_text(json.dumps(asdict(state)))
-            for name, text in documents.items():
-                (aside / name).write_text(text)
-            _seal(aside, state.step)
-            if final.exists():  # the same step saved again, say by a resumed run
-                shutil.rmtree(final)
-            aside.replace(final)
-            _sync(parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    with _written_whole(final, parent / f"{final.name}.tmp", state.step) as aside:
+        (aside / "training_state").mkdir()
+        _write_weights(aside, model, documents)
+        _write_tensors(aside / "training_state", _on_cpu(_tensors(_optimizer_state(model, optimizers))))
+        (aside / "training_state" / "progress.json").write_text(json.dumps(asdict(state)))
     return final
+
+
+def save_weights(final: Path, model: IntegratorLanguageModel, documents: dict[str, str]) -> None:
+    """Write a checkpoint without training state at `final`, whole or not at all: to evaluate, not to resume.
+
+    Args:
+        documents: as in `save_checkpoint`.
+
+    Raises:
+        OSError: it could not be written; what was there before is untouched.
+    """
+    with _written_whole(final, final.parent / f".{final.name}.tmp", step=0) as aside:
+        _write_weights(aside, model, documents)
 
 
 def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Optimizers) -> TrainState:
@@ -152,6 +152,30 @@ def retain(parent: Path, *, keep_last: int, keep_every: int | None, best_step: i
 def training_bytes(model: IntegratorLanguageModel) -> int:
     """Size of one checkpoint: weights and AdamW's two moments, in float32."""
     return sum(parameter.numel() * 4 * 3 for parameter in model.parameters())
+
+
+@contextmanager
+def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
+    """A new directory `aside` to fill, which is then sealed and renamed to `final`, or removed if anything fails."""
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with _disk_errors():
+            aside.mkdir(parents=True)
+            yield aside
+            _seal(aside, step)
+            if final.exists():  # the same step saved again, say by a resumed run
+                shutil.rmtree(final)
+            aside.replace(final)
+            _sync(final.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _write_weights(directory: Path, model: IntegratorLanguageModel, documents: dict[str, str]) -> None:
+    _write_tensors(directory, _on_cpu(model.state_dict()), name="model.safetensors")
+    for name, text in documents.items():
+        (directory / name).write_text(text)
 
 
 def _optimizer_state(model: IntegratorLanguageModel, optimizers: Optimizers) -> dict[str, Any]:
@@ -224,7 +248,8 @@ def _seal(directory: Path, step: int) -> None:
                 "sha256": file_digest(path),
             }
             _sync(path)
-    _sync(directory / "training_state")
+    for path in filter(Path.is_dir, directory.iterdir()):
+        _sync(path)
     (directory / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
     _sync(directory / MANIFEST)
     _sync(directory)

@@ -51,6 +51,13 @@ class CycleConfig:
         inside = (epoch - self.warmup_epochs) % self.cycle_epochs
         return "equilibrium" if inside < self.equilibrium.duration_epochs else "exploration"
 
+    def regime(self, epoch: float) -> "Regime":
+        """What governs an epoch counted from 0; fractions of an epoch are allowed."""
+        name = self.phase_name(epoch)
+        kind = "exploration" if name == "exploration" else "equilibrium"
+        phase: PhaseConfig = getattr(self, kind)
+        return Regime(name, phase.lambda_mean, ENERGY_WEIGHT[kind], phase.excitation_amplitude)
+
 
 CYCLE_PRESETS: dict[str, CycleConfig] = {
     "conservative": CycleConfig(PhaseConfig(0.8, 0.0, 15), PhaseConfig(0.1, 0.02, 15), num_cycles=4, warmup_epochs=20),
@@ -88,16 +95,13 @@ class Regime:
 def regime(losses: LossSettings, cycle: CycleSettings | None, step: int, num_steps: int) -> Regime:
     """The regime of optimizer step `step` (from 0) of a run of `num_steps`."""
     if cycle is None:
-        return Regime("constant", _annealed(losses, step, num_steps), losses.lambda_energy, None)
+        return Regime("constant", annealed(losses, step, num_steps), losses.lambda_energy, None)
     config = cycle_config(cycle)
-    steps_per_epoch = cycle.steps_per_epoch or num_steps / config.total_epochs
-    name = config.phase_name(step / steps_per_epoch)
-    kind = "exploration" if name == "exploration" else "equilibrium"
-    phase: PhaseConfig = getattr(config, kind)
-    return Regime(name, phase.lambda_mean, ENERGY_WEIGHT[kind], phase.excitation_amplitude)
+    return config.regime(step / (cycle.steps_per_epoch or num_steps / config.total_epochs))
 
 
-def _annealed(losses: LossSettings, step: int, num_steps: int) -> float:
+def annealed(losses: LossSettings, step: float, num_steps: int) -> float:
+    """lambda_mean at `step` of `num_steps` without a cycle."""
     start, end = losses.lambda_mean, losses.lambda_mean_final
     if end is None:
         return start

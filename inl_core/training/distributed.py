@@ -88,8 +88,9 @@ def start_world(device: str) -> Iterator[World]:
 def prepare_blocks(blocks: nn.ModuleList, settings: TrainingSettings) -> None:
     """Apply recomputation and compilation to each block, in place; parameter names stay as they are."""
     for block in blocks:
-        if settings.recomputation == "block":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if settings.recomputation != "none":
+            part: Any = block if settings.recomputation == "block" else block.integrator
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
         if settings.compile:
             block.compile()
 

@@ -45,15 +45,35 @@ def record_layers(
 
     The model runs all T iterations (early stopping is an evaluation device, not a property of the parameters).
     """
+    rows = []
+    for index, (integrator, trajectory) in enumerate(_trajectories(model, ids, positions, document_ids)):
+        rows += [{"layer": index, **row} for row in _layer_rows(integrator, trajectory)]
+    return rows
+
+
+@torch.no_grad()
+def last_residuals(
+    model: IntegratorLanguageModel, ids: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None
+) -> list[float]:
+    """Mean over tokens of the rms state change of each layer's last iteration, (L,)."""
+    found = _trajectories(model, ids, positions, document_ids)
+    return [_residuals(trajectory)[-1].mean().item() for _, trajectory in found]
+
+
+def _trajectories(
+    model: IntegratorLanguageModel, ids: Tensor, positions: Tensor | None, document_ids: Tensor | None
+) -> list[tuple[Integrator, Trajectory]]:
     was_training = model.training
     model.train()
     output = model(ids, positions=positions, document_ids=document_ids, options=Options(keep_trajectory=True))
     model.train(was_training)
-    rows = []
-    for index, (integrator, layer) in enumerate(zip(model.integrators(), output.layers, strict=True)):
-        assert layer.trajectory is not None
-        rows += [{"layer": index, **row} for row in _layer_rows(integrator, layer.trajectory)]
-    return rows
+    found = [layer.trajectory for layer in output.layers]
+    return [(integrator, path) for integrator, path in zip(model.integrators(), found, strict=True) if path is not None]
+
+
+def _residuals(trajectory: Trajectory) -> Tensor:
+    """||x_{t+1} - x_t|| / sqrt(D), (T, B, S)."""
+    return (trajectory.states[1:] - trajectory.states[:-1]).square().mean(-1).sqrt()
 
 
 def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str, Any]]:
@@ -67,8 +87,8 @@ def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str
         rows.append({"quantity": name, **summarise(values), "saturated": saturation(name, values, config.beta_max)})
     speeds = trajectory.velocities[1:].square().mean(-1).sqrt()  # (T, B, S)
     rows.append({"quantity": "velocity", **summarise(speeds)})
-    moves = (trajectory.states[1:] - trajectory.states[:-1]).square().mean(-1).sqrt()
-    rows += [{"quantity": f"residual_{t + 1}", **summarise(move)} for t, move in enumerate(moves)]
+    residuals = _residuals(trajectory)
+    rows += [{"quantity": f"residual_{t + 1}", **summarise(residual)} for t, residual in enumerate(residuals)]
     return rows
 
 

@@ -3,9 +3,10 @@
 - A micro-batch contributes its share: 8 sequences at once, 2 x 4 accumulated and 2 ranks x 4 give the same gradient.
 - Task, speed and energy are sums over tokens, so their shares simply add up. The mean loss is not: it needs mean and
   variance of the final states over the whole batch. `mean_loss_share` therefore takes the global moments (gathered in a
-  pass without gradients when the batch is split) and gives each part exactly its share of the gradient.
+  pass without gradients when the batch is split) and gives each part exactly its share of the gradient. Load balancing
+  likewise: which experts were chosen is counted over the whole batch, the probabilities' share is this part's.
 - Source: docs 001-002 and model.md section 6; averaged over layers and dimensions.
-- Legend: B batch, S sequence, D d_model, L layers.
+- Legend: B batch, S sequence, D d_model, L layers, E experts, k experts per token.
 """
 
 from dataclasses import dataclass
@@ -23,10 +24,16 @@ class AuxiliaryWeights:
     mean: float = 0.0
     speed: float = 0.0
     energy: float = 0.0
+    balance: float = 0.0
     energy_power: float = 2.0
     variance_weighted: bool = True
     adapts_mu: bool = False
     """The state moments are wanted for mu's moving average, whatever the losses."""
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a part's gradient depends on sums over the whole batch."""
+        return self.mean > 0 or self.balance > 0
 
     @property
     def needs_terms(self) -> bool:
@@ -70,3 +77,20 @@ def token_term(layers: list[IntegratorOutput], name: str, mask: Tensor, count: T
     """This part's share of a per-token term (`speed` or `energy`), averaged over layers and target tokens."""
     terms = torch.stack([getattr(layer, name).float() for layer in layers]).mean(0)  # (B, S)
     return (terms * mask).sum() / count
+
+
+def expert_loads(layers: list[IntegratorOutput], mask: Tensor) -> Tensor:
+    """How often each expert was one of a target token's k, (L, E), without gradient."""
+    return torch.stack([(layer.routing.chosen * mask[..., None]).sum((0, 1)) for layer in layers if layer.routing])
+
+
+def balance_share(layers: list[IntegratorOutput], loads: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """This part's share of mean_l E sum_e f_e P_e (Switch Transformer, arXiv 2101.03961), 1 when perfectly balanced.
+
+    f_e: share of all choices that fell on expert e, from `loads` (L, E) of the whole batch; P_e: mean probability of e.
+    """
+    probabilities = torch.stack(
+        [(layer.routing.probabilities * mask[..., None]).sum((0, 1)) / count for layer in layers if layer.routing]
+    )
+    shares = loads / loads.sum(-1, keepdim=True)
+    return loads.shape[-1] * (shares * probabilities).sum(-1).mean()

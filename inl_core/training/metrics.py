@@ -74,7 +74,20 @@ def best_step(run: Path) -> int | None:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+    """The row's figures; lists (a value a layer, an expert) become name/0, name/0/1 and so on."""
+    found: dict[str, float] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                add(f"{name}/{index}", item)
+        elif isinstance(value, int | float):
+            found[name] = value
+
+    for key, value in row.items():
+        if key != "step":
+            add(key, value)
+    return found
 
 
 def _tensorboard(run: Path) -> Callable[[dict[str, Any]], None]:

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from inl_core.corpus.loader import Batch
 from inl_core.model import IntegratorLanguageModel, ModelOutput, Options
-from inl_core.training.losses import AuxiliaryWeights, mean_loss_share, state_moments, token_term
+from inl_core.training.losses import (
+    AuxiliaryWeights,
+    balance_share,
+    expert_loads,
+    mean_loss_share,
+    state_moments,
+    token_term,
+)
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,16 @@ class LossModule(nn.Module):
             return self.model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, options=options)
 
     def forward(
-        self, batch: MicroBatch, weights: AuxiliaryWeights, count: Tensor, total: Tensor | None
+        self, batch: MicroBatch, weights: AuxiliaryWeights, count: Tensor, whole: dict[str, Tensor] | None
     ) -> dict[str, Tensor]:
         """Shares of every loss in the global mean over `count` target tokens.
 
-        `task`, and where their weight is not zero `mean`, `speed`, `energy`, unweighted; `total` is the weighted sum to
-        differentiate; `moments` (2, L, D) are this part's sums of the final states, without gradient.
+        `task`, and where their weight is not zero `mean`, `speed`, `energy`, `balance`, unweighted; `total` is the
+        weighted sum to differentiate; without gradient, `moments` (2, L, D) are this part's sums of the final states
+        and `loads` (L, E) its experts' loads.
 
         Args:
-            total: state moments of the whole batch when this is only a part of it; None when it is all of it.
+            whole: `moments` and `loads` of the whole batch when this is only a part of it; None when it is all of it.
         """
         output, mask = self.run(batch, weights), batch.mask
         with self.autocast:
@@ -68,14 +76,18 @@ class LossModule(nn.Module):
         if local is not None:
             terms["moments"] = local.detach()
         if local is not None and weights.mean > 0:
-            whole = local.detach() if total is None else total
+            total = local.detach() if whole is None else whole["moments"]
             mu = torch.stack([integrator.equilibrium() for integrator in self.model.integrators()])
-            terms["mean"] = mean_loss_share(local, whole, mask.sum(), count, mu, weights.variance_weighted)
+            terms["mean"] = mean_loss_share(local, total, mask.sum(), count, mu, weights.variance_weighted)
+        if weights.balance > 0:
+            terms["loads"] = expert_loads(output.layers, mask)
+            loads = terms["loads"] if whole is None else whole["loads"]
+            terms["balance"] = balance_share(output.layers, loads, mask, count)
         for name in ("speed", "energy"):
             if getattr(weights, name) > 0:
                 terms[name] = token_term(output.layers, name, mask, count)
         loss = task
-        for name in ("mean", "speed", "energy"):
+        for name in ("mean", "speed", "energy", "balance"):
             if name in terms:
                 loss = loss + getattr(weights, name) * terms[name]
         return {**terms, "total": loss}

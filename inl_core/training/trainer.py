@@ -29,7 +29,7 @@ from inl_core.recipe import Recipe
 from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint, restore_rng, retain, save_checkpoint
 from inl_core.training.cycles import Regime, regime
 from inl_core.training.distributed import World, parallelize, prepare_blocks
-from inl_core.training.dynamics import headline, record_layers, write_record
+from inl_core.training.dynamics import headline, last_residuals, record_layers, write_record
 from inl_core.training.interruption import StopSignal
 from inl_core.training.losses import AuxiliaryWeights
 from inl_core.training.metrics import MetricsWriter, best_step, read_metrics
@@ -147,6 +147,8 @@ class Trainer:
             self.model.excitation_amplitude.fill_(now.excitation_amplitude)
         batch = self.loader.batch(step)
         parts = micro_batches(batch, self.micro_batch, self.world.device)
+        if step and _due(step, self.settings.evaluation.every):
+            self._reallocate(parts)
         # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
         local = torch.tensor(
             [*self._count(batch), float(stop.requested)], dtype=torch.float64, device=self.world.device
@@ -181,30 +183,37 @@ class Trainer:
             now.lambda_mean if self.model.config.integrator else 0.0,
             losses.lambda_speed,
             now.lambda_energy,
-            losses.energy_power,
-            losses.variance_weighted,
+            balance=losses.lambda_balance if self._has_experts else 0.0,
+            energy_power=losses.energy_power,
+            variance_weighted=losses.variance_weighted,
             adapts_mu=self._adaptation_rate > 0,
         )
         divisor = torch.tensor(count, device=self.world.device)
         is_split = len(parts) > 1 or self.world.size > 1
-        moments = self._global_moments(parts, weights, divisor) if weights.mean > 0 and is_split else None
+        whole = self._whole_batch(parts, weights, divisor) if weights.needs_whole_batch and is_split else None
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
             # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
             waits = self.world.size > 1 and index + 1 < len(parts)
             with self.loss_module.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                terms = self.loss_module(part, weights, divisor, moments)
+                terms = self.loss_module(part, weights, divisor, whole)
                 (terms.pop("total") * self.world.size).backward()
             for name, value in terms.items():
                 totals[name] = value.detach() + totals[name] if name in totals else value.detach()
         return {name: self.world.sum(value) for name, value in totals.items()}
 
     @torch.no_grad()
-    def _global_moments(self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor) -> Tensor:
-        """State moments of the whole batch, from a pass without gradients (losses.py says why)."""
+    def _whole_batch(self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor) -> dict[str, Tensor]:
+        """Sums over the whole batch, from a pass without gradients (losses.py says why)."""
         module = self.loss_module.module if self.world.size > 1 else self.loss_module
-        sums = [module(part, weights, count, None)["moments"] for part in parts]  # type: ignore[operator]
-        return self.world.sum(torch.stack(sums).sum(0))
+        found = [module(part, weights, count, None) for part in parts]  # type: ignore[operator]
+        names = [name for name in ("moments", "loads") if name in found[0]]
+        return {name: self.world.sum(torch.stack([terms[name] for terms in found]).sum(0)) for name in names}
+
+    @property
+    def _has_experts(self) -> bool:
+        integrator = self.model.config.integrator
+        return integrator is not None and integrator.controller.experts > 1
 
     @property
     def _adaptation_rate(self) -> float:
@@ -216,6 +225,23 @@ class Trainer:
         if self._adaptation_rate > 0:
             for integrator, total in zip(self.model.integrators(), terms["moments"][0], strict=True):
                 integrator.equilibrium.adapt(total / count, self._adaptation_rate)
+
+    def _reallocate(self, parts: list[MicroBatch]) -> None:
+        """Move the layers' budgets after the measured residuals, when the strategy does.
+
+        At the start of the step after an evaluation, from that step's whole batch: a run resumed there, and one on
+        another number of processes, does the same.
+        """
+        budget = self.model.budget
+        if budget is None or not budget.follows_residuals:
+            return
+        with self.autocast:
+            found = [
+                last_residuals(self.model, part.tokens, positions=part.positions, document_ids=part.document_ids)
+                for part in parts
+            ]
+        total = torch.tensor(found, dtype=torch.float64, device=self.world.device).sum(0)
+        budget.reallocate(self.world.sum(total) / (len(parts) * self.world.size))
 
     def _check_finite(self, terms: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
         if math.isfinite(terms["task"].item()) and math.isfinite(norm.item()):
@@ -250,7 +276,7 @@ class Trainer:
             gains = self._record_dynamics(part)
         task = terms["task"].item()
         row: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens, "loss": task}
-        row |= {f"loss_{name}": terms[name].item() for name in ("mean", "speed", "energy") if name in terms}
+        row |= {f"loss_{name}": terms[name].item() for name in ("mean", "speed", "energy", "balance") if name in terms}
         row |= {
             "bits_per_byte": task * count / math.log(2) / num_bytes if num_bytes else None,
             "learning_rate": rate,
@@ -261,7 +287,11 @@ class Trainer:
         }
         if self.model.config.integrator:
             row |= {"phase": now.phase, "lambda_mean": now.lambda_mean, "A": self.model.excitation_amplitude.item()}
-            row |= {"iterations": float(self.model.config.num_iterations), **gains}
+            row |= {"iterations": self.model.config.mean_iterations, **gains}
+        if self.model.budget is not None:
+            row["budget"] = self.model.budget.shares().tolist()
+        if "loads" in terms:
+            row["expert_load"] = (terms["loads"] / terms["loads"].sum(-1, keepdim=True)).tolist()
         assert self.metrics is not None
         self.metrics.write(row)
         self.observer.on_metrics(row)

@@ -10,7 +10,7 @@ import torch
 from inl_core.corpus.loader import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import LoadedModel, load_model
-from inl_core.inference.evaluate import Evaluation, evaluate
+from inl_core.inference.evaluate import Evaluation, evaluate, most_iterations
 from inl_core.inference.texts import default_window, open_default, open_split, open_text
 from inl_core.model import IntegratorLanguageModel
 from tests.inference.tiny import PRESETS, TEXT, perturb, reseal, tiny_model, tokenizer, write_checkpoint
@@ -55,7 +55,7 @@ def test_scores_equal_the_slow_reference(tmp_path: Path, preset: str, window: in
     assert {name: getattr(found, name) for name in wanted} == pytest.approx(wanted, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(wanted["loss"]), rel=1e-4)
     assert (found.tokens, found.bytes) == (len(tokenizer().encode(TEXT[60:180])) + 1, len(TEXT[60:180].encode()))
-    assert found.iterations == loaded.model.config.num_iterations
+    assert found.iterations == most_iterations(loaded.model, None)
 
 
 def test_a_text_inside_one_window_scores_the_same_at_any_stride(tmp_path: Path) -> None:

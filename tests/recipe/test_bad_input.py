@@ -81,7 +81,7 @@ BAD_FILES = [
     (MINIMAL + "model:\n  d_model: -1\n", "5 model.d_model: expected a number greater than 0, got -1"),
     (
         MINIMAL + "model:\n  preset: v5\n",
-        "5 model.preset: expected 'v3', 'v4' or 'transformer', got 'v5'; did you mean 'v4'?",
+        "5 model.preset: expected 'v1', 'v2', 'v3', 'v4' or 'transformer', got 'v5'; did you mean 'v4'?",
     ),
     (
         MINIMAL + "model:\n  embedding_rank: autoo\n",

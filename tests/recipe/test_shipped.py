@@ -25,7 +25,7 @@ SIZES = {
     "7b": "7B",
     "13b": "13B",
 }
-NAMES = ("tiny", "tiny-transformer", *SIZES)
+NAMES = ("tiny", "tiny-transformer", "tiny-v1", "tiny-v2", "tiny-v3", *SIZES)
 
 
 def test_the_shipped_recipes_are_these() -> None:
@@ -89,6 +89,14 @@ def test_the_baseline_file_differs_in_two_lines() -> None:
         ("name: tiny", "name: tiny-transformer"),
         ("  preset: v4", "  preset: transformer"),
     ]
+
+
+@pytest.mark.parametrize("preset", ["v1", "v2", "v3"])
+def test_the_generations_are_trained_as_v4_is(preset: str) -> None:
+    tiny, other = load_recipe(RECIPES / "tiny.yaml"), load_recipe(RECIPES / f"tiny-{preset}.yaml")
+    assert other.model.preset == preset
+    differing = {difference.path for difference in recipe_differences(tiny, other)}
+    assert {path for path in differing if not path.startswith("model.")} == {"name"}
 
 
 def test_the_quick_start_recipe_is_that_of_the_study() -> None:

@@ -20,6 +20,10 @@ LOSSES = {
     },
     "model": {"integrator": {"mu": {"adaptation_rate": 0.01}}},
 }
+EXPERTS = {
+    "training": {"micro_batch_size": 2, "evaluation": {"every": 6, "tokens": 1024}},
+    "model": {"integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "hybrid"}}},
+}
 
 
 def torchrun(recipe, run: str, cwd) -> subprocess.CompletedProcess:
@@ -45,8 +49,16 @@ def _family(leader: int) -> list[int]:
     return [pid for child in children for pid in _family(child)] + [leader]
 
 
-@pytest.mark.parametrize("changes", [{}, LOSSES], ids=["task alone", "every loss, accumulation, moving mu"])
-def test_two_ranks_give_the_loss_curve_of_one_process(recipe_file, tmp_path, changes):
+# A token near the border between two experts takes another one after a rounding difference, hence the wider tolerance.
+CASES = {
+    "task alone": ({}, 1e-5),
+    "every loss, accumulation, moving mu": (LOSSES, 1e-5),
+    "experts, balance, budgets": (EXPERTS, 1e-4),
+}
+
+
+@pytest.mark.parametrize(("changes", "tolerance"), CASES.values(), ids=CASES.keys())
+def test_two_ranks_give_the_loss_curve_of_one_process(recipe_file, tmp_path, changes, tolerance):
     recipe = recipe_file(**changes)
     single = run_inl("train", recipe, "--run-dir", "one", "--json", cwd=tmp_path)
     assert single.returncode == 0, single.stderr
@@ -54,10 +66,16 @@ def test_two_ranks_give_the_loss_curve_of_one_process(recipe_file, tmp_path, cha
     assert double.returncode == 0, double.stderr
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
+    names = [
+        "loss",
+        "gradient_norm",
+        "validation_loss",
+        *(f"loss_{term}" for term in ("mean", "speed", "energy", "balance")),
+    ]
     for first, second in zip(one, two, strict=True):
-        for name in ("loss", "loss_mean", "loss_speed", "loss_energy", "gradient_norm", "validation_loss"):
+        for name in names:
             if name in first:
-                assert second[name] == pytest.approx(first[name], rel=1e-5), (first["step"], name)
+                assert second[name] == pytest.approx(first[name], rel=tolerance), (first["step"], name)
     assert json.loads(double.stdout)["step"] == 12
 
 

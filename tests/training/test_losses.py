@@ -35,27 +35,31 @@ WEIGHTS = {
     "speed and energy": AuxiliaryWeights(speed=0.3, energy=0.2, energy_power=3.0),
     "mean": AuxiliaryWeights(mean=5.0),
     "mean, unweighted": AuxiliaryWeights(mean=5.0, variance_weighted=False),
+    "load balancing": AuxiliaryWeights(balance=2.0),
 }
+EXPERTS = {"integrator": {"controller": {"experts": 4}}}
 
 
 @pytest.mark.parametrize("preset", ["v3", "v4"])
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
 def test_eight_sequences_and_two_times_four_give_the_same_losses_and_gradients(preset, weights):
-    module, batch = build(preset), some_batch()
+    module, batch = build(preset, **(EXPERTS if weights.balance else {})), some_batch()
     count = torch.tensor(float((batch.targets != -100).sum()), dtype=torch.float64)
     results = []
     for size in (8, 4, 1):
         module.zero_grad()
         parts = micro_batches(batch, size, torch.device("cpu"))
-        moments = None
-        if weights.mean and len(parts) > 1:
+        whole = None
+        if weights.needs_whole_batch and len(parts) > 1:
             with torch.no_grad():
-                moments = torch.stack([module(part, weights, count, None)["moments"] for part in parts]).sum(0)
+                found = [module(part, weights, count, None) for part in parts]
+            names = [name for name in ("moments", "loads") if name in found[0]]
+            whole = {name: torch.stack([terms[name] for terms in found]).sum(0) for name in names}
         totals: dict[str, torch.Tensor] = {}
         for part in parts:
-            terms = module(part, weights, count, moments)
+            terms = module(part, weights, count, whole)
             terms["total"].backward()
-            for name in ("task", "mean", "speed", "energy"):
+            for name in ("task", "mean", "speed", "energy", "balance"):
                 if name in terms:
                     totals[name] = totals.get(name, 0) + terms[name].detach()
         results.append((totals, [parameter.grad.clone() for parameter in module.parameters()]))
@@ -81,11 +85,29 @@ def test_the_mean_loss_is_the_documents_equation_and_acts_on_mu():
         torch.testing.assert_close(one, two)
 
 
-def test_weights_reach_the_total():
-    module, batch = build("v4"), some_batch()
+def test_load_balancing_is_the_switch_loss():
+    module, batch = build("v4", **EXPERTS), some_batch()
     part = micro_batches(batch, 8, torch.device("cpu"))[0]
-    weights = AuxiliaryWeights(mean=0.5, speed=0.25, energy=0.125)
+    weights, count = AuxiliaryWeights(balance=1.0), part.mask.sum().double()
+    value = module(part, weights, count, None)["balance"]
+    expected = []
+    for layer in module.run(part, weights).layers:
+        chosen = torch.zeros(4, dtype=torch.float64)
+        mean = torch.zeros(4, dtype=torch.float64)
+        for row, token in part.mask.nonzero().tolist():  # target tokens, one at a time
+            probability = layer.routing.probabilities[row, token]
+            chosen[probability.topk(2).indices] += 1
+            mean += probability / count
+        expected.append(4 * (chosen / chosen.sum() * mean).sum())
+    torch.testing.assert_close(value, torch.stack(expected).mean(), rtol=1e-6, atol=1e-7)
+
+
+def test_weights_reach_the_total():
+    module, batch = build("v4", **EXPERTS), some_batch()
+    part = micro_batches(batch, 8, torch.device("cpu"))[0]
+    weights = AuxiliaryWeights(mean=0.5, speed=0.25, energy=0.125, balance=0.0625)
     terms = module(part, weights, torch.tensor(100.0, dtype=torch.float64), None)
     expected = terms["task"] + 0.5 * terms["mean"] + 0.25 * terms["speed"] + 0.125 * terms["energy"]
+    expected = expected + 0.0625 * terms["balance"]
     torch.testing.assert_close(terms["total"], expected)
-    assert all(terms[name] > 0 for name in ("task", "mean", "speed", "energy"))
+    assert all(terms[name] > 0 for name in ("task", "mean", "speed", "energy", "balance"))

@@ -12,9 +12,29 @@ def losses(make_recipe, make_trainer, name: str, **training) -> list[float]:
     return [row["loss"] for row in read_metrics(trainer.run.path) if "loss" in row]
 
 
-def test_recomputing_blocks_changes_nothing(make_recipe, make_trainer):
+@pytest.mark.parametrize("part", ["block", "integrator"])
+def test_recomputation_changes_nothing(make_recipe, make_trainer, part):
     plain = losses(make_recipe, make_trainer, "plain")
-    assert losses(make_recipe, make_trainer, "recomputed", recomputation="block") == pytest.approx(plain, rel=1e-6)
+    assert losses(make_recipe, make_trainer, part, recomputation=part) == pytest.approx(plain, rel=1e-6)
+
+
+def test_recomputation_keeps_less_for_the_backward_pass(make_recipe, make_trainer):
+    kept = {}
+    for part in ("none", "integrator", "block"):
+        recipe = make_recipe(training={"recomputation": part}, model={"integrator": {"num_iterations": 4}})
+        trainer, _ = make_trainer(recipe, part)
+        seen: dict[int, int] = {}
+
+        def pack(tensor, seen=seen):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = trainer.model(torch.randint(0, 400, (8, 32)))  # held, or freed memory would be counted once
+        kept[part] = sum(seen.values())
+        del output
+    assert kept["integrator"] < 0.6 * kept["none"]
+    assert kept["block"] < 0.6 * kept["integrator"]
 
 
 @pytest.mark.slow
@@ -23,7 +43,7 @@ def test_compiled_blocks_give_the_same_losses(make_recipe, make_trainer):
     assert losses(make_recipe, make_trainer, "compiled", compile=True) == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["v3", "v4", "transformer"])
+@pytest.mark.parametrize("preset", ["v1", "v2", "v3", "v4", "transformer"])
 def test_bfloat16_stays_finite_and_near_float32(make_recipe, make_trainer, preset):
     curves = []
     for precision in ("fp32", "bf16"):
@@ -79,3 +99,21 @@ def test_a_cycle_moves_the_amplitude_and_it_is_saved_with_the_weights(make_recip
     assert amplitudes[-1] == pytest.approx(0.08)
     weights = load_file(heard.saved[-1] / "model.safetensors")
     assert weights["excitation_amplitude"].item() == pytest.approx(0.08)
+
+
+def test_experts_and_budgets_are_in_the_metrics_as_they_change(make_recipe, make_trainer):
+    integrator = {"controller": {"experts": 4}, "budget": {"strategy": "hybrid"}, "num_iterations": 3}
+    recipe = make_recipe(
+        training={"steps": 6, "evaluation": {"every": 3, "tokens": 256}}, model={"integrator": integrator}
+    )
+    trainer, heard = make_trainer(recipe)
+    trainer.fit()
+    budgets = [row["budget"] for row in heard.rows]
+    assert all(sum(budget) == pytest.approx(6, rel=1e-5) for budget in budgets)
+    assert budgets[0] != budgets[2]  # learned
+    assert abs(budgets[3][0] - budgets[2][0]) > 3 * abs(budgets[2][0] - budgets[1][0])  # corrected after an evaluation
+    loads = [row["expert_load"] for row in heard.rows]
+    assert all(sum(layer) == pytest.approx(1) for row in loads for layer in row)
+    assert loads[0] != loads[-1]
+    assert all(row["loss_balance"] >= 0.9 for row in heard.rows)
+    assert trainer.model.budget.correction.any()

@@ -12,6 +12,14 @@ VARIANTS = {
     "v4": {},
     "transformer": {"model": {"preset": "transformer"}},
     "muon": {"training": {"optimizer": {"name": "muon"}}},
+    "experts, dynamic budget": {
+        "model": {"integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "dynamic"}}},
+        "training": {"evaluation": {"every": 2, "tokens": 512}},
+    },
+    "v3, hybrid budget": {
+        "model": {"preset": "v3", "d_model": 64},
+        "training": {"evaluation": {"every": 2, "tokens": 512}},
+    },
     "cycle, losses, moving mu": {
         "model": {"integrator": {"mu": {"adaptation_rate": 0.01}}},
         "training": {"cycle": {"preset": "balanced"}, "losses": {"lambda_speed": 0.1}, "micro_batch_size": 4},

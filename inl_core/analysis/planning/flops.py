@@ -26,7 +26,7 @@ def flops_by_part(config: ModelConfig, length: int, *, iterations: int | None = 
         "embedding": 2 * rank * dim if rank else 0,
         "attention": 2 * layers * (queries_keys_values + dim * dim),
         "attention scores": 2 * layers * dim * (length + 1),
-        "controller": 2 * _controller_products(config, config.num_iterations if iterations is None else iterations),
+        "controller": 2 * _controller_products(config, config.mean_iterations if iterations is None else iterations),
         "feed-forward": 2 * layers * matrices * dim * config.hidden_dim,
         "head": 2 * head,
     }
@@ -54,11 +54,18 @@ def training_flops(
     return 3 * sum(parts.values()) + again
 
 
-def _controller_products(config: ModelConfig, iterations: int) -> int:
-    """Multiply-adds of all layers' controllers: W_h once, then W_x, W_v and W_out in each iteration."""
+def _controller_products(config: ModelConfig, iterations: float) -> int:
+    """Multiply-adds of all layers' controllers: W_h once, then W_x, W_v and W_out in each iteration; k experts a token.
+
+    `iterations` is the mean over layers; a learned budget adds at most one step a layer to it.
+    """
     integrator = config.integrator
     if integrator is None:
         return 0
     per_matrix, layers = config.d_model * integrator.controller.width, config.num_layers
     at_rest = 1 if integrator.carry_velocity else layers  # layers whose v_0 is zeros: no W_v in their first step
-    return per_matrix * (layers * (1 + iterations * (2 + num_groups(integrator))) - at_rest)
+    products = per_matrix * (layers + round(layers * iterations) * (2 + num_groups(integrator)) - at_rest)
+    mixture = integrator.controller
+    if mixture.experts == 1:
+        return products
+    return mixture.top_k * products + layers * config.d_model * mixture.experts

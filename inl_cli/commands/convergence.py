@@ -1,0 +1,132 @@
+"""`inl convergence-report`: whether the states of a checkpoint converge, oscillate, drift or are ignored."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.loading import check_source, open_model, open_source
+from inl_cli.options import (
+    CheckpointArgument,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SplitOption,
+    TextOption,
+)
+from inl_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from inl_core.analysis.convergence import ConvergenceReport, Written
+
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Directory of the report; default reports/convergence-step-N of the run."),
+]
+TokensOption = Annotated[int, typer.Option("--max-tokens", "--tokens", min=1, help="Measure on the first N tokens.")]
+WindowOption = Annotated[
+    int | None, typer.Option(help="Tokens the model sees at once; default what it was trained on.")
+]
+FollowedOption = Annotated[
+    int | None,
+    typer.Option("--iterations", metavar="N", help="Iterations to follow each layer for; default 2 T, at least 8."),
+]
+EpsilonOption = Annotated[float, typer.Option(help="A dimension has converged when it is closer than this.")]
+SampleOption = Annotated[
+    int, typer.Option("--sample-tokens", min=1, help="About how many tokens' trajectories are kept.")
+]
+
+
+@errors_to_exit_codes()
+def convergence_report(
+    checkpoint: CheckpointArgument = None,
+    output: OutputOption = None,
+    data: DataOption = None,
+    text: TextOption = None,
+    split: SplitOption = "validation",
+    max_tokens: TokensOption = 16384,
+    window: WindowOption = None,
+    iterations: FollowedOption = None,
+    epsilon: EpsilonOption = 0.1,
+    sample_tokens: SampleOption = 256,
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Report what each layer's states do on real text: tables, trajectories, figures and a verdict in words."""
+    console = Console(json=json, quiet=quiet)
+    check_source(data, text)
+    if output and output.exists() and not output.is_dir():
+        raise RecipeError(f"{output}: is a file; --output names a directory")
+    settings = {"num_iterations": iterations, "window": window, "epsilon": epsilon, "sample_tokens": sample_tokens}
+    report, written = _measure(console, checkpoint, device, output, (data, text, split), max_tokens, settings)
+    summary = {**report.summary(), "directory": written.directory, "files": written.files}
+    console.result(summary, lambda: _show(console, summary))
+    if written.warning:
+        console.warn(written.warning)
+
+
+def _measure(
+    console: Console,
+    checkpoint: Path | None,
+    device: str,
+    output: Path | None,
+    chosen: tuple[Path | None, Path | None, Literal["validation", "train"]],
+    max_tokens: int,
+    settings: dict[str, Any],
+) -> "tuple[ConvergenceReport, Written]":
+    from inl_core.analysis.convergence import default_directory, report_convergence, require_integrator, write_report
+
+    loaded = open_model(console, checkpoint, device)
+    require_integrator(loaded)
+    source = open_source(console, loaded, *chosen)
+    with console.progress() as progress:
+        progress.start("measuring", "passes")
+        report, sample = report_convergence(loaded, source, max_tokens=max_tokens, progress=progress.update, **settings)
+    return report, write_report(report, sample, output or default_directory(loaded.path))
+
+
+def _show(console: Console, summary: dict[str, Any]) -> None:
+    from inl_core.analysis.convergence.markdown import sentences
+
+    own, followed = summary["num_iterations"], summary["iterations_followed"]
+    title = f"{summary['checkpoint']} on {summary['tokens']:,} tokens of {summary['text']}"
+    title += f"\nT = {own}, followed for {followed}; rms figures, medians over tokens, distances at T"
+    console.table(title, _COLUMNS, [_cells(layer) for layer in summary["layers"]])
+    console.write("\n" + "".join(f"{sentence}\n" for sentence in sentences(summary)) + "\n")
+    bits = summary["bits_per_byte"]
+    rows = [_bits_cells(row["iterations"], row) for row in bits["by_iterations"]]
+    title = (
+        f"Bits per byte with T iterations in every layer (0: skipped); the model as it is: {bits['bits_per_byte']:.4f}"
+    )
+    console.table(title, ("T", *_BITS_COLUMNS), rows)
+    console.write("\n")
+    rows = [_bits_cells(row["layer"], row) for row in bits["without_layer"]]
+    console.table("Bits per byte with one layer's integrator skipped", ("layer", *_BITS_COLUMNS), rows)
+    console.write(f"\nwritten to {summary['directory']}: {', '.join(summary['files'])}\n")
+
+
+_COLUMNS = ("layer", "the states", "moves first", "at T", "last", "turns", "to mu", "to fixed point", "spectral radius")
+_BITS_COLUMNS = ("bits per byte", "change", "standard error")
+
+
+def _cells(layer: dict[str, Any]) -> tuple[Any, ...]:
+    """Medians over tokens: movement at the first, the model's own last and the last iteration followed, rest at T."""
+    rows = layer["iterations"]
+    used = rows[min(layer["used_iterations"], len(rows) - 1)]
+    return (
+        layer["layer"],
+        layer["verdict"]["word"],
+        *(row["residual"]["p50"] for row in (rows[1], used, rows[-1])),
+        f"{layer['evidence']['num_turns']:.1f}",
+        used["distance_mu"]["p50"],
+        used["distance_fixed_point"]["p50"],
+        used["stability"]["spectral_radius"]["p50"],
+    )
+
+
+def _bits_cells(key: int, row: dict[str, Any]) -> tuple[Any, ...]:
+    error = None if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+    return (key, f"{row['bits_per_byte']:.4f}", f"{row['change']:+.4f}", error)

@@ -1,0 +1,96 @@
+"""`inl import-reference`: the released reference generation's weights as a checkpoint."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.options import JsonOption, QuietOption
+from inl_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from inl_core.interop.reference import Imported
+
+FileArgument = Annotated[
+    Path, typer.Argument(metavar="FILE.safetensors", help="The reference model's weights, all in one file.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", help="The checkpoint's directory; it must be new or empty.")]
+IterationsOption = Annotated[
+    str,
+    typer.Option(metavar="T", help="Integrator iterations: one number, or one for each layer (2,3,...), bottom up."),
+]
+HeadsOption = Annotated[int | None, typer.Option(help="Query heads; may be left out where the file has rotary tables.")]
+KeyValueHeadsOption = Annotated[
+    int | None, typer.Option(help="Key-value heads; follows from the file, checked when given.")
+]
+ContextOption = Annotated[
+    int | None, typer.Option(help="Context in tokens; default the file's tables of positions, else 1024.")
+]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="The model's tokenizer.json; without one it cannot be given text.")
+]
+
+
+@errors_to_exit_codes()
+def import_reference(
+    file: FileArgument,
+    output: OutputOption,
+    iterations: IterationsOption,
+    num_heads: HeadsOption = None,
+    num_kv_heads: KeyValueHeadsOption = None,
+    max_seq_len: ContextOption = None,
+    tokenizer: TokenizerOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn the released reference model's weights, or its predecessor's, into a checkpoint."""
+    console = Console(json=json, quiet=quiet)
+    each = _parse(iterations)
+
+    from inl_core.interop import reference
+
+    imported = reference.import_reference(
+        file,
+        output,
+        iterations=each,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        max_seq_len=max_seq_len,
+        tokenizer=tokenizer,
+    )
+    for warning in imported.warnings:
+        console.warn(warning)
+    console.result(imported, lambda: _show(console, imported))
+
+
+def _parse(iterations: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in iterations.split(","))
+    except ValueError:
+        raise RecipeError(f"--iterations {iterations}: give a whole number, or one for each layer: 2,3,2") from None
+
+
+def _show(console: Console, imported: "Imported") -> None:
+    config = imported.config
+    assert config.integrator
+    rows = [
+        ("source", imported.source),
+        ("sha256", imported.sha256),
+        ("generation", imported.generation),
+        ("layers", f"{config.num_layers} of {config.d_model:,}"),
+        ("heads", f"{config.num_heads} query, {config.key_value_heads} key-value, {config.head_dim} wide"),
+        ("iterations", ", ".join(map(str, config.integrator.iterations_per_layer or ())) or config.num_iterations),
+        ("vocabulary", f"{config.vocab_size:,}, rank {config.rank}"),
+        ("context", f"{config.max_seq_len:,} tokens"),
+        ("tensors used", len(imported.used)),
+        ("tensors skipped", len(imported.skipped)),
+    ]
+    console.table(f"{imported.checkpoint}", ("", ""), rows)
+    groups = Counter((re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in imported.skipped.items())
+    if groups:
+        console.write("\n")
+        cells = [(name, count, reason) for (name, reason), count in groups.items()]
+        console.table("skipped", ("tensors", "number", "reason"), cells)

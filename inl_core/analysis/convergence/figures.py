@@ -1,0 +1,261 @@
+"""The figures of a convergence report, drawn from its summary and its table of sampled trajectories.
+
+- matplotlib is imported when a figure is drawn, and no global state of it is touched.
+- Iterations beyond the model's own T are shaded: there the figures show where the dynamics lead, which the model does
+  not do.
+- Of many layers a few are shown, evenly spaced; summary.json holds all.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LAYERS = 8
+_COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5f", "#8a5fa8")
+_PORTRAIT_TOKENS = 6
+_SHADED = "\nshaded: beyond the model's own T"
+
+Summary = dict[str, Any]
+
+
+def draw_figures(summary: Summary, sample: pa.Table, directory: Path) -> list[str]:
+    """Draw every figure that the report has data for; the names written. ImportError without matplotlib."""
+    import matplotlib  # noqa: F401 - so that a missing extra is known before anything is written
+
+    names = []
+    for name, draw in _DRAW.items():
+        figure = draw(summary, sample)
+        if figure is not None:
+            figure.savefig(directory / name, dpi=130)
+            names.append(name)
+    return names
+
+
+def shown_layers(layers: list[Any], most: int = MOST_LAYERS) -> list[Any]:
+    """At most `most` of them, evenly spaced, first and last among them."""
+    if len(layers) <= most:
+        return layers
+    return [layers[round(index * (len(layers) - 1) / (most - 1))] for index in range(most)]
+
+
+def _residuals(summary: Summary, _: pa.Table) -> "Figure":
+    figure, panels = _panels(summary, "Movement in each iteration: median over tokens, and the 5th to 95th percentile")
+    for axes, layer in panels:
+        _band(axes, layer, "residual", _COLOURS[0], "||x_t - x_{t-1}|| / sqrt(D)")
+    figure.axes[0].set_ylim(bottom=0)
+    return _finish(figure, "iteration t", "rms change of the state")
+
+
+def _distances(summary: Summary, _: pa.Table) -> "Figure":
+    figure, panels = _panels(summary, "How far the states are from mu and from their own fixed point")
+    for axes, layer in panels:
+        _band(axes, layer, "distance_fixed_point", _COLOURS[1], "to the fixed point of the frozen step")
+        _band(axes, layer, "distance_mu", _COLOURS[0], "to mu")
+        axes.set_yscale("log")
+    return _finish(figure, "iteration t", "rms distance (log scale)")
+
+
+def _gains(summary: Summary, _: pa.Table) -> "Figure":
+    from matplotlib.figure import Figure
+
+    layers = shown_layers(summary["layers"], 6)
+    figure = Figure(figsize=(9.5, 1.2 + 1.75 * len(layers)), layout="constrained")
+    grid = figure.subplots(len(layers), 3, squeeze=False, sharex=True, sharey="col")
+    for row, layer in zip(grid, layers, strict=True):
+        for axes, name, colour in zip(row, ("alpha", "beta", "gate"), _COLOURS, strict=False):
+            _band(axes, layer, name, colour, f"{name}: median, 5% - 95%")
+            _mark_used(axes, summary, layer)
+            axes.set_title(f"layer {layer['layer']}: {name}", fontsize=9)
+    for axes, top in zip(grid[0], (1.05, None, 1.05), strict=True):
+        axes.set_ylim(0, top)
+    figure.suptitle(
+        "alpha, beta and gate over tokens and dimensions: median, 5th to 95th percentile" + _SHADED, fontsize=11
+    )
+    figure.supxlabel("iteration t", fontsize=10)
+    return figure
+
+
+def _stability(summary: Summary, _: pa.Table) -> "Figure":
+    figure, panels = _panels(summary, "What the frozen steps would do: share of tokens x dimensions", mark=False)
+    kinds = ("steady", "oscillatory", "alternating", "unstable")
+    colours = ("#7fa6d6", "#e3b062", "#b08cc9", "#c8553d")
+    for axes, layer in panels:
+        rows = layer["iterations"][1:]
+        shares = [[row["stability"][kind] for row in rows] for kind in kinds]
+        axes.stackplot([row["iteration"] for row in rows], shares, labels=kinds, colors=colours)
+        axes.set_ylim(0, 1)
+        axes.set_xlim(1, len(rows))
+        _whole_numbers(axes)
+        axes.axvline(layer["used_iterations"], color="black", linestyle=":", linewidth=1.2)
+    return _finish(figure, "iteration t (dotted: own T)", "share")
+
+
+def _bits(summary: Summary, _: pa.Table) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    points = summary["bits_per_byte"]["by_iterations"]
+    counts = [point["iterations"] for point in points]
+    values = [point["bits_per_byte"] for point in points]
+    errors = [point["standard_error"] or 0.0 for point in points]
+    left.errorbar(counts, values, yerr=errors, marker="o", markersize=4, capsize=3, color=_COLOURS[0])
+    for count, value in zip(counts, values, strict=True):
+        left.annotate(f"{value:.3f}", (count, value), xytext=(4, 7), textcoords="offset points", fontsize=8)
+    left.margins(x=0.08, y=0.12)
+    own = summary["num_iterations"]
+    left.axvline(own, color="black", linestyle=":", linewidth=1.2, label=f"the model's own T = {own}")
+    left.set(xlabel="iterations T in every layer (0: integrators skipped)", ylabel="bits per byte")
+    left.set_title("Bits per byte by iterations", fontsize=11)
+    _whole_numbers(left)
+    left.legend(fontsize=8)
+    layers = summary["bits_per_byte"]["without_layer"]
+    changes = [row["change"] for row in layers]
+    errors = [row["standard_error"] or 0.0 for row in layers]
+    right.bar([row["layer"] for row in layers], changes, yerr=errors, capsize=3, color=_COLOURS[1], width=0.7)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="layer whose integrator is skipped", ylabel="bits per byte more")
+    right.set_title("What each layer's integrator is worth", fontsize=11)
+    _whole_numbers(right)
+    for axes in (left, right):
+        _tidy(axes)
+    return figure
+
+
+def _iterations_used(summary: Summary, _: pa.Table) -> "Figure | None":
+    stopping = summary["early_stopping"]
+    if not stopping:
+        return None
+    figure, panels = _panels(
+        summary, f"Iterations used under early stopping (threshold {stopping['convergence_threshold']:g})", mark=False
+    )
+    for axes, layer in panels:
+        counts = stopping["tokens_by_iterations"][layer["layer"]]
+        shares = [count / max(1, sum(counts)) for count in counts]
+        axes.bar(range(len(counts)), shares, color=_COLOURS[2], width=0.8)
+        axes.set_xlim(0.4, len(counts) - 0.4)
+        axes.set_ylim(0, 1)
+        _whole_numbers(axes)
+    return _finish(figure, "iterations", "share of tokens")
+
+
+def _portrait(summary: Summary, sample: pa.Table) -> "Figure":
+    figure, panels = _panels(
+        summary, "Phase portrait of a few dimensions: one line a token, a dot where it starts", mark=False
+    )
+    layers, tokens = np.asarray(sample["layer"]), np.asarray(sample["token_index"])
+    count = summary["iterations_followed"] + 1
+    errors = np.stack(sample["portrait_error"].to_numpy())
+    velocities = np.stack(sample["portrait_velocity"].to_numpy())
+    chosen = np.isin(tokens, shown_layers(sorted(set(tokens.tolist())), _PORTRAIT_TOKENS))
+    names = summary["portrait_dimensions"]
+    for axes, layer in panels:
+        rows = chosen & (layers == layer["layer"])
+        x, v = (part[rows].reshape(-1, count, part.shape[1]) for part in (errors, velocities))
+        used = layer["used_iterations"] + 1
+        for dim in range(x.shape[2]):
+            colour = _COLOURS[dim % len(_COLOURS)]
+            axes.plot(x[:, :, dim].T, v[:, :, dim].T, color=colour, linewidth=0.5, alpha=0.45)
+            axes.plot(x[:, :used, dim].T, v[:, :used, dim].T, color=colour, linewidth=1.4, alpha=0.9)
+            axes.plot(x[:, 0, dim], v[:, 0, dim], ".", color=colour, markersize=5, label=f"dimension {names[dim]}")
+        _clip(axes, x, v)
+        axes.axhline(0, color="grey", linewidth=0.6)
+        axes.axvline(0, color="grey", linewidth=0.6)
+    return _finish(figure, "x - mu (thick: own iterations)", "velocity v")
+
+
+_DRAW: dict[str, Callable[[Summary, pa.Table], "Figure | None"]] = {
+    "residual.png": _residuals,
+    "distance.png": _distances,
+    "gains.png": _gains,
+    "stability.png": _stability,
+    "bits_per_byte.png": _bits,
+    "iterations_used.png": _iterations_used,
+    "portrait.png": _portrait,
+}
+FIGURES = tuple(_DRAW)
+
+
+def _panels(summary: Summary, title: str, *, mark: bool = True) -> "tuple[Figure, Iterator[tuple[Axes, Any]]]":
+    """A figure of one panel a layer, and the panels with their layers."""
+    from matplotlib.figure import Figure
+
+    layers = shown_layers(summary["layers"])
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(max(6.0, 3.0 * columns), 1.6 + 2.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=mark, sharey=mark).flat
+    for axes in list(grid)[len(layers) :]:
+        axes.set_visible(False)
+    of = f" ({len(layers)} of {len(summary['layers'])} layers)" if len(layers) < len(summary["layers"]) else ""
+    figure.suptitle(title + of + (_SHADED if mark else ""), fontsize=11)
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        for axes, layer in zip(figure.axes, layers, strict=False):
+            axes.set_title(f"layer {layer['layer']}: {layer['verdict']['word']}", fontsize=9)
+            if mark:
+                _mark_used(axes, summary, layer)
+            yield axes, layer
+
+    return figure, pairs()
+
+
+def _band(axes: "Axes", layer: Any, name: str, colour: str, label: str) -> None:
+    rows = [row for row in layer["iterations"] if row.get(name) and row[name]["p50"] is not None]
+    t = [row["iteration"] for row in rows]
+    p5, p50, p95 = ([row[name][key] for row in rows] for key in ("p5", "p50", "p95"))
+    axes.fill_between(t, p5, p95, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(t, p50, color=colour, marker="o", markersize=3, linewidth=1.6, label=label)
+    _tidy(axes)
+
+
+def _mark_used(axes: "Axes", summary: Summary, layer: Any) -> None:
+    last, used = summary["iterations_followed"], layer["used_iterations"]
+    if used < last:
+        axes.axvspan(used, last, color="black", alpha=0.05, linewidth=0)
+    axes.set_xlim(0, last)
+    _whole_numbers(axes)
+
+
+def _finish(figure: "Figure", xlabel: str, ylabel: str) -> "Figure":
+    figure.supylabel(ylabel, fontsize=10)
+    visible = [axes for axes in figure.axes if axes.get_visible()]
+    columns = min(4, len(visible))
+    for index, axes in enumerate(visible):
+        _tidy(axes)
+        if index + columns >= len(visible):  # the lowest of its column; a figure's own label would meet the legend
+            axes.set_xlabel(xlabel, fontsize=9)
+            axes.tick_params(labelbottom=True)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
+    return figure
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, alpha=0.25, linewidth=0.6)
+
+
+def _clip(axes: "Axes", x: np.ndarray, v: np.ndarray) -> None:
+    """Leave the outermost percent of points out of view, so that one token does not flatten the others."""
+    for values, limit in ((x, axes.set_xlim), (v, axes.set_ylim)):
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            low, high = np.percentile(finite, (1, 99))
+            margin = 0.08 * (high - low) or 1.0
+            limit(float(low - margin), float(high + margin))

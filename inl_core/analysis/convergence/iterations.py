@@ -1,0 +1,207 @@
+"""What iterating is worth: bits per byte at T = 0, 1, 2, ..., without single layers, and under early stopping.
+
+- T = 0 is every integrator skipped: s_T = s_0 and v_T = v_0, so its displacement is zero. Where the feed-forward is the
+  candidate velocity (v4) its contribution goes with it.
+- Every figure is on the same batches, so differences are paired; their standard error is over batches.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from inl_core.corpus.loader import IGNORED, Batch
+from inl_core.errors import ArtefactError
+from inl_core.inference.evaluate import evaluate
+from inl_core.model import Integrator, IntegratorLanguageModel, IntegratorOutput
+
+MOST_POINTS = 12
+"""Points of the curve over T beside 0 and the model's own T."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Bits and bytes of text, batch by batch."""
+
+    bits: np.ndarray
+    num_bytes: np.ndarray
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the whole text; NaN when it has no bytes."""
+        total = self.num_bytes.sum()
+        return float(self.bits.sum() / total) if total else math.nan
+
+    def change_from(self, other: "Score") -> dict[str, float | None]:
+        """Bits per byte more than `other` on the same batches, and the standard error of that (None for one batch)."""
+        difference, count = self.bits - other.bits, len(self.bits)
+        change = self.bits_per_byte - other.bits_per_byte
+        if count < 2:
+            return {"change": change, "standard_error": None}
+        # A ratio of sums: its error is that of the residuals difference - change * bytes (linearised).
+        residuals = difference - change * self.num_bytes
+        error = math.sqrt(count / (count - 1) * float((residuals**2).sum())) / float(self.num_bytes.sum())
+        return {"change": change, "standard_error": error}
+
+
+def score(
+    model: IntegratorLanguageModel,
+    batches: Iterable[Batch],
+    token_num_bytes: np.ndarray,
+    *,
+    num_iterations: int | None = None,
+    early_stopping: bool = False,
+) -> Score:
+    """Score a text; `num_iterations` None is the model's own."""
+    bits, sizes = [], []
+    for batch in batches:
+        if not batch.num_targets:
+            continue
+        settings: dict[str, Any] = {"num_iterations": num_iterations, "early_stopping": early_stopping}
+        found = evaluate(model, [batch], token_num_bytes, **settings)
+        bits.append(found.bits_per_byte * found.bytes if found.bytes else 0.0)
+        sizes.append(found.bytes)
+    if not bits:
+        raise ArtefactError("evaluation: the text holds no target token; give it more text")
+    return Score(np.array(bits), np.array(sizes, dtype=np.float64))
+
+
+@contextmanager
+def skipped(model: IntegratorLanguageModel, layers: Iterable[int] | None = None) -> Iterator[None]:
+    """While open, the integrators of `layers` (None is all) hand on the state and velocity they were given."""
+
+    def skip(_: Integrator, args: tuple, kwargs: dict[str, Any], output: IntegratorOutput) -> IntegratorOutput:
+        _, state, velocity = args
+        return replace(output, state=state, velocity=torch.zeros_like(state) if velocity is None else velocity)
+
+    integrators = model.integrators()
+    chosen = range(len(integrators)) if layers is None else layers
+    handles = [integrators[layer].register_forward_hook(skip, with_kwargs=True) for layer in chosen]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def iteration_counts(num_iterations: int) -> list[int]:
+    """0, 1, ... 2T; for a large T about MOST_POINTS of them, evenly spaced, T always among them."""
+    every = max(1, -(-2 * num_iterations // MOST_POINTS))
+    return sorted({0, 1, num_iterations, *range(every, 2 * num_iterations + 1, every)})
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """Scores by T and without layers; every change is against the model as it is, all iterations running."""
+
+    bits_per_byte: float
+    """The model as it is."""
+    by_iterations: list[dict[str, Any]]
+    """iterations, bits_per_byte, change, standard_error."""
+    without_layer: list[dict[str, Any]]
+    """layer, bits_per_byte, change, standard_error."""
+
+
+def measure_iterations(
+    model: IntegratorLanguageModel,
+    windows: Callable[[], Iterable[Batch]],
+    token_num_bytes: np.ndarray,
+    *,
+    done: Callable[[], None] = lambda: None,
+) -> IterationReport:
+    """Score the text that `windows` begins anew at every call; `done` hears of each pass that ended."""
+    own = score(model, windows(), token_num_bytes)
+    done()
+    integrator = model.config.integrator
+    assert integrator is not None
+    uniform = integrator.budget.strategy == "uniform"
+    by_iterations, without_layer = [], []
+    for count in iteration_counts(integrator.num_iterations):
+        if count == 0:
+            with skipped(model):
+                found = score(model, windows(), token_num_bytes)
+        elif count == integrator.num_iterations and uniform:
+            found = own
+        else:
+            found = score(model, windows(), token_num_bytes, num_iterations=count)
+        done()
+        by_iterations.append({"iterations": count, "bits_per_byte": found.bits_per_byte, **found.change_from(own)})
+    for layer in range(len(model.integrators())):
+        with skipped(model, [layer]):
+            found = score(model, windows(), token_num_bytes)
+        done()
+        without_layer.append({"layer": layer, "bits_per_byte": found.bits_per_byte, **found.change_from(own)})
+    return IterationReport(own.bits_per_byte, by_iterations, without_layer)
+
+
+def num_passes(model: IntegratorLanguageModel) -> int:
+    """How often `measure_iterations` calls `done`."""
+    return 1 + len(iteration_counts(model.config.num_iterations)) + len(model.integrators())
+
+
+@dataclass(frozen=True)
+class StoppingReport:
+    """What early stopping, as configured, does on the text."""
+
+    convergence_threshold: float
+    bits_per_byte: float
+    change: float
+    """Bits per byte more than with all iterations."""
+    standard_error: float | None
+    tokens_by_iterations: list[list[int]]
+    """For each layer, how many tokens used 0, 1, ... T iterations."""
+
+    @property
+    def mean_iterations(self) -> list[float]:
+        """Of each layer."""
+        return [
+            sum(t * count for t, count in enumerate(counts)) / max(1, sum(counts))
+            for counts in self.tokens_by_iterations
+        ]
+
+
+def measure_stopping(
+    model: IntegratorLanguageModel,
+    windows: Callable[[], Iterable[Batch]],
+    token_num_bytes: np.ndarray,
+) -> StoppingReport | None:
+    """Iterations used and their price under the configured early stopping; None where it is off."""
+    integrator = model.config.integrator
+    if integrator is None or not integrator.early_stopping.convergence_threshold:
+        return None
+    counts: list[dict[int, int]] = [{} for _ in model.integrators()]
+    current: list[torch.Tensor] = []
+
+    def watched() -> Iterator[Batch]:
+        for batch in windows():
+            current[:] = [torch.from_numpy(batch.targets != IGNORED)]
+            yield batch
+
+    def hook_of(layer: int) -> Callable[..., None]:
+        def count(_: Integrator, args: tuple, output: IntegratorOutput) -> None:
+            assert output.iterations is not None
+            used = output.iterations.cpu()[current[0]]
+            for iterations, number in zip(*(part.tolist() for part in used.unique(return_counts=True)), strict=True):
+                counts[layer][iterations] = counts[layer].get(iterations, 0) + number
+
+        return count
+
+    handles = [layer.register_forward_hook(hook_of(index)) for index, layer in enumerate(model.integrators())]
+    try:
+        stopped = score(model, watched(), token_num_bytes, early_stopping=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    change = stopped.change_from(score(model, windows(), token_num_bytes))
+    most = max(max(used, default=0) for used in counts)
+    return StoppingReport(
+        convergence_threshold=integrator.early_stopping.convergence_threshold,
+        bits_per_byte=stopped.bits_per_byte,
+        change=change["change"] or 0.0,
+        standard_error=change["standard_error"],
+        tokens_by_iterations=[[used.get(t, 0) for t in range(most + 1)] for used in counts],
+    )

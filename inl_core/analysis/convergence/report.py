@@ -1,0 +1,216 @@
+"""The convergence report of one checkpoint: measure it on a text, and write what was found.
+
+    DIR/report.md  summary.json  trajectories.parquet  *.png
+
+- Every number is defined in docs/convergence-report.md; summary.json holds all of them, report.md the ones to read.
+- Figures need matplotlib, the extra [plot]; without it everything else is written and the report says so.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from inl_core.analysis.convergence.collect import LayerStatistics, trace
+from inl_core.analysis.convergence.figures import FIGURES, draw_figures
+from inl_core.analysis.convergence.iterations import (
+    IterationReport,
+    StoppingReport,
+    measure_iterations,
+    measure_stopping,
+    num_passes,
+)
+from inl_core.analysis.convergence.markdown import to_markdown
+from inl_core.analysis.convergence.sample import TokenSample, portrait_dims
+from inl_core.analysis.convergence.stability import BETA_FLOOR
+from inl_core.analysis.convergence.verdict import Evidence, Thresholds, Verdict, gather, judge
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.inference.artefacts import LoadedModel
+from inl_core.inference.texts import Text, default_window
+
+FEWEST_FOLLOWED = 8
+"""Iterations followed by default, unless twice the model's own are more."""
+FEWEST_BATCHES = 16
+"""Where the text has as many windows: a standard error over few batches says little."""
+_BATCH_ELEMENTS = 2**21
+"""Numbers in one tensor of a layer's followed path, about: iterations x tokens x dimensions."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: the verdict, what it rests on, and a row of figures an iteration (collect.LayerStatistics.rows)."""
+
+    layer: int
+    verdict: Verdict
+    evidence: Evidence
+    used_iterations: int
+    iterations: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ConvergenceReport:
+    """What the dynamics of a checkpoint do on a text."""
+
+    checkpoint: Path
+    step: int
+    preset: str
+    num_iterations: int
+    """T, the model's own."""
+    iterations_followed: int
+    text: str
+    tokens: int
+    window: int
+    amplitude: float
+    """A of the excitation, as the checkpoint holds it."""
+    epsilon: float
+    """Tolerance of the convergence metrics."""
+    beta_floor: float
+    """Smaller betas count as this much in a fixed point."""
+    portrait_dimensions: list[int]
+    """Which dimensions trajectories.parquet holds whole."""
+    thresholds: Thresholds
+    layers: list[LayerReport]
+    bits_per_byte: IterationReport
+    early_stopping: StoppingReport | None
+
+    def summary(self) -> dict[str, Any]:
+        """Everything as JSON values; what is not finite is null."""
+        return _plain(asdict(self))
+
+
+def require_integrator(loaded: LoadedModel) -> None:
+    """ArtefactError for a model that has no dynamics to report."""
+    if loaded.model.config.integrator is None:
+        raise ArtefactError(
+            f"{loaded.path}: a {loaded.model.config.preset} checkpoint has no integrator, so no states that could "
+            "converge; name a checkpoint of a preset v1 to v4"
+        )
+
+
+def report_convergence(
+    loaded: LoadedModel,
+    text: Text,
+    *,
+    max_tokens: int,
+    num_iterations: int | None = None,
+    window: int | None = None,
+    epsilon: float = 0.1,
+    sample_tokens: int = 256,
+    thresholds: Thresholds = Thresholds(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[ConvergenceReport, TokenSample]:
+    """Measure a model on the first `max_tokens` tokens of `text`.
+
+    Args:
+        num_iterations: iterations to follow each layer for; default twice the model's own, at least FEWEST_FOLLOWED.
+        epsilon: tolerance of the convergence metrics, in units of the state.
+        sample_tokens: about how many tokens' trajectories are kept.
+        progress: hears how many of the passes over the text are done.
+
+    Raises:
+        ArtefactError: the model has no integrator.
+        RecipeError: fewer iterations than the model's own, or an epsilon that is not positive.
+    """
+    require_integrator(loaded)
+    model = loaded.model
+    followed = num_iterations or max(FEWEST_FOLLOWED, 2 * model.config.num_iterations)
+    if followed < max(2, model.config.num_iterations):
+        raise RecipeError(
+            f"iterations {followed}: must be at least 2 and the model's own {model.config.num_iterations}"
+        )
+    if not epsilon > 0:
+        raise RecipeError(f"epsilon {epsilon}: must be above 0")
+    if window is None:
+        window = min(default_window(loaded), max(1, text.num_targets))
+    text.check_window(window)
+    num_windows = -(-min(max_tokens, text.num_targets) // window)
+    most_rows = _BATCH_ELEMENTS // (followed * window * model.config.d_model)
+    rows = max(1, min(most_rows, num_windows // FEWEST_BATCHES))
+    total, done = 1 + num_passes(model), 0
+
+    def windows() -> Any:
+        return text.windows(window=window, batch_size=rows, max_tokens=max_tokens)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    model.eval()
+    sample = TokenSample(loaded.tokenizer, size=sample_tokens, num_tokens=min(max_tokens, text.num_targets))
+    statistics = trace(model, windows(), num_iterations=followed, epsilon=epsilon, sample=sample)
+    if not statistics:
+        raise ArtefactError(f"{text.name}: holds no target token; give it more text")
+    advance()
+    byte_table = loaded.tokenizer.token_num_bytes
+    bits = measure_iterations(model, windows, byte_table, done=advance)
+    stopping = measure_stopping(model, windows, byte_table)
+    report = ConvergenceReport(
+        checkpoint=loaded.path,
+        step=loaded.step,
+        preset=model.config.preset,
+        num_iterations=model.config.num_iterations,
+        iterations_followed=followed,
+        text=text.name,
+        tokens=statistics[0].num_tokens,
+        window=window,
+        amplitude=model.excitation_amplitude.item(),
+        epsilon=epsilon,
+        beta_floor=BETA_FLOOR,
+        portrait_dimensions=portrait_dims(model.config.d_model).tolist(),
+        thresholds=thresholds,
+        layers=[_layer(index, layer, bits, thresholds) for index, layer in enumerate(statistics)],
+        bits_per_byte=bits,
+        early_stopping=stopping,
+    )
+    return report, sample
+
+
+def _layer(index: int, statistics: LayerStatistics, bits: IterationReport, thresholds: Thresholds) -> LayerReport:
+    evidence = gather(statistics, bits.bits_per_byte, bits.without_layer[index]["change"])
+    verdict = judge(evidence, thresholds)
+    return LayerReport(index, verdict, evidence, statistics.used_iterations, statistics.rows())
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_report` left in a directory."""
+
+    directory: Path
+    files: list[str]
+    warning: str | None
+    """Why there are no figures; None when they were drawn."""
+
+
+def default_directory(checkpoint: Path) -> Path:
+    """reports/convergence-step-N of the checkpoint's run; below the working directory when it is in none."""
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path()
+    return run / "reports" / f"convergence-{checkpoint.name}"
+
+
+def write_report(report: ConvergenceReport, sample: TokenSample, directory: Path) -> Written:
+    """Write all files of a report; those of an earlier one in the same directory are replaced."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:
+        (directory / name).unlink(missing_ok=True)
+    summary, warning = report.summary(), None
+    try:
+        figures = draw_figures(summary, sample.table(), directory)
+    except ImportError:
+        figures, warning = [], 'no figures: they need matplotlib, which pip install "inl[plot]" brings'
+    sample.write(directory / "trajectories.parquet")
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (directory / "report.md").write_text(to_markdown(summary, figures, warning), encoding="utf-8")
+    return Written(directory, ["report.md", "summary.json", "trajectories.parquet", *figures], warning)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

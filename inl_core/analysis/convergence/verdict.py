@@ -1,0 +1,107 @@
+"""Whether a layer's states converge, oscillate, drift or are ignored: four words by stated thresholds.
+
+In this order, the first that holds:
+
+    ignored     without the layer, bits per byte change by less than `ignored_change` of the model's, or its
+                displacement after the used iterations is below `ignored_displacement` of the state's size
+    drift       a state stopped being finite
+    converge    at the last iteration followed, the typical movement is at most `converged_movement` of its peak
+    oscillate   it still moves, and a dimension turned back at least `oscillating_turns` times on the way (two turns are
+                one full period), weighted by how much it moves
+    drift       it still moves, and goes on in much the same direction
+
+- Movement is the median over tokens of the residual without the displacement that the excitation causes at that step,
+  as early stopping sees it.
+- A damped oscillation that comes to rest within the iterations followed has converged; the sentence says it turned.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from inl_core.analysis.convergence.collect import LayerStatistics
+
+Word = Literal["converge", "oscillate", "drift", "ignored"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where one word ends and the next begins."""
+
+    converged_movement: float = 0.1
+    """Of the peak movement."""
+    oscillating_turns: float = 2.0
+    """Changes of direction within the iterations followed."""
+    ignored_change: float = 0.001
+    """Of the model's bits per byte."""
+    ignored_displacement: float = 0.01
+    """Of the rms of the starting state."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the verdict on one layer looks at."""
+
+    movement: list[float]
+    """Median unforced residual of iterations 1, 2, ..."""
+    num_turns: float
+    """Changes of direction, weighted by motion."""
+    displacement: float
+    """Median |s_T - s_0| over median |s_0|, T the used iterations."""
+    num_nonfinite: int = 0
+    """Tokens whose state is not finite at the last iteration followed."""
+    bits_per_byte: float | None = None
+    """Of the whole model."""
+    change_without: float | None = None
+    """Bits per byte more without the layer; None when that was not measured."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One word, and the figures it rests on as a sentence."""
+
+    word: Word
+    reason: str
+
+
+def gather(statistics: LayerStatistics, bits_per_byte: float | None, change_without: float | None) -> Evidence:
+    """The evidence in a layer's statistics."""
+    found = statistics.distributions
+    size = found["state_rms"][0].percentile(50)
+    moved = found["displacement"][statistics.used_iterations_followed].percentile(50)
+    return Evidence(
+        movement=[found["unforced_residual"][t].percentile(50) for t in range(1, statistics.num_iterations + 1)],
+        num_turns=statistics.num_turns,
+        displacement=moved / size if size else 0.0,
+        num_nonfinite=found["state_rms"][-1].num_nonfinite,
+        bits_per_byte=bits_per_byte,
+        change_without=change_without,
+    )
+
+
+def judge(evidence: Evidence, thresholds: Thresholds = Thresholds()) -> Verdict:
+    """The word for one layer."""
+    ignored = _ignored(evidence, thresholds)
+    if ignored:
+        return Verdict("ignored", ignored)
+    if evidence.num_nonfinite:
+        return Verdict("drift", f"{evidence.num_nonfinite:,} tokens leave the finite numbers")
+    peak, last = max(evidence.movement), evidence.movement[-1]
+    share = last / peak if peak else 0.0
+    turns, count = evidence.num_turns, len(evidence.movement)
+    still = f"after {count} iterations it moves {last:.3g} an iteration, {share:.0%} of its peak"
+    if share <= thresholds.converged_movement:
+        return Verdict("converge", f"{still}, having turned back {turns:.1f} times")
+    if turns >= thresholds.oscillating_turns:
+        return Verdict("oscillate", f"{still}, and it turned back {turns:.1f} times")
+    return Verdict("drift", f"{still}, and it turned back only {turns:.1f} times")
+
+
+def _ignored(evidence: Evidence, thresholds: Thresholds) -> str | None:
+    if evidence.displacement < thresholds.ignored_displacement:
+        return f"the used iterations move the state by {evidence.displacement:.2%} of its size"
+    if evidence.change_without is None or not evidence.bits_per_byte:
+        return None
+    share = evidence.change_without / evidence.bits_per_byte
+    if abs(share) < thresholds.ignored_change:
+        return f"without it bits per byte change by {share:+.3%}"
+    return None

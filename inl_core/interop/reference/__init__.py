@@ -1,0 +1,8 @@
+"""Weights of the publicly released reference generation, and the one before it, as checkpoints of ours.
+
+imported = import_reference(Path("model.safetensors"), Path("reference"), num_heads=24, iterations=(2,))
+"""
+
+from inl_core.interop.reference.importing import Imported, import_reference
+
+__all__ = ["Imported", "import_reference"]

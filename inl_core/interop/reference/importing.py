@@ -1,0 +1,264 @@
+"""A reference safetensors file -> a checkpoint directory that every command reads.
+
+- Names, shapes and arguments are judged before a single weight is read; nothing is written before all of it is right.
+- The file does not hold everything: iterations, and often heads and context, are arguments. What is taken on trust is
+  said in `Imported.warnings`.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.inference.artefacts import file_digest
+from inl_core.interop.reference.conversion import build_config, convert
+from inl_core.interop.reference.layout import ROTARY_BASE, Generation, Layout, read_layout
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import ModelConfig
+from inl_core.training.checkpoint import save_weights
+
+DEFAULT_MAX_SEQ_LEN = 1024
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was made of a file."""
+
+    checkpoint: Path
+    source: Path
+    sha256: str
+    generation: Generation
+    config: ModelConfig
+    used: tuple[str, ...]
+    """The file's tensors that the model is made of, by name."""
+    skipped: dict[str, str]
+    """Its other tensors, and why they are not needed."""
+    warnings: tuple[str, ...]
+
+
+def import_reference(
+    file: Path,
+    output: Path,
+    *,
+    iterations: tuple[int, ...],
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    max_seq_len: int | None = None,
+    tokenizer: Path | None = None,
+) -> Imported:
+    """Write the model of `file` as a checkpoint at `output`.
+
+    Args:
+        iterations: T, one number or one for each layer.
+        num_heads: query heads; None takes the head size of the file's rotary tables.
+        num_kv_heads: key-value heads; follows from the other two, and is checked when given.
+        max_seq_len: context in tokens; None takes the length of the file's tables of positions, else 1,024.
+        tokenizer: a tokenizer.json; without one the checkpoint cannot be given text.
+
+    Raises:
+        RecipeError: an argument does not fit the file, or `output` is not empty.
+        ArtefactError: the file or the tokenizer is missing, damaged or not what it should be.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise RecipeError(f"--output {output}: exists and is not an empty directory; name a new one")
+    for name, value in (("num-heads", num_heads), ("num-kv-heads", num_kv_heads), ("max-seq-len", max_seq_len)):
+        if value is not None and value < 1:
+            raise RecipeError(f"--{name} {value}: must be at least 1")
+    with _open(file) as tensors:
+        layout = read_layout(file, {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+        _check_rotary_base(file, layout, tensors)
+        heads, kv_heads = choose_heads(file, layout, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        config = build_config(
+            layout,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            iterations=spread_iterations(iterations, layout.num_layers),
+            max_seq_len=max_seq_len or layout.max_seq_len or DEFAULT_MAX_SEQ_LEN,
+        )
+        words, remark = load_tokenizer(tokenizer, layout.vocab_size)
+        digest = file_digest(file)
+        model, used = load_reference(file, layout, config, tensors)
+    warnings = (*_taken_on_trust(layout, config, max_seq_len), *remark)
+    imported = Imported(output, file, digest, layout.generation, config, used, layout.skipped, warnings)
+    save_weights(output, model, _documents(imported, words))
+    return imported
+
+
+def choose_heads(file: Path, layout: Layout, *, num_heads: int | None, num_kv_heads: int | None) -> tuple[int, int]:
+    """Query and key-value heads from the arguments, the rotary tables and the rows of the key projection."""
+    dim, rows = layout.d_model, layout.key_value_dim
+    told = dim // layout.head_dim if layout.head_dim else None
+    heads = num_heads or told
+    if heads is None:
+        raise RecipeError(f"{file}: does not hold the number of heads; give --num-heads, a divisor of {dim}")
+    if dim % heads:
+        raise RecipeError(f"--num-heads {heads}: must divide the file's d_model of {dim}")
+    size = dim // heads
+    if layout.head_dim and size != layout.head_dim:
+        raise RecipeError(
+            f"--num-heads {heads}: the rotary tables in {file} are for heads of {layout.head_dim}, "
+            f"which means {told}; leave the option out"
+        )
+    if layout.generation == "released" and size % 2:
+        raise RecipeError(f"--num-heads {heads}: heads of {size} cannot have rotary positions, which need an even size")
+    if rows % size or heads % (rows // size):
+        raise RecipeError(
+            f"--num-heads {heads}: heads of {size} do not divide the {rows} rows of k_proj in {file} "
+            "into key-value heads that divide the query heads"
+        )
+    if num_kv_heads is not None and num_kv_heads != rows // size:
+        raise RecipeError(
+            f"--num-kv-heads {num_kv_heads}: with {heads} heads of {size} the {rows} rows of keys in {file} are "
+            f"{rows // size} heads; leave the option out, or correct --num-heads"
+        )
+    return heads, rows // size
+
+
+def spread_iterations(iterations: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """One number of iterations for each layer."""
+    given = ",".join(map(str, iterations))
+    if not iterations or min(iterations) < 1:
+        raise RecipeError(f"--iterations {given}: must be whole numbers from 1 up")
+    if len(iterations) not in (1, num_layers):
+        raise RecipeError(
+            f"--iterations {given}: {len(iterations)} numbers for the file's {num_layers} layers; "
+            "give one, or one for each layer"
+        )
+    return iterations * num_layers if len(iterations) == 1 else iterations
+
+
+def load_tokenizer(path: Path | None, vocab_size: int) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer and what to say of it; unused tokens are added where the embedding has rows to spare."""
+    if path is None:
+        return None, ["no tokenizer: inl inspect works, but generate, eval and inspect-params need --tokenizer FILE"]
+    tokenizer = Tokenizer.load(path)
+    unused = vocab_size - tokenizer.vocab_size
+    if unused == 0:
+        return tokenizer, []
+    if unused < 0:
+        raise ArtefactError(
+            f"{path}: has {tokenizer.vocab_size:,} tokens where the model's embedding has {vocab_size:,} rows; "
+            "name the tokenizer the model was trained with"
+        )
+    padded = tokenizer.padded(vocab_size)
+    if padded.vocab_size != vocab_size:
+        raise ArtefactError(
+            f"{path}: its ids have gaps, so it cannot be extended to the embedding's {vocab_size:,} rows; "
+            "name a tokenizer without gaps"
+        )
+    return padded, [f"{path}: {unused:,} unused tokens were added to match the embedding's {vocab_size:,} rows"]
+
+
+def load_reference(
+    file: Path, layout: Layout, config: ModelConfig, tensors: Any
+) -> tuple[IntegratorLanguageModel, tuple[str, ...]]:
+    """The model on the CPU in float32, and the names of the tensors it was filled from: all that were expected."""
+    with torch.device("meta"):
+        model = IntegratorLanguageModel(config)
+    model.to_empty(device="cpu")
+    model.reset_buffers()
+    used: list[str] = []
+
+    def read(name: str) -> Tensor:
+        used.append(name)
+        return _read_finite(file, name, tensors)
+
+    missing = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in convert(layout, read):
+            place = missing.pop(name)
+            assert place.shape == tensor.shape, name
+            place.copy_(tensor)
+        model.excitation_amplitude.zero_()
+        for integrator in model.integrators():  # at A = 0 gamma and phi act on nothing
+            integrator.excitation.initialise()
+    assert all("excitation" in name for name in missing), f"not filled: {missing.keys()}"
+    assert sorted(used) == sorted(layout.expected), "a tensor was expected and not used"
+    return model.eval(), tuple(used)
+
+
+def _read_finite(file: Path, name: str, tensors: Any) -> Tensor:
+    tensor = tensors.get_tensor(name)
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ArtefactError(f"{file}: {name} is {kind}, quantised; give the weights in a floating-point type")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ArtefactError(f"{file}: {name} holds values that are not finite; the model is broken")
+    return tensor.float()
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """The tensors of a safetensors file, or an ArtefactError."""
+    if file.is_dir():
+        raise ArtefactError(f"{file}: is a directory; name the .safetensors file in it")
+    if not file.is_file():
+        raise ArtefactError(f"{file}: no such file")
+    try:
+        opened = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ArtefactError(
+            f"{file}: not a whole safetensors file ({error}); fetch it again, or convert it from another format"
+        ) from None
+    with opened as tensors:
+        yield tensors
+
+
+def _check_rotary_base(file: Path, layout: Layout, tensors: Any) -> None:
+    """Refuse rotary tables of another base: the reference's is a constant, but its code could be told otherwise."""
+    for name in layout.skipped:
+        if not name.endswith(".rope.inv_freq"):
+            continue
+        frequencies = tensors.get_tensor(name).double()
+        powers = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
+        # 2%: the table may have been stored in bfloat16
+        if not torch.allclose(frequencies, ROTARY_BASE**-powers, rtol=0.02, atol=0):
+            raise ArtefactError(
+                f"{file}: {name} is not a table of base {ROTARY_BASE:,.0f}, the reference's; not supported"
+            )
+
+
+def _taken_on_trust(layout: Layout, config: ModelConfig, max_seq_len: int | None) -> list[str]:
+    """What the file does not hold."""
+    assert config.integrator
+    each = config.integrator.iterations_per_layer or (config.integrator.num_iterations,)
+    given = [] if layout.head_dim else [f"heads ({config.num_heads})"]
+    given.append(f"iterations ({', '.join(map(str, each))})")
+    found = [f"{' and '.join(given)} are as given: the file does not hold them, and a wrong number shows no error"]
+    if max_seq_len is None and layout.max_seq_len is None:
+        found.append(
+            f"context of {config.max_seq_len:,} tokens: the file does not hold its length; --max-seq-len sets it"
+        )
+    return found
+
+
+def _documents(imported: Imported, words: Tokenizer | None) -> dict[str, str]:
+    """config.json, and tokenizer.json where there is one."""
+    event = {
+        "event": "import",
+        "source": str(imported.source),
+        "sha256": imported.sha256,
+        "generation": imported.generation,
+        "inl": version("inl"),
+        "torch": torch.__version__,
+    }
+    config = {
+        "format": 1,
+        "model": imported.config.model_dump(mode="json"),
+        "special_tokens": words.special_ids if words else {},
+        "bos_id": words.bos_id if words else None,
+        "eos_id": words.eos_id if words else None,
+        "tokenizer": words.fingerprint if words else None,
+        "provenance": [event],
+    }
+    documents = {"config.json": json.dumps(config, indent=1)}
+    return documents | ({"tokenizer.json": words.to_json()} if words else {})

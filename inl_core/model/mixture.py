@@ -1,0 +1,83 @@
+"""Mixture of integrators: a router over h picks expert controllers for every token; their steps are mixed.
+
+    p = softmax(h W_r)                      router, (B, S, E)
+    top-k of p, renormalised to sum 1       weights w_e, zero for the others
+    x_{t+1} = sum_e w_e x_{t+1}^(e)         v likewise; mu, gamma and phi are shared by the experts
+
+- Routing depends on h alone, so it is done once a layer and holds for all T iterations.
+- Batched by expert: each expert takes its tokens in one gather and its results return in one scatter; no token loop.
+- Every expert runs in training also when it has no token: its parameters then get a gradient of zeros, which DDP needs.
+- Load balancing (Switch Transformer, arXiv 2101.03961), E sum_e f_e P_e over target tokens: training/losses.py.
+- Source: doc 002, "Mixture of Integrators"; model.md section 2.
+- Legend: B batch, S sequence, N = B*S tokens, D d_model, E experts, k experts per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from inl_core.model.controller import Controller
+from inl_core.recipe import IntegratorConfig
+
+
+class Experts(nn.ModuleList):
+    """E controllers in the place of one."""
+
+    def __init__(self, config: IntegratorConfig, dim: int, context_dim: int | None = None) -> None:
+        super().__init__(Controller(config, dim, context_dim) for _ in range(config.controller.experts))
+
+
+def build_controller(config: IntegratorConfig, dim: int, context_dim: int | None = None) -> Controller | Experts:
+    """One controller, or as many as the configuration has experts."""
+    kind = Experts if config.controller.experts > 1 else Controller
+    return kind(config, dim, context_dim)
+
+
+class Routing(NamedTuple):
+    """Who goes where: probabilities (B, S, E) with gradient; mixing weights (B, S, E), zero outside the top k."""
+
+    probabilities: Tensor
+    weights: Tensor
+
+    @property
+    def chosen(self) -> Tensor:
+        """1.0 where an expert is one of the token's k, (B, S, E)."""
+        return (self.weights > 0).to(self.probabilities.dtype)
+
+
+class Router(nn.Module):
+    """h -> experts; one for each layer."""
+
+    def __init__(self, config: IntegratorConfig, dim: int) -> None:
+        super().__init__()
+        self.top_k = config.controller.top_k
+        self.gate = nn.Linear(dim, config.controller.experts, bias=False)
+
+    def forward(self, h: Tensor) -> Routing:
+        """h (B, S, D) -> the routing, in the weights' precision.
+
+        With k = 1 the renormalised weight is 1 whatever the router says: only load balancing then trains it.
+        """
+        with torch.autocast(h.device.type, enabled=False):
+            probabilities = torch.softmax(self.gate(h.to(self.gate.weight.dtype)), dim=-1)
+        values, indices = probabilities.topk(self.top_k, dim=-1)
+        weights = torch.zeros_like(probabilities).scatter(-1, indices, values / values.sum(-1, keepdim=True))
+        return Routing(probabilities, weights)
+
+
+class Share(NamedTuple):
+    """One expert's tokens: their rows in (N, D) tensors, and the weight of its step in theirs (rows, 1)."""
+
+    rows: Tensor
+    weight: Tensor
+
+
+def shares(routing: Routing) -> list[Share]:
+    """Each expert's share of the tokens."""
+    weights = routing.weights.flatten(0, -2)  # (N, E)
+    found = []
+    for expert in range(weights.shape[1]):
+        rows = weights[:, expert].nonzero().squeeze(-1)
+        found.append(Share(rows, weights[rows, expert, None]))
+    return found

@@ -1,0 +1,32 @@
+"""The documents' Python API: their names, arguments and meaning, on this project's own model, losses and cycles.
+
+- A package above model, training and inference: it needs all three, and nothing below needs the documents' names.
+- Everything here is importable from `inl_core` directly; docs/python-api.md is the guide.
+- Sources: doc 000 (v3), doc 001 (v2), doc 002 (v1), and model.md section 4 for what they leave open.
+"""
+
+from inl_core.seeds.convergence import compute_convergence_metrics
+from inl_core.seeds.creation import create_model, create_optimized_model
+from inl_core.seeds.cycles import CycleScheduler, create_cycle_scheduler
+from inl_core.seeds.language_model import (
+    IntegratorLanguageModel,
+    OptimizedIntegratorLanguageModel,
+    UltraOptimizedIntegratorLanguageModel,
+)
+from inl_core.seeds.layer import IntegratorNeuronLayer
+from inl_core.seeds.losses import IntegratorLoss
+from inl_core.seeds.regression import IntegratorModel
+
+__all__ = [
+    "CycleScheduler",
+    "IntegratorLanguageModel",
+    "IntegratorLoss",
+    "IntegratorModel",
+    "IntegratorNeuronLayer",
+    "OptimizedIntegratorLanguageModel",
+    "UltraOptimizedIntegratorLanguageModel",
+    "compute_convergence_metrics",
+    "create_cycle_scheduler",
+    "create_model",
+    "create_optimized_model",
+]

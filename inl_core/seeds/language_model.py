@@ -1,0 +1,310 @@
+"""The documents' language models: their arguments and return values around inl_core.model.IntegratorLanguageModel.
+
+    logits, aux = model(ids)                                          aux is None
+    logits, aux = model(ids, return_aux=True)                         aux holds every layer's trajectory and mu
+    logits, aux, cache = model(ids, use_cache=True, return_aux=True)
+    ids = model.generate(ids, max_new_tokens=100, temperature=0.8, top_p=0.9)
+
+- The three classes differ in what a preset fills in: v1 (doc 002), v2 (docs 001 and 002), v3 (doc 000).
+- The wrapped model is `.model`; checkpoints of `inl train` are its state.
+- Legend: B batch, S sequence, V vocabulary, D d_model, L layers, T iterations.
+"""
+
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from inl_core.inference.settings import GenerationSettings
+from inl_core.model import IntegratorLanguageModel as Model
+from inl_core.model import IntegratorOutput, KVCache, ModelOutput, Options
+from inl_core.recipe import ModelConfig
+from inl_core.recipe.presets import GROUPED_QUERIES, PRESETS, merge
+from inl_core.recipe.sizes import ALIASES, QUERIES_PER_KEY, SIZES, find_size
+from inl_core.seeds.arguments import check_name, validated
+from inl_core.seeds.building import materialise
+from inl_core.seeds.generation import continue_ids
+from inl_core.seeds.layer import trajectory_dict
+
+Preset = Literal["v1", "v2", "v3", "v4", "transformer"]
+_HEAD_DIM = 64  # d_model / num_heads in the documents' sizes up to 3B
+_LEAST_RANK = 64
+_ARGUMENTS = {
+    "integrator.num_iterations": "num_iterations_per_layer",
+    "integrator.early_stopping.convergence_threshold": "convergence_threshold",
+    "integrator.excitation.amplitude": "excitation_amplitude",
+    "integrator.mu.adaptation_rate": "mu_adaptation_rate",
+}
+
+
+class IntegratorLanguageModel(nn.Module):
+    """ids (B, S) -> logits (B, S, V); by default the first generation, v1.
+
+    An argument that is left out means what the preset says; dimensions that are left out are the documents' smallest
+    model's (d_model 512, 6 layers), with heads 64 wide and a feed-forward of 4 d_model.
+
+    Args:
+        vocab_size: V.
+        d_model, num_layers, num_heads, num_kv_heads, feedforward_dim, max_seq_len: dimensions. num_kv_heads below
+            num_heads is grouped-query attention; v3 has four queries a key.
+        num_iterations_per_layer: T.
+        use_lowrank_embeddings: factor the embedding (and with it the tied head) through rank
+            max(64, int(d_model * lowrank_ratio)).
+        use_gradient_checkpointing: compute each block again in the backward pass instead of keeping its activations.
+        use_adaptive_stopping: in eval mode a token stops iterating when its state moves less than
+            `convergence_threshold` (None: 0.001) in rms.
+        excitation_amplitude: A at the start; `model.excitation_amplitude = A` sets it later.
+        mu_adaptation_rate: eta of mu's moving average, taken once a training forward pass; 0 is off.
+        preset: another generation: v1, v2, v3, v4 or transformer.
+        size: one of the documents' sizes, for the dimensions that are not given.
+        overrides: further keys of a recipe's model section, {"integrator": {"dt": 0.2}}; they win.
+        seed: of the initial weights; torch's global generator is neither read nor moved.
+        device: where to build; "meta" gives shapes without memory. None is torch's default device.
+
+    Raises:
+        ValueError: an argument or override that cannot be used, with the nearest valid name.
+    """
+
+    default_preset: ClassVar[Preset] = "v1"
+    default_checkpointing: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int | None = None,
+        num_layers: int | None = None,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        num_iterations_per_layer: int | None = None,
+        feedforward_dim: int | None = None,
+        max_seq_len: int | None = None,
+        *,
+        use_lowrank_embeddings: bool | None = None,
+        lowrank_ratio: float = 0.125,
+        use_gradient_checkpointing: bool | None = None,
+        use_adaptive_stopping: bool | None = None,
+        convergence_threshold: float | None = None,
+        excitation_amplitude: float | None = None,
+        mu_adaptation_rate: float | None = None,
+        preset: Preset | None = None,
+        size: str | None = None,
+        overrides: dict[str, Any] | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        given = {
+            "d_model": d_model,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "feedforward_dim": feedforward_dim,
+            "max_seq_len": max_seq_len,
+            "size": size,
+        }
+        values = _with_dimensions(preset or self.default_preset, {k: v for k, v in given.items() if v is not None})
+        values["vocab_size"] = vocab_size
+        values["embedding_rank"] = _rank(values, use_lowrank_embeddings, lowrank_ratio)
+        integrator = {
+            "num_iterations": num_iterations_per_layer,
+            "excitation": _given(amplitude=excitation_amplitude),
+            "mu": _given(adaptation_rate=mu_adaptation_rate),
+            "early_stopping": _stopping(use_adaptive_stopping, convergence_threshold),
+        }
+        if integrator := {key: value for key, value in integrator.items() if value not in (None, {})}:
+            values["integrator"] = integrator
+        self._build(validated(ModelConfig, merge(values, overrides or {}), _ARGUMENTS), seed, device)
+        if self.default_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing:
+            for block in self.model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def _build(self, config: ModelConfig, seed: int, device: torch.device | str | None) -> None:
+        with torch.device("meta"):
+            self.model = Model(config)
+        materialise(self, lambda: self.model.initialise(seed), device)
+        self._measured: list[Tensor] = []
+
+    @property
+    def config(self) -> ModelConfig:
+        """The complete configuration; a recipe's model section that says the same."""
+        return self.model.config
+
+    @property
+    def excitation_amplitude(self) -> float:
+        """A, of all layers; a cycle sets it."""
+        return float(self.model.excitation_amplitude)
+
+    @excitation_amplitude.setter
+    def excitation_amplitude(self, value: float) -> None:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"excitation_amplitude {value}: must be a finite number of at least 0")
+        self.model.excitation_amplitude.fill_(value)
+
+    def get_learned_mu(self) -> Tensor | None:
+        """mu of every layer, (L, D), with its gradient; None without an integrator."""
+        found = [integrator.equilibrium() for integrator in self.model.integrators()]
+        return torch.stack(found) if found else None
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        use_cache: bool = False,
+        cache: KVCache | None = None,
+        return_aux: bool = False,
+    ) -> tuple[Tensor, dict[str, Any] | None] | tuple[Tensor, dict[str, Any] | None, KVCache]:
+        """(logits (B, S, V) in float32, aux), and the cache as a third value with `use_cache`.
+
+        aux is None without `return_aux`, else, for L layers:
+            x, v: lists of (B, S, T+1, D), the iterations' states and velocities, with gradient in training;
+            alpha, beta, gate: lists of (B, S, T, D);
+            mu: (L, D), or None without an integrator;
+            iterations: (B, S), used by each token, the mean over layers.
+
+        In training mode with mu_adaptation_rate above 0, mu takes the step that this pass measured at the start of the
+        next training pass: the backward pass in between may compute blocks again and must find mu as it was.
+
+        Args:
+            ids: (B, S).
+            use_cache: keep keys and values for the tokens that follow. No gradient flows: a cache is for inference.
+            cache: the cache of an earlier call (implies use_cache); `ids` continue it. It is changed in place. None
+                makes one for max_seq_len tokens; `model.model.new_cache(B, slots)` makes a shorter one.
+
+        Raises:
+            ValueError: more tokens than max_seq_len.
+        """
+        use_cache = use_cache or cache is not None
+        self._check_length((cache.length if cache else 0) + ids.shape[1])
+        if use_cache and cache is None:
+            cache = self.model.new_cache(ids.shape[0], self.config.max_seq_len)
+        self._adapt_mu()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
+            output = self.model(ids, cache=cache, options=self._options(ids, return_aux))
+            logits = self.model.logits(output.hidden)
+            aux = self._aux(output) if return_aux else None
+        self._measure(output.layers)
+        return (logits, aux, cache) if cache is not None else (logits, aux)
+
+    def _options(self, ids: Tensor, return_aux: bool) -> Options:
+        # Without memory a learned budget has no values to read: every layer then counts with T iterations.
+        integrator = self.config.integrator
+        total = integrator.num_iterations if ids.is_meta and integrator else None
+        return Options(num_iterations=total, keep_trajectory=return_aux)
+
+    def _aux(self, output: ModelOutput) -> dict[str, Any]:
+        paths = [trajectory_dict(layer.trajectory) for layer in output.layers if layer.trajectory]
+        aux: dict[str, Any] = {name: [path[name] for path in paths] for name in ("x", "v", "alpha", "beta", "gate")}
+        return aux | {"mu": self.get_learned_mu(), "iterations": output.iterations()}
+
+    def _measure(self, layers: list[IntegratorOutput]) -> None:
+        """Remember the mean final states of a training pass for mu's moving average."""
+        if self.training and self._adaptation_rate > 0:
+            self._measured = [layer.state.detach().mean((0, 1)) for layer in layers]
+
+    def _adapt_mu(self) -> None:
+        """mu's step towards what the last training pass measured."""
+        if self.training and self._measured:
+            for integrator, mean_state in zip(self.model.integrators(), self._measured, strict=True):
+                integrator.equilibrium.adapt(mean_state, self._adaptation_rate)
+            self._measured = []
+
+    @property
+    def _adaptation_rate(self) -> float:
+        return self.config.integrator.mu.adaptation_rate if self.config.integrator else 0.0
+
+    def _check_length(self, length: int) -> None:
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} tokens exceed the model's context, max_seq_len {self.config.max_seq_len}")
+
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        *,
+        use_cache: bool = True,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue `ids` (B, S): (B, S + n) ids, the prompt included, n <= max_new_tokens.
+
+        The model runs in eval mode, so tokens stop iterating early where it is configured, and returns to its mode.
+
+        Args:
+            temperature: divides the logits; 0 is greedy.
+            top_k: only the k most probable tokens.
+            top_p: only the most probable tokens that together reach this probability.
+            use_cache: False computes the whole text again for every token: the same ids, slowly.
+            eos_token_id: ends a row, which is filled with it until the others end.
+            seed: of the draws; a row's draws depend on it and the row's number alone.
+
+        Raises:
+            ValueError: a setting out of its range, or a prompt that leaves no room for max_new_tokens in the context.
+            NonFiniteError: the logits are not finite.
+        """
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        return continue_ids(self.model, ids, settings, use_cache=use_cache, eos=eos_token_id)
+
+
+class OptimizedIntegratorLanguageModel(IntegratorLanguageModel):
+    """The second generation, v2: v1's block with all optimisations of docs 001 and 002 but recomputation on."""
+
+    default_preset = "v2"
+
+
+class UltraOptimizedIntegratorLanguageModel(IntegratorLanguageModel):
+    """The third generation, v3: v2's optimisations and recomputation in a block of RMSNorm, RoPE, GQA and SwiGLU."""
+
+    default_preset = "v3"
+    default_checkpointing = True
+
+
+def _with_dimensions(preset: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The dimensions that are neither given nor a size's."""
+    check_name("preset", preset, PRESETS)
+    values = {"preset": preset, **values}
+    if "size" in values:
+        check_name("size", values["size"], [*SIZES, *ALIASES])
+        return values
+    small = find_size("small").keys(preset)
+    values = {"d_model": small["d_model"], "num_layers": small["num_layers"], **values}
+    values.setdefault("num_heads", max(1, values["d_model"] // _HEAD_DIM))
+    if preset in GROUPED_QUERIES and values["num_heads"] % QUERIES_PER_KEY == 0:
+        values.setdefault("num_kv_heads", values["num_heads"] // QUERIES_PER_KEY)
+    return values
+
+
+def _rank(values: dict[str, Any], use_lowrank: bool | None, ratio: float) -> int | None:
+    """R, or None for a full embedding."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"lowrank_ratio {ratio}: must be above 0 and at most 1")
+    by_default = PRESETS[values["preset"]]["embedding_rank"] is not None
+    if not (by_default if use_lowrank is None else use_lowrank):
+        return None
+    d_model = values["d_model"] if "d_model" in values else find_size(values["size"]).d_model
+    return max(_LEAST_RANK, int(d_model * ratio))
+
+
+def _stopping(use: bool | None, threshold: float | None) -> dict[str, float]:
+    """early_stopping as far as it is given."""
+    if use is False:
+        return {"convergence_threshold": 0.0}
+    if use and threshold is None:
+        return dict(PRESETS["v2"]["integrator"]["early_stopping"])
+    return _given(convergence_threshold=threshold)
+
+
+def _given(**values: float | None) -> dict[str, float]:
+    return {key: value for key, value in values.items() if value is not None}

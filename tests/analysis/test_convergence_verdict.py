@@ -1,0 +1,97 @@
+"""The four words, on trajectories that were constructed to earn them."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from inl_core.analysis.convergence.collect import LayerStatistics
+from inl_core.analysis.convergence.verdict import Evidence, Thresholds, Verdict, gather, judge
+from inl_core.model import Trajectory
+
+NUM_TOKENS, DIM, FOLLOWED = 40, 6, 12
+
+
+def verdict_on(path: Tensor, *, change_without: float | None = 0.3, used: int = 3) -> Verdict:
+    """The verdict on states (T+1, N, D) that move as `path` says; gains and forcing do not matter to it."""
+    count = len(path) - 1
+    gains = [torch.full_like(path[1:], value) for value in (0.5, 0.1, 0.9)]
+    trajectory = Trajectory(path, torch.zeros_like(path), *gains)
+    statistics = LayerStatistics(count, used, epsilon=0.1)
+    statistics.add(trajectory, torch.zeros(DIM), torch.zeros(count, DIM), stride=1.0)
+    return judge(gather(statistics, 1.5, change_without))
+
+
+def states(shape_of_t) -> Tensor:
+    """x_0 + direction * shape(t), with a size and a direction of its own for each token and dimension."""
+    generator = torch.Generator().manual_seed(0)
+    start, direction = torch.randn(2, NUM_TOKENS, DIM, generator=generator)
+    return torch.stack([start + direction * shape_of_t(t) for t in range(FOLLOWED + 1)])
+
+
+CONVERGING = states(lambda t: 1 - 0.6**t)
+DAMPED = states(lambda t: 0.6**t * math.cos(1.5 * t))
+OSCILLATING = states(lambda t: math.cos(1.0 * t))
+ALTERNATING = states(lambda t: (-1) ** t)
+DRIFTING = states(lambda t: 0.3 * t)
+SLOWING = states(lambda t: 1 - 0.9**t)
+GROWING = states(lambda t: 1.5**t)
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        (CONVERGING, "converge"),
+        (DAMPED, "converge"),
+        (OSCILLATING, "oscillate"),
+        (ALTERNATING, "oscillate"),
+        (DRIFTING, "drift"),
+        (SLOWING, "drift"),
+        (GROWING, "drift"),
+    ],
+    ids=["converging", "damped", "oscillating", "alternating", "drifting", "slowing", "growing"],
+)
+def test_the_word_fits_the_path(path: Tensor, word: str) -> None:
+    assert verdict_on(path).word == word
+
+
+def test_a_swing_that_the_used_iterations_bring_back_to_its_start_is_ignored() -> None:
+    assert verdict_on(ALTERNATING, used=2).word == "ignored"
+
+
+def test_turns_are_counted_as_a_sinusoid_has_them() -> None:
+    reason = verdict_on(OSCILLATING).reason
+    # cos(t) for t = 0 ... 12 turns at pi, 2 pi, 3 pi: three times
+    assert "turned back 3.0 times" in reason
+
+
+def test_a_path_that_leaves_the_finite_numbers_drifts() -> None:
+    path = DRIFTING.clone()
+    path[9:, 3] = math.inf
+    found = verdict_on(path)
+    assert (found.word, found.reason) == ("drift", "1 tokens leave the finite numbers")
+
+
+@pytest.mark.parametrize("path", [CONVERGING, OSCILLATING, DRIFTING])
+def test_a_layer_whose_absence_changes_nothing_is_ignored_whatever_it_does(path: Tensor) -> None:
+    assert verdict_on(path, change_without=0.0014).word == "ignored"
+    assert verdict_on(path, change_without=-0.0014).word == "ignored"
+    assert verdict_on(path, change_without=0.0016).word != "ignored"  # 0.1% of 1.5 bits per byte is 0.0015
+    assert verdict_on(path, change_without=-0.2).word != "ignored"  # it does harm, so it does something
+
+
+def test_a_layer_that_hardly_moves_the_state_is_ignored() -> None:
+    still = states(lambda t: 0.002 * t)
+    assert verdict_on(still).word == "ignored"
+    assert verdict_on(still, change_without=None).word == "ignored"
+    assert verdict_on(states(lambda t: 0.02 * t), change_without=None).word == "drift"
+
+
+def test_every_threshold_decides() -> None:
+    base = Evidence([1.0, 0.5, 0.2], num_turns=1.0, displacement=1.0, bits_per_byte=1.0, change_without=0.5)
+    assert judge(base).word == "drift"
+    assert judge(base, Thresholds(converged_movement=0.2)).word == "converge"
+    assert judge(base, Thresholds(oscillating_turns=1.0)).word == "oscillate"
+    assert judge(base, Thresholds(ignored_change=0.6)).word == "ignored"
+    assert judge(base, Thresholds(ignored_displacement=1.1)).word == "ignored"
