@@ -136,7 +136,7 @@ def test_iterations_are_colours_with_a_legend_on_a_terminal(
     arguments = ("generate", "runs/v3", "--prompt", "[bold]a", "--show-iterations", "--quiet", *SHORT)
     coloured = inl(*arguments).stdout
     assert "1.00" in coloured.splitlines()[0]
-    assert "5.00" in coloured.splitlines()[0]
+    assert "5.50" in coloured.splitlines()[0]  # T = 5, divided into 5 and 5 and a part
     assert "\x1b[30;48;5;" in coloured
     assert "[bold]a" in coloured  # text is never markup
     monkeypatch.setenv("NO_COLOR", "1")

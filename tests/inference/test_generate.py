@@ -118,7 +118,8 @@ THRESHOLDS = {"v3": 0.4, "v4": 0.8}  # some tokens stop early, others do not
 
 def stopping_model(preset: str, threshold: float) -> IntegratorLanguageModel:
     changes = {"num_iterations": 6, "early_stopping": {"convergence_threshold": threshold, "min_iterations": 2}}
-    return tiny_model(preset, integrator=changes | ({"mu": {"group_size": 8}} if preset == "v3" else {}))
+    uniform = {"budget": {"strategy": "uniform"}}
+    return tiny_model(preset, integrator=changes | uniform | ({"mu": {"group_size": 8}} if preset == "v3" else {}))
 
 
 @pytest.mark.parametrize("preset", ["v3", "v4"])

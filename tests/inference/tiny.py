@@ -58,16 +58,14 @@ def tiny_model(preset: str, seed: int = 0, **changes: Any) -> IntegratorLanguage
 
 @torch.no_grad()
 def perturb(model: IntegratorLanguageModel, seed: int) -> None:
-    """Initialise, then move every parameter but the budget's, so that every layer still has T iterations."""
+    """Initialise, then move every parameter."""
     model.initialise(seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         spread = 0.3 if parameter.dim() == 1 else 0.1
         if "output.weight" in name or "down.weight" in name:
             spread = 0.4  # the initial values are small, and the block would hardly count
-        noise = torch.randn(parameter.shape, generator=generator) * spread
-        if not name.startswith("budget."):
-            parameter.add_(noise)
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
 
 
 def recipe(preset: str, **changes: Any) -> Recipe:
