@@ -68,6 +68,7 @@ def show_model_plan(console: Console, plan: "ModelPlan", *, has_schedule: bool) 
 def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
     config = plan.config
     integrator = config.integrator
+    is_uneven = integrator is not None and integrator.iterations_per_layer is not None
     return {
         "preset": config.preset,
         "size": config.size,
@@ -77,7 +78,7 @@ def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
         "key_value_heads": config.key_value_heads,
         "feed_forward": f"{config.feed_forward}, {config.hidden_dim:,} wide",
         "context": config.max_seq_len,
-        "iterations": config.num_iterations or None,
+        "iterations": f"{config.mean_iterations:g} on average" if is_uneven else config.num_iterations or None,
         "controller_width": integrator.controller.width if integrator else None,
         "embedding_rank": config.rank,
         "vocabulary": plan.vocabulary.size,

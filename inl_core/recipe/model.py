@@ -7,7 +7,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from inl_core.recipe.base import Section
 from inl_core.recipe.presets import PRESETS, merge
@@ -15,6 +15,11 @@ from inl_core.recipe.sizes import ALIASES, SIZES, find_size
 
 NonNegative = Annotated[float, Field(ge=0)]
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _list_as_tuple(value: Any) -> Any:
+    """A preset is laid over the model section before validation, after which strict JSON no longer takes a list."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class MuConfig(Section):
@@ -87,7 +92,7 @@ class IntegratorConfig(Section):
 
     num_iterations: PositiveInt = 2
     """T, integrator iterations per layer."""
-    iterations_per_layer: tuple[PositiveInt, ...] | None = None
+    iterations_per_layer: Annotated[tuple[PositiveInt, ...], BeforeValidator(_list_as_tuple)] | None = None
     """T of every layer, bottom up, where they are not all num_iterations; only with the uniform budget."""
     dt: PositiveFloat = 0.7
     """Step size of the state update."""

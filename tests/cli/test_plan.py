@@ -97,6 +97,16 @@ def test_people_see_every_table(inl: Callable[..., Result]) -> None:
     transformer = inl("--preset", "transformer", *SMALL)
     assert transformer.exit_code == 0
     assert "at T iterations" not in transformer.stdout
+    assert "integrator" not in transformer.stdout
+
+
+def test_mixtures_budgets_and_uneven_iterations_are_planned(inl: Callable[..., Result]) -> None:
+    experts = ("model.integrator.controller.experts=4", "model.integrator.iterations_per_layer=[1, 4]")
+    data = figures(inl("--preset", "v4", *SMALL, *(word for text in experts for word in ("--set", text)), "--json"))
+    assert data["model"]["iterations"] == "2.5 on average"
+    plain = figures(inl("--preset", "v4", *SMALL, "--json"))
+    assert data["flops_per_token"]["training"] > plain["flops_per_token"]["training"]
+    assert data["memory"][0]["activations"] > plain["memory"][0]["activations"]
 
 
 def test_windows_and_micro_batch_can_be_chosen(inl: Callable[..., Result]) -> None:

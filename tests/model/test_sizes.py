@@ -41,6 +41,8 @@ def by_hand(preset: str, d: int, layers: int) -> dict[str, int]:
             "mu": layers * (d if preset in ("v1", "v4") else 1 + d // 64),
             "excitation": layers * 2 * excited,
         }
+    if preset == "v3":
+        counts["budget"] = layers  # w of the hybrid allocation
     return counts
 
 

@@ -154,3 +154,12 @@ def test_an_override_is_what_python_writes(rate: float, seed: int) -> None:
 def test_other_readers_of_yaml_see_the_same_recipe() -> None:
     recipe = with_overrides("name=on-1e3", "data.sources=['on', '1e3', '2024-01-01']")
     assert yaml.safe_load(dump_recipe(recipe)) == recipe.model_dump(mode="json")
+
+
+def test_a_list_under_the_model_loads_and_a_dumped_one_again(tmp_path: Path) -> None:
+    values = {"name": "a", "model": {"num_layers": 2}, "training": {"steps": 1}}
+    recipe = recipe_from_mapping(values, ["model.integrator.iterations_per_layer=[1, 4]"])
+    assert recipe.model.integrator is not None
+    assert recipe.model.integrator.iterations_per_layer == (1, 4)
+    (tmp_path / "a.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "a.yaml") == recipe

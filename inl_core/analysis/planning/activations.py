@@ -6,24 +6,31 @@
   have to be kept true to every switch of the model by hand.
 - One block is like the next from the second on, and one iteration like the next from the second on: two and three of
   each are run, and the rest is extrapolated, which is exact.
+- Iterations differ between layers or are divided by a budget: what is kept depends on their sum alone, so each layer
+  gets the mean. Experts get equal shares of the tokens, for the same reason.
 - The batch is a large prime: a storage whose size it divides grows with the batch, any other does not.
 - Kernels of a GPU save the same tensors; its autocast keeps a few operations in float32 that a CPU's does not.
   `training.compile` saves less than counted here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from inl_core.model import IntegratorLanguageModel, Options
-from inl_core.recipe import ModelConfig
+from inl_core.model import integrator as integrator_module
+from inl_core.model.budget import Budget, LayerBudget
+from inl_core.model.mixture import Routing, Share
+from inl_core.recipe import ModelConfig, TrainingSettings
+from inl_core.training.distributed import prepare_blocks
 
 Recomputation = Literal["none", "block", "integrator"]
 RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "integrator", "block")
@@ -69,9 +76,8 @@ def saved_activations(
     """
 
     def at(layers: int, iterations: int) -> Saved:
-        smaller = config.model_copy(update={"num_layers": layers})
-        options = Options(num_iterations=iterations or None, energy_power=energy_power)
-        return _trace(smaller, length, recomputation, bf16, document_mask, options)
+        smaller = _reduced(config, layers, iterations)
+        return _trace(smaller, length, recomputation, bf16, document_mask, Options(energy_power=energy_power))
 
     def over_layers(iterations: int) -> Saved:
         if config.num_layers <= 3:
@@ -79,18 +85,16 @@ def saved_activations(
         two, three = at(2, iterations), at(3, iterations)
         return two.plus(three - two, config.num_layers - 2)
 
-    if config.num_iterations <= 3:
-        return over_layers(config.num_iterations)
+    mean = config.mean_iterations
+    if mean in (0, 1, 2, 3):
+        return over_layers(int(mean))
     two, three = over_layers(2), over_layers(3)
-    return two.plus(three - two, config.num_iterations - 2)
+    return two.plus(three - two, mean - 2)
 
 
 def recompute(blocks: nn.ModuleList, mode: Recomputation) -> None:
-    """Make each block, or each block's integrator, keep its inputs only."""
-    for block in blocks:
-        inner = block if mode == "block" else block.integrator if mode == "integrator" else None
-        if isinstance(inner, nn.Module):
-            inner.forward = partial(checkpoint, inner.forward, use_reentrant=False)
+    """Apply the trainer's recomputation, and nothing else of its preparations."""
+    prepare_blocks(blocks, TrainingSettings(steps=1, recomputation=mode))
 
 
 def saved_bytes(model: IntegratorLanguageModel, forward: Callable[[], None]) -> list[int]:
@@ -111,15 +115,22 @@ def saved_bytes(model: IntegratorLanguageModel, forward: Callable[[], None]) -> 
     return list(sizes.values())
 
 
+def _reduced(config: ModelConfig, layers: int, iterations: int) -> ModelConfig:
+    """The model with fewer layers, and the same number of iterations in each."""
+    each = {"num_iterations": iterations, "iterations_per_layer": None}
+    integrator = config.integrator and config.integrator.model_copy(update=each)
+    return config.model_copy(update={"num_layers": layers, "integrator": integrator})
+
+
 def _trace(
     config: ModelConfig, length: int, mode: Recomputation, bf16: bool, document_mask: bool, options: Options
 ) -> Saved:
-    with FakeTensorMode():
+    top_k = config.integrator.controller.top_k if config.integrator else 0
+    with FakeTensorMode(), _without_values(top_k):
         model = IntegratorLanguageModel(config).train()
         recompute(model.blocks, mode)
         ids = torch.zeros(_ROWS, length, dtype=torch.long)
         documents = {"document_ids": ids, "positions": ids} if document_mask else {}
-
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         gradients: list[int] = []
 
@@ -135,3 +146,30 @@ def _trace(
         sizes = saved_bytes(model, forward) + gradients
     per_row = sum(size for size in sizes if size % _ROWS == 0)
     return Saved(per_row / _ROWS, sum(sizes) - per_row)
+
+
+@contextmanager
+def _without_values(top_k: int) -> Iterator[None]:
+    """Answer the two questions that a model asks its tensors' values, of which fake tensors have none."""
+    with (
+        patch.object(Budget, "forward", _even_budget),
+        patch.object(integrator_module, "shares", partial(_even_shares, top_k)),
+    ):
+        yield
+
+
+def _even_budget(budget: Budget) -> list[LayerBudget]:
+    """T iterations for each layer, the last one by a fraction that has a gradient where the real one has."""
+    count = budget.num_iterations
+    if budget.strategy == "dynamic":
+        return [LayerBudget(count, None)] * (budget.total // count)
+    return [LayerBudget(count, share - (count - 1)) for share in budget.shares()]
+
+
+def _even_shares(top_k: int, routing: Routing) -> list[Share]:
+    """The same number of tokens for every expert; all together, k for each token."""
+    weights = routing.weights.flatten(0, -2)  # (N, E)
+    num_experts = weights.shape[1]
+    per_row = weights.shape[0] // _ROWS * top_k / num_experts
+    rows = torch.zeros(_ROWS * max(1, round(per_row)), dtype=torch.long)
+    return [Share(rows, weights[rows, expert, None]) for expert in range(num_experts)]

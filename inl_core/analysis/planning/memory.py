@@ -86,6 +86,8 @@ def trace_modes(
     """What autograd saves under each recomputation mode, for the recipe's windows, masks and losses."""
     settings = recipe.training
     losses = settings.losses
+    if config.integrator is None:
+        modes = tuple(mode for mode in modes if mode != "integrator")
     has_terms = losses.lambda_speed > 0 or losses.lambda_energy > 0 or settings.cycle is not None
     return {
         mode: saved_activations(

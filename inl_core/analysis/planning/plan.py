@@ -110,7 +110,7 @@ def plan_model(recipe: Recipe) -> ModelPlan:
     config, settings = recipe.model.with_vocab_size(vocabulary.size), recipe.training
     length, bf16 = settings.sequence_length, plans_bf16(recipe)
     saved = trace_modes(recipe, config, bf16=bf16)
-    iterations = sorted({*_OTHER_ITERATIONS, config.num_iterations}) if config.integrator else []
+    iterations = sorted({*_OTHER_ITERATIONS, round(config.mean_iterations)}) if config.integrator else []
     return ModelPlan(
         recipe=recipe,
         config=config,
