@@ -9,6 +9,7 @@ import torch
 from inl_core.analysis.convergence.metrics import METRICS, ConvergenceMetrics
 from inl_core.analysis.convergence.sketch import Distribution
 from inl_core.analysis.convergence.stability import BETA_FLOOR, KINDS, fixed_point, frozen_stability
+from inl_core.seeds import compute_convergence_metrics
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.3, 5e4])
@@ -118,3 +119,12 @@ def test_stability_equals_the_eigenvalues() -> None:
             kind = "alternating" if values.real.min() < -1e-9 else "steady"
         assert [name for name in KINDS if getattr(found, name)[i]] == [kind], (alpha[i], beta[i], gate[i])
     assert all(getattr(found, kind).any() for kind in KINDS)
+
+
+def test_the_report_and_the_documents_function_say_the_same() -> None:
+    states = 0.5 * torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)  # N, T+1, D
+    target = torch.linspace(-0.2, 0.2, 4, dtype=torch.float64)
+    metrics = ConvergenceMetrics(6, epsilon=0.4)
+    metrics.add(states.unbind(1), [target] * 7)
+    for t, row in enumerate(metrics.rows()):
+        assert row == pytest.approx(compute_convergence_metrics(states[:, : t + 1], target, epsilon=0.4))
