@@ -1,6 +1,6 @@
 """Text chunks -> token chunks: documents become bos, tokens, eos, on all cores, in the order they came.
 
-- Two batches are in flight: while one waits for the GIL to hand over its ids, the other keeps the cores busy.
+- Several batches are in flight: while some wait for the GIL to hand over their ids, the others keep the cores busy.
 - Prompt and completion (and every message) are encoded apart, so that the boundary between them is exact.
 """
 
@@ -17,6 +17,7 @@ from inl_core.corpus.spool import HashedDocuments, TokenChunk
 from inl_core.corpus.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20
+_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def encode_chunks(
     tokenizer: Tokenizer, chunks: Iterator[tuple[int, HashedDocuments]]
 ) -> Iterator[tuple[int, TokenChunk | None, int]]:
     """Encode numbered chunks in order: (number, None, bytes) for each batch, with the whole TokenChunk in the last."""
-    with ThreadPoolExecutor(2, thread_name_prefix="encode") as pool:
+    with ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="encode") as pool:
         pending: deque[Future[EncodedBatch]] = deque()
         done: list[EncodedBatch] = []
 
@@ -75,7 +76,7 @@ def encode_chunks(
         for number, documents in chunks:
             for rows, ends_chunk in _batches(documents.num_bytes):
                 pending.append(pool.submit(_encode_batch, tokenizer, number, documents, rows, ends_chunk))
-                if len(pending) > 2:
+                if len(pending) > 2 * _IN_FLIGHT:
                     yield from finish()
         while pending:
             yield from finish()

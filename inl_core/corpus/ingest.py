@@ -35,12 +35,12 @@ class _OpenChunk:
         if isinstance(item, BadRow):
             self.info.bad_rows.append(item)
             self.weight += _BAD_ROW_BYTES
-        elif not any(text.strip() for text in item.texts):
+        elif all(not text or text.isspace() for text in item.texts):
             self.info.num_empty += 1
         else:
             self.documents.append(item)
             self.hashes.append(document_hash(item))
-            self.num_bytes.append(sum(len(text.encode("utf-8")) for text in item.texts))
+            self.num_bytes.append(sum(len(text) if text.isascii() else len(text.encode()) for text in item.texts))
             self.weight += self.num_bytes[-1]
 
     def close(self, seen: SeenHashes) -> HashedDocuments:

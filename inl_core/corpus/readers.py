@@ -60,7 +60,7 @@ def read_jsonl(path: Path, name: str, compression: str | None, note: Note) -> It
             if line is None:
                 yield BadRow(origin, f"longer than {MAX_LINE >> 20} MiB")
                 continue
-            if not line.strip():
+            if line.isspace():
                 continue
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
