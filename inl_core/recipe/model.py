@@ -260,12 +260,15 @@ class ModelConfig(Section):
         return self.integrator.num_iterations if self.integrator else 0
 
     @property
+    def layer_iterations(self) -> tuple[int, ...]:
+        """T of each layer, bottom up; zeros without an integrator."""
+        own = self.integrator.iterations_per_layer if self.integrator else None
+        return own or (self.num_iterations,) * self.num_layers
+
+    @property
     def mean_iterations(self) -> float:
         """T, the mean over layers where they differ; 0 without an integrator."""
-        if self.integrator is None:
-            return 0.0
-        each = self.integrator.iterations_per_layer or (self.integrator.num_iterations,)
-        return sum(each) / len(each)
+        return sum(self.layer_iterations) / self.num_layers
 
     def integrator_of(self, layer: int) -> IntegratorConfig | None:
         """The integrator of one layer, with its own number of iterations."""

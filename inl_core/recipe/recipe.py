@@ -36,4 +36,17 @@ class Recipe(Section):
             raise ValueError("training.recomputation: this model has no integrator to recompute; use none or block")
         if integrator is None and self.training.cycle:
             raise ValueError("training.cycle drives the integrator and this model has none: remove it")
+        self._check_min_iterations()
         return self
+
+    def _check_min_iterations(self) -> None:
+        fewest, integrator = self.training.min_iterations, self.model.integrator
+        if fewest is None:
+            return
+        if integrator is None:
+            raise ValueError("training.min_iterations: this model has no integrator; remove it")
+        if integrator.budget.strategy != "uniform":
+            raise ValueError("training.min_iterations: the budget sets the iterations; use budget.strategy uniform")
+        least = min(self.model.layer_iterations)
+        if fewest > least:
+            raise ValueError(f"training.min_iterations {fewest} exceeds a layer's num_iterations {least}; lower it")

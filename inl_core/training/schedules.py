@@ -1,6 +1,8 @@
-"""The learning rate as a function of the step; nothing here has state."""
+"""The learning rate and the drawn iterations as functions of the step; nothing here has state."""
 
+import hashlib
 import math
+from collections.abc import Sequence
 
 from inl_core.recipe import ScheduleSettings
 
@@ -24,3 +26,16 @@ def learning_rate_factor(settings: ScheduleSettings, step: int, num_steps: int) 
     if left >= decay:
         return 1.0
     return settings.final_ratio + (1 - settings.final_ratio) * max(0, left) / decay
+
+
+def drawn_iterations(configured: Sequence[int], fewest: int, seed: int, step: int) -> tuple[int, ...]:
+    """Each layer's iterations in optimizer step `step`: uniform on fewest .. configured, one draw a layer and step.
+
+    A hash stands for the random numbers: nothing to save, and the same on every rank and machine.
+    """
+
+    def draw(layer: int, most: int) -> int:
+        digest = hashlib.blake2b(f"iterations/{seed}/{step}/{layer}".encode(), digest_size=8).digest()
+        return fewest + int.from_bytes(digest, "little") % (most - fewest + 1)
+
+    return tuple(draw(layer, most) for layer, most in enumerate(configured))

@@ -50,14 +50,20 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.autocast = model, autocast
 
-    def run(self, batch: MicroBatch, weights: AuxiliaryWeights) -> ModelOutput:
+    def run(self, batch: MicroBatch, weights: AuxiliaryWeights, num_iterations: tuple[int, ...] | None) -> ModelOutput:
         """The forward pass alone."""
-        options = Options(energy_power=weights.energy_power if weights.needs_terms else None)
+        power = weights.energy_power if weights.needs_terms else None
+        options = Options(num_iterations=num_iterations, energy_power=power)
         with self.autocast:
             return self.model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, options=options)
 
     def forward(
-        self, batch: MicroBatch, weights: AuxiliaryWeights, count: Tensor, whole: dict[str, Tensor] | None
+        self,
+        batch: MicroBatch,
+        weights: AuxiliaryWeights,
+        count: Tensor,
+        whole: dict[str, Tensor] | None,
+        num_iterations: tuple[int, ...] | None = None,
     ) -> dict[str, Tensor]:
         """Shares of every loss in the global mean over `count` target tokens.
 
@@ -67,8 +73,9 @@ class LossModule(nn.Module):
 
         Args:
             whole: `moments` and `loads` of the whole batch when this is only a part of it; None when it is all of it.
+            num_iterations: each layer's iterations in this step; None is the configured ones.
         """
-        output, mask = self.run(batch, weights), batch.mask
+        output, mask = self.run(batch, weights, num_iterations), batch.mask
         with self.autocast:
             task = self.model.loss_sum(output.hidden, batch.targets) / count
         terms = {"task": task}

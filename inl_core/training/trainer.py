@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +37,7 @@ from inl_core.training.metrics import MetricsWriter, best_step, read_metrics
 from inl_core.training.nonfinite import write_nonfinite_report
 from inl_core.training.optimizers import build_optimizers
 from inl_core.training.run import RunFiles
-from inl_core.training.schedules import learning_rate_factor
+from inl_core.training.schedules import drawn_iterations, learning_rate_factor
 from inl_core.training.step import LossModule, MicroBatch, micro_batches
 
 
@@ -189,26 +190,36 @@ class Trainer:
             adapts_mu=self._adaptation_rate > 0,
         )
         divisor = torch.tensor(count, device=self.world.device)
-        is_split = len(parts) > 1 or self.world.size > 1
-        whole = self._whole_batch(parts, weights, divisor) if weights.needs_whole_batch and is_split else None
+        is_split, drawn = len(parts) > 1 or self.world.size > 1, self._drawn_iterations(self.state.step)
+        whole = self._whole_batch(parts, weights, divisor, drawn) if weights.needs_whole_batch and is_split else None
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
             # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
             waits = self.world.size > 1 and index + 1 < len(parts)
             with self.loss_module.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                terms = self.loss_module(part, weights, divisor, whole)
+                terms = self.loss_module(part, weights, divisor, whole, drawn)
                 (terms.pop("total") * self.world.size).backward()
             for name, value in terms.items():
                 totals[name] = value.detach() + totals[name] if name in totals else value.detach()
         return {name: self.world.sum(value) for name, value in totals.items()}
 
     @torch.no_grad()
-    def _whole_batch(self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor) -> dict[str, Tensor]:
+    def _whole_batch(
+        self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor, drawn: tuple[int, ...] | None
+    ) -> dict[str, Tensor]:
         """Sums over the whole batch, from a pass without gradients (losses.py says why)."""
         module = self.loss_module.module if self.world.size > 1 else self.loss_module
-        found = [module(part, weights, count, None) for part in parts]  # type: ignore[operator]
+        found = [module(part, weights, count, None, drawn) for part in parts]  # type: ignore[operator]
         names = [name for name in ("moments", "loads") if name in found[0]]
         return {name: self.world.sum(torch.stack([terms[name] for terms in found]).sum(0)) for name in names}
+
+    def _drawn_iterations(self, step: int) -> tuple[int, ...] | None:
+        """The iterations of each layer in a step, where the recipe has them drawn."""
+        fewest, config = self.settings.min_iterations, self.model.config
+        if fewest is None:
+            return None
+        configured = config.layer_iterations
+        return drawn_iterations(configured, fewest, self.settings.seed, step)
 
     @property
     def _has_experts(self) -> bool:
@@ -286,8 +297,9 @@ class Trainer:
             "epoch": self.state.samples / self.loader.num_windows,
         }
         if self.model.config.integrator:
+            drawn = self._drawn_iterations(self.state.step - 1)
             row |= {"phase": now.phase, "lambda_mean": now.lambda_mean, "A": self.model.excitation_amplitude.item()}
-            row |= {"iterations": self.model.config.mean_iterations, **gains}
+            row |= {"iterations": self.model.config.mean_iterations if drawn is None else fmean(drawn), **gains}
         if self.model.budget is not None:
             row["budget"] = self.model.budget.shares().tolist()
         if "loads" in terms:

@@ -110,6 +110,18 @@ BAD_FILES = [
         MINIMAL + "  sequence_length: 2048\n",
         "1: training.sequence_length 2048 exceeds model.max_seq_len 1024",
     ),
+    (
+        MINIMAL + "  min_iterations: 3\n",
+        "1: training.min_iterations 3 exceeds a layer's num_iterations 2; lower it",
+    ),
+    (
+        MINIMAL + "  min_iterations: 1\nmodel:\n  preset: v3\n",
+        "1: training.min_iterations: the budget sets the iterations; use budget.strategy uniform",
+    ),
+    (
+        MINIMAL + "  min_iterations: 1\nmodel:\n  preset: transformer\n",
+        "1: training.min_iterations: this model has no integrator; remove it",
+    ),
     # not even YAML
     (MINIMAL + "  seed: [1\n", "5: not valid YAML: expected ',' or ']'"),
     ("name: x\n\ttraining: 1\n", "2: not valid YAML: found character '\\t' that cannot start any token"),

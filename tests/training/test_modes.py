@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from inl_core.training.metrics import read_metrics
+from inl_core.training.schedules import drawn_iterations
 
 
 def losses(make_recipe, make_trainer, name: str, **training) -> list[float]:
@@ -35,6 +36,27 @@ def test_recomputation_keeps_less_for_the_backward_pass(make_recipe, make_traine
         del output
     assert kept["integrator"] < 0.6 * kept["none"]
     assert kept["block"] < 0.6 * kept["integrator"]
+
+
+def test_drawn_iterations_are_what_the_model_runs(make_recipe, make_trainer):
+    recipe = make_recipe(training={"steps": 6, "min_iterations": 1, "logging": {"every": 1}})
+    trainer, _ = make_trainer(recipe, "drawn")
+    ran: list[tuple[int, ...]] = []
+    original = trainer.model.forward
+
+    def forward(*arguments, **options):
+        output = original(*arguments, **options)
+        if torch.is_grad_enabled():  # a training step, not an evaluation
+            ran.append(tuple(layer.num_iterations for layer in output.layers))
+        return output
+
+    trainer.model.forward = forward
+    trainer.fit()
+    expected = [drawn_iterations(trainer.model.config.layer_iterations, 1, 0, step) for step in range(6)]
+    assert ran == expected
+    logged = [row["iterations"] for row in read_metrics(trainer.run.path) if "loss" in row]
+    assert logged == [sum(iterations) / len(iterations) for iterations in expected]
+    assert len(set(logged)) > 1
 
 
 @pytest.mark.slow

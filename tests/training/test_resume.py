@@ -11,7 +11,7 @@ from inl_core.training.metrics import read_metrics
 VARIANTS = {
     "v4": {},
     "transformer": {"model": {"preset": "transformer"}},
-    "muon": {"training": {"optimizer": {"name": "muon"}}},
+    "muon, drawn iterations": {"training": {"optimizer": {"name": "muon"}, "min_iterations": 1}},
     "experts, dynamic budget": {
         "model": {"integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "dynamic"}}},
         "training": {"evaluation": {"every": 2, "tokens": 512}},

@@ -7,7 +7,7 @@ import pytest
 
 from inl_core.recipe import CycleSettings, LossSettings, ScheduleSettings
 from inl_core.training.cycles import CYCLE_PRESETS, cycle_config, regime
-from inl_core.training.schedules import learning_rate_factor
+from inl_core.training.schedules import drawn_iterations, learning_rate_factor
 
 
 def rates(**settings) -> list[float]:
@@ -65,3 +65,12 @@ def test_partial_overrides_merge_into_the_preset():
     config = cycle_config(settings)
     assert (config.exploration.lambda_mean, config.exploration.excitation_amplitude) == (0.2, 0.08)
     assert (config.equilibrium, config.num_cycles) == (CYCLE_PRESETS["aggressive"].equilibrium, 2)
+
+
+def test_drawn_iterations_are_even_between_the_fewest_and_each_layers_own_and_repeat():
+    draws = [drawn_iterations((4, 2), 2, 7, step) for step in range(3000)]
+    first = [draw[0] for draw in draws]
+    assert {draw[1] for draw in draws} == {2}
+    assert all(abs(first.count(number) / 3000 - 1 / 3) < 0.04 for number in (2, 3, 4))  # 4.6 standard deviations
+    assert draws[:20] == [drawn_iterations((4, 2), 2, 7, step) for step in range(20)]
+    assert draws[:20] != [drawn_iterations((4, 2), 2, 8, step) for step in range(20)]
