@@ -61,9 +61,8 @@ def document_from_row(row: Mapping[str, Any], kind: str, origin: str) -> Documen
                 f"the last {'message' if kind == MESSAGES else 'completion'} is empty: nothing to train on"
             )
         for text in texts:
-            text.isascii() or text.encode(
-                "utf-8"
-            )  # JSON can spell lone surrogates, which UTF-8 and the tokenizer cannot hold
+            if not text.isascii():  # JSON can spell lone surrogates, which UTF-8 and the tokenizer cannot hold
+                text.encode("utf-8")
     except UnicodeEncodeError as error:
         return BadRow(origin, f"lone surrogate U+{ord(error.object[error.start]):04X}", excerpt(row))
     except ValueError as error:

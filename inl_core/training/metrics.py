@@ -40,6 +40,23 @@ class MetricsWriter:
             mirror(row)
 
 
+class Interval:
+    """Tokens and seconds of the steps since the last log row."""
+
+    def __init__(self) -> None:
+        self.tokens = self.seconds = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """One step more."""
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+
+    def restart(self) -> float:
+        """Tokens a second since the last call."""
+        speed = self.tokens / self.seconds
+        self.tokens = self.seconds = 0.0
+        return speed
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All whole rows; a last line cut short by a crash is left out."""
     path = run / "metrics.jsonl"

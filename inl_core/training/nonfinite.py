@@ -1,4 +1,9 @@
-"""The report a run leaves when its loss or gradient stops being finite."""
+"""A loss or a gradient that is not finite: seen before the update, whenever the host looks; and the report it leaves.
+
+- On a GPU a look costs a wait, so there the device remembers: from the first bad step on, fused AdamW skips its update
+  (`found_inf`, which gradient scalers use), and the host looks at log points. The weights then still are those the bad
+  step met, as if the run had stopped at once.
+"""
 
 import json
 from pathlib import Path
@@ -8,10 +13,38 @@ from torch import Tensor, nn
 
 from inl_core.corpus.loader import Batch
 from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.training.optimizers import Optimizers
+
+
+class FiniteWatch:
+    """Remembers the first step whose loss or gradient norm is not finite.
+
+    deferred: only the device knows, until `first_bad` asks; every later update is skipped there.
+    """
+
+    def __init__(self, optimizers: Optimizers, device: torch.device, *, deferred: bool) -> None:
+        self.deferred = deferred
+        # [step, loss, norm] of the first bad step; -1 as long as there is none.
+        self._record = torch.tensor([-1.0, 0.0, 0.0], dtype=torch.float64, device=device)
+        self._skip = torch.zeros((), device=device)
+        if deferred:
+            optimizers.skip_while(self._skip)
+
+    def observe(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Look at one step, before its update; no wait for the device."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        found = torch.stack([torch.full_like(loss, step), loss, norm]).double()
+        self._record.copy_(torch.where(bad & (self._record[0] < 0), found, self._record))
+        self._skip.copy_((self._record[0] >= 0).float())
+
+    def first_bad(self) -> tuple[int, float, float] | None:
+        """(step, loss, gradient norm) of the first bad step, or None; waits for the device."""
+        step, loss, norm = self._record.tolist()
+        return None if step < 0 else (int(step), loss, norm)
 
 
 def write_nonfinite_report(
-    path: Path, model: nn.Module, step: int, terms: dict[str, Tensor], norm: Tensor, batch: Batch, tokenizer: Tokenizer
+    path: Path, model: nn.Module, step: int, terms: dict[str, Tensor], norm: float, batch: Batch, tokenizer: Tokenizer
 ) -> None:
     """The step, the losses, every parameter whose value or gradient is not finite, and this rank's batch as text."""
     parameters = {}
@@ -24,7 +57,7 @@ def write_nonfinite_report(
     report = {
         "step": step + 1,
         "losses": {name: repr(value.item()) for name, value in terms.items() if value.numel() == 1},
-        "gradient_norm": repr(norm.item()),
+        "gradient_norm": repr(norm),
         "not_finite": parameters,
         "batch": [{"tokens": row.tolist(), "text": tokenizer.decode(row.tolist())} for row in batch.tokens],
     }

@@ -41,6 +41,16 @@ class Optimizers:
         for optimizer in self.parts:
             optimizer.step()
 
+    @property
+    def can_skip(self) -> bool:
+        """Whether every part can skip an update on the device (fused AdamW; not Muon)."""
+        return all(isinstance(part, torch.optim.AdamW) and part.defaults["fused"] for part in self.parts)
+
+    def skip_while(self, flag: torch.Tensor) -> None:
+        """Skip every update from here on at which `flag`, a 0-dim float tensor on the device, is 1."""
+        for part in self.parts:
+            part.found_inf = flag  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
+
     def forget(self) -> None:
         """Drop all moments and step counts, as if no step had been taken."""
         for optimizer in self.parts:

@@ -36,7 +36,11 @@ def micro_batches(batch: Batch, size: int, device: torch.device) -> list[MicroBa
     """Split a batch into parts of `size` rows, on the device."""
 
     def part(array, start: int) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array[start : start + size]).to(device, non_blocking=True)
+        if array is None:
+            return None
+        tensor = torch.from_numpy(array[start : start + size])
+        # Only from pinned memory is a copy to the GPU one that nobody waits for.
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     names = ("tokens", "targets", "document_ids", "positions")
     starts = range(0, batch.tokens.shape[0], size)
@@ -50,7 +54,9 @@ class LossModule(nn.Module):
         super().__init__()
         self.model, self.autocast = model, autocast
 
-    def run(self, batch: MicroBatch, weights: AuxiliaryWeights, num_iterations: tuple[int, ...] | None) -> ModelOutput:
+    def run(
+        self, batch: MicroBatch, weights: AuxiliaryWeights, num_iterations: tuple[int, ...] | None = None
+    ) -> ModelOutput:
         """The forward pass alone."""
         power = weights.energy_power if weights.needs_terms else None
         options = Options(num_iterations=num_iterations, energy_power=power)

@@ -12,7 +12,7 @@
 import math
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -29,16 +29,17 @@ from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
 from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint, restore_rng, retain, save_checkpoint
 from inl_core.training.cycles import Regime, regime
-from inl_core.training.distributed import World, parallelize, prepare_blocks
+from inl_core.training.distributed import World, prepare_blocks
 from inl_core.training.dynamics import headline, last_residuals, record_layers, write_record
+from inl_core.training.gradients import Gradients
 from inl_core.training.interruption import StopSignal
-from inl_core.training.losses import AuxiliaryWeights
-from inl_core.training.metrics import MetricsWriter, best_step, read_metrics
-from inl_core.training.nonfinite import write_nonfinite_report
+from inl_core.training.metrics import Interval, MetricsWriter, best_step, read_metrics
+from inl_core.training.nonfinite import FiniteWatch, write_nonfinite_report
 from inl_core.training.optimizers import build_optimizers
+from inl_core.training.prefetch import Prefetcher
 from inl_core.training.run import RunFiles
-from inl_core.training.schedules import drawn_iterations, learning_rate_factor
-from inl_core.training.step import LossModule, MicroBatch, micro_batches
+from inl_core.training.schedules import learning_rate_factor
+from inl_core.training.step import MicroBatch, micro_batches
 
 
 class Observer(Protocol):
@@ -86,7 +87,10 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, settings.optimizer, world.device)
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=uses_bf16(recipe, world.device))
         prepare_blocks(self.model.blocks, settings)
-        self.loss_module = parallelize(LossModule(self.model, self.autocast), world)
+        self.gradients = Gradients(self.model, settings, self.autocast, world)
+        self.batches = Prefetcher(self.loader, self.micro_batch, world.device)
+        self.watch = FiniteWatch(self.optimizers, world.device, deferred=self._may_defer)
+        self._since_log = Interval()
         self.state = TrainState(data_fingerprint=train.fingerprint, world_size=world.size)
         self.metrics = MetricsWriter(run.path, recipe, self._warn) if world.is_main else None
 
@@ -108,7 +112,7 @@ class Trainer:
         elif self._missed_evaluation():  # the run was stopped between saving and evaluating
             self._evaluate(self.settings.evaluation.tokens)
         total, saved = self.settings.num_steps, True
-        with StopSignal() as stop:
+        with StopSignal() as stop, closing(self.batches):
             while self.state.step < total:
                 stopping = self._train_step(stop)
                 done = self.state.step == total
@@ -132,7 +136,7 @@ class Trainer:
         seconds = 0.0
         for _ in range(2):  # the first pass warms up, and compiles
             start = time.perf_counter()
-            terms = self._backward(micro_batches(batch, self.micro_batch, self.world.device), now, 1.0)
+            terms = self.gradients.backward(micro_batches(batch, self.micro_batch, self.world.device), now, 0, 1.0)
             terms["task"].item()  # wait for the device
             seconds = time.perf_counter() - start
             self.optimizers.zero_grad()
@@ -141,90 +145,61 @@ class Trainer:
     # One step ---------------------------------------------------------------------------------------------------
 
     def _train_step(self, stop: StopSignal) -> bool:
-        """Do one optimizer step; whether a signal asks to stop after it."""
+        """Do one optimizer step; whether a signal asks to stop after it.
+
+        The host waits for the device only where something is written: at log points, evaluations and checkpoints.
+        """
         start, step = time.perf_counter(), self.state.step
-        now = regime(self.settings.losses, self.settings.cycle, step, self.settings.num_steps)
-        if now.excitation_amplitude is not None:
-            self.model.excitation_amplitude.fill_(now.excitation_amplitude)
-        batch = self.loader.batch(step)
-        parts = micro_batches(batch, self.micro_batch, self.world.device)
+        now = self._enter(step)
+        batch, parts = self.batches.get(step)
         if step and _due(step, self.settings.evaluation.every):
             self._reallocate(parts)
         # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
-        local = torch.tensor(
-            [*self._count(batch), float(stop.requested)], dtype=torch.float64, device=self.world.device
-        )
-        count, num_bytes, stopping = self.world.sum(local).tolist()
-        terms = self._backward(parts, now, max(1.0, count))
+        count, num_bytes, stopping = self.world.sum_numbers(*self._count(batch), float(stop.requested))
+        terms = self.gradients.backward(parts, now, step, max(1.0, count))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
-        self._check_finite(terms, norm, batch)
+        self.watch.observe(step, terms["task"], norm)
+        if not self.watch.deferred or stopping > 0 or self._writes_after(step + 1):
+            self._check_finite(terms, norm, batch)
         factor = learning_rate_factor(self.settings.schedule, step, self.settings.num_steps)
         rate = self.optimizers.set_learning_rate_factor(factor)
         self.optimizers.step()
         self.optimizers.zero_grad()
         self._adapt_mu(terms, max(1.0, count))
         seconds = time.perf_counter() - start
+        self._since_log.add(count, seconds)
         self.state.step += 1
         self.state.samples += self.settings.batch_size
         self.state.tokens += int(count)
         self.state.seconds += seconds
-        if self.state.step in (1, self.settings.num_steps) or _due(self.state.step, self.settings.logging.every):
-            self._log(terms, now, rate, norm, count, num_bytes, seconds, parts[0])
+        if self._logs_after(self.state.step):
+            self._log(terms, now, rate, norm, count, num_bytes, parts[0])
         return stopping > 0
+
+    def _enter(self, step: int) -> Regime:
+        """What governs a step; the amplitude A is set."""
+        now = regime(self.settings.losses, self.settings.cycle, step, self.settings.num_steps)
+        if now.excitation_amplitude is not None:
+            self.model.excitation_amplitude.fill_(now.excitation_amplitude)
+        return now
+
+    def _logs_after(self, step: int) -> bool:
+        return step in (1, self.settings.num_steps) or _due(step, self.settings.logging.every)
+
+    def _writes_after(self, step: int) -> bool:
+        """Whether anything is written when `step` steps are done."""
+        checkpoints = _due(step, self.settings.checkpoint.every)
+        return self._logs_after(step) or checkpoints or _due(step, self.settings.evaluation.every)
+
+    @property
+    def _may_defer(self) -> bool:
+        """Whether a bad step can be skipped by the device alone: nothing but AdamW's update may follow from it."""
+        return self.world.device.type == "cuda" and self.optimizers.can_skip and self._adaptation_rate == 0
 
     def _count(self, batch: Batch) -> tuple[float, float]:
         """Target tokens of this rank's part, and the bytes behind them."""
         valid = batch.targets != -100
         return float(valid.sum()), float(self.token_num_bytes[batch.targets[valid]].sum())
-
-    def _backward(self, parts: list[MicroBatch], now: Regime, count: float) -> dict[str, Tensor]:
-        """Gradients of the whole global batch; the loss terms come back, summed over micro-batches and ranks."""
-        losses = self.settings.losses
-        weights = AuxiliaryWeights(
-            now.lambda_mean if self.model.config.integrator else 0.0,
-            losses.lambda_speed,
-            now.lambda_energy,
-            balance=losses.lambda_balance if self._has_experts else 0.0,
-            energy_power=losses.energy_power,
-            variance_weighted=losses.variance_weighted,
-            adapts_mu=self._adaptation_rate > 0,
-        )
-        divisor = torch.tensor(count, device=self.world.device)
-        is_split, drawn = len(parts) > 1 or self.world.size > 1, self._drawn_iterations(self.state.step)
-        whole = self._whole_batch(parts, weights, divisor, drawn) if weights.needs_whole_batch and is_split else None
-        totals: dict[str, Tensor] = {}
-        for index, part in enumerate(parts):
-            # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
-            waits = self.world.size > 1 and index + 1 < len(parts)
-            with self.loss_module.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                terms = self.loss_module(part, weights, divisor, whole, drawn)
-                (terms.pop("total") * self.world.size).backward()
-            for name, value in terms.items():
-                totals[name] = value.detach() + totals[name] if name in totals else value.detach()
-        return {name: self.world.sum(value) for name, value in totals.items()}
-
-    @torch.no_grad()
-    def _whole_batch(
-        self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor, drawn: tuple[int, ...] | None
-    ) -> dict[str, Tensor]:
-        """Sums over the whole batch, from a pass without gradients (losses.py says why)."""
-        module = self.loss_module.module if self.world.size > 1 else self.loss_module
-        found = [module(part, weights, count, None, drawn) for part in parts]  # type: ignore[operator]
-        names = [name for name in ("moments", "loads") if name in found[0]]
-        return {name: self.world.sum(torch.stack([terms[name] for terms in found]).sum(0)) for name in names}
-
-    def _drawn_iterations(self, step: int) -> tuple[int, ...] | None:
-        """The iterations of each layer in a step, where the recipe has them drawn."""
-        fewest, config = self.settings.min_iterations, self.model.config
-        if fewest is None:
-            return None
-        configured = config.layer_iterations
-        return drawn_iterations(configured, fewest, self.settings.seed, step)
-
-    @property
-    def _has_experts(self) -> bool:
-        integrator = self.model.config.integrator
-        return integrator is not None and integrator.controller.experts > 1
 
     @property
     def _adaptation_rate(self) -> float:
@@ -255,12 +230,20 @@ class Trainer:
         budget.reallocate(self.world.sum(total) / (len(parts) * self.world.size))
 
     def _check_finite(self, terms: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
-        if math.isfinite(terms["task"].item()) and math.isfinite(norm.item()):
+        """Wait for the device; stop the run when this step, or one since the last look, was not finite."""
+        found = self.watch.first_bad()
+        if found is None:
             return
-        where = self.run.path / "reports" / f"nonfinite-step-{self.state.step + 1}-rank-{self.world.rank}.json"
-        write_nonfinite_report(where, self.model, self.state.step, terms, norm, batch, self.run.tokenizer)
+        step, loss, size = found
+        if step != self.state.step:  # seen late: the weights are still those it met, so its gradients can be had again
+            self.optimizers.zero_grad()
+            batch, parts = self.batches.get(step)
+            count = self.world.sum_numbers(*self._count(batch))[0]
+            terms = self.gradients.backward(parts, self._enter(step), step, max(1.0, count))
+        where = self.run.path / "reports" / f"nonfinite-step-{step + 1}-rank-{self.world.rank}.json"
+        write_nonfinite_report(where, self.model, step, terms, size, batch, self.run.tokenizer)
         raise NonFiniteError(
-            f"step {self.state.step + 1}: loss {terms['task'].item():g}, gradient norm {norm.item():g}; stopped before "
+            f"step {step + 1}: loss {loss:g}, gradient norm {size:g}; stopped before "
             f"the update. {where} has the batch and the tensors; try a lower training.optimizer.learning_rate, or "
             f"resume from the last checkpoint"
         )
@@ -275,10 +258,10 @@ class Trainer:
         norm: Tensor,
         count: float,
         num_bytes: float,
-        seconds: float,
         part: MicroBatch,
     ) -> None:
         """Write one row of metrics and, when due, a record of the dynamics."""
+        speed = self._since_log.restart()
         if not self.world.is_main:
             return
         every = self.settings.logging.dynamics_every
@@ -292,12 +275,12 @@ class Trainer:
             "bits_per_byte": task * count / math.log(2) / num_bytes if num_bytes else None,
             "learning_rate": rate,
             "gradient_norm": norm.item(),
-            "tokens_per_second": count / seconds,
+            "tokens_per_second": speed,
             "memory_bytes": memory_in_use(self.world.device),
             "epoch": self.state.samples / self.loader.num_windows,
         }
         if self.model.config.integrator:
-            drawn = self._drawn_iterations(self.state.step - 1)
+            drawn = self.gradients.drawn_iterations(self.state.step - 1)
             row |= {"phase": now.phase, "lambda_mean": now.lambda_mean, "A": self.model.excitation_amplitude.item()}
             row |= {"iterations": self.model.config.mean_iterations if drawn is None else fmean(drawn), **gains}
         if self.model.budget is not None:

@@ -15,15 +15,20 @@ import torch
 from inl_core.errors import NonFiniteError
 from inl_core.inference.artefacts import list_checkpoints, verify_checkpoint
 from inl_core.training.metrics import read_metrics
+from inl_core.training.nonfinite import FiniteWatch
 from tests.training.conftest import run_inl
 
 
+@pytest.mark.parametrize("deferred", [False, True], ids=["at once", "at the next log point"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_non_finite_loss_stops_before_the_update(make_recipe, make_trainer, poison):
-    trainer, _ = make_trainer(make_recipe())
-    original = trainer._train_step
+def test_a_non_finite_loss_stops_before_the_update(make_recipe, make_trainer, poison, deferred):
+    trainer, _ = make_trainer(make_recipe(training={"logging": {"every": 10}}))
+    if deferred:  # what a GPU does, so that the host need not wait for each step
+        trainer.watch = FiniteWatch(trainer.optimizers, trainer.world.device, deferred=True)
+    original, seen = trainer._train_step, []
 
     def train_step(stop):
+        seen.append(trainer.state.step)
         if trainer.state.step == 3:
             with torch.no_grad():
                 trainer.model.blocks[0].attention.output.weight[0, 0] = poison
@@ -33,6 +38,7 @@ def test_a_non_finite_loss_stops_before_the_update(make_recipe, make_trainer, po
     trainer._train_step = train_step
     with pytest.raises(NonFiniteError, match="step 4"):
         trainer.fit()
+    assert (seen[-1] > 3) == deferred
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(value, trainer.before[name], rtol=0, atol=0, equal_nan=True)
     report = json.loads((trainer.run.path / "reports" / "nonfinite-step-4-rank-0.json").read_text())

@@ -1,0 +1,73 @@
+"""The gradient of one global batch: micro-batches, ranks, auxiliary weights and drawn iterations of a step."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import TrainingSettings
+from inl_core.training.cycles import Regime
+from inl_core.training.distributed import World, parallelize
+from inl_core.training.losses import AuxiliaryWeights
+from inl_core.training.schedules import drawn_iterations
+from inl_core.training.step import LossModule, MicroBatch
+
+
+class Gradients:
+    """Runs forward and backward passes of `model`; leaves the global batch's gradient in its parameters."""
+
+    def __init__(
+        self, model: IntegratorLanguageModel, settings: TrainingSettings, autocast: torch.autocast, world: World
+    ) -> None:
+        self.config, self.settings, self.world = model.config, settings, world
+        self.loss_module = parallelize(LossModule(model, autocast), world)
+
+    def backward(self, parts: list[MicroBatch], now: Regime, step: int, count: float) -> dict[str, Tensor]:
+        """Gradients of the whole global batch of `count` target tokens.
+
+        The loss terms come back as they are on the device, summed over micro-batches and ranks.
+        """
+        weights, drawn = self._weights(now), self.drawn_iterations(step)
+        divisor = torch.full((), count, device=self.world.device)
+        is_split = len(parts) > 1 or self.world.size > 1
+        whole = self._whole_batch(parts, weights, divisor, drawn) if weights.needs_whole_batch and is_split else None
+        totals: dict[str, Tensor] = {}
+        for index, part in enumerate(parts):
+            # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
+            waits = self.world.size > 1 and index + 1 < len(parts)
+            with self.loss_module.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                terms = self.loss_module(part, weights, divisor, whole, drawn)
+                (terms.pop("total") * self.world.size).backward()
+            for name, value in terms.items():
+                totals[name] = value.detach() + totals[name] if name in totals else value.detach()
+        return {name: self.world.sum(value) for name, value in totals.items()}
+
+    def drawn_iterations(self, step: int) -> tuple[int, ...] | None:
+        """The iterations of each layer in a step, where the recipe has them drawn."""
+        fewest = self.settings.min_iterations
+        if fewest is None:
+            return None
+        return drawn_iterations(self.config.layer_iterations, fewest, self.settings.seed, step)
+
+    def _weights(self, now: Regime) -> AuxiliaryWeights:
+        losses, integrator = self.settings.losses, self.config.integrator
+        return AuxiliaryWeights(
+            now.lambda_mean if integrator else 0.0,
+            losses.lambda_speed,
+            now.lambda_energy,
+            balance=losses.lambda_balance if integrator and integrator.controller.experts > 1 else 0.0,
+            energy_power=losses.energy_power,
+            variance_weighted=losses.variance_weighted,
+            adapts_mu=bool(integrator and integrator.mu.adaptation_rate > 0),
+        )
+
+    @torch.no_grad()
+    def _whole_batch(
+        self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor, drawn: tuple[int, ...] | None
+    ) -> dict[str, Tensor]:
+        """Sums over the whole batch, from a pass without gradients (losses.py says why)."""
+        module = self.loss_module.module if self.world.size > 1 else self.loss_module
+        found = [module(part, weights, count, None, drawn) for part in parts]  # type: ignore[operator]
+        names = [name for name in ("moments", "loads") if name in found[0]]
+        return {name: self.world.sum(torch.stack([terms[name] for terms in found]).sum(0)) for name in names}
