@@ -2,8 +2,11 @@
 
 - Each parameter is drawn from its own generator, seeded by (seed, parameter name): adding a part to the model moves no
   other part's start, two presets start alike where they are alike, and the device does not matter.
-- Matrices N(0, 0.6/sqrt(D)); matrices that write into the residual stream N(0, 0.02/sqrt(2L)); the controller's output
-  N(0, 0.01). The factors of a low-rank embedding are drawn so that their product has a full embedding's spread.
+- Matrices N(0, 0.6/sqrt(D)); the controller's output N(0, 0.01). The factors of a low-rank embedding are drawn so that
+  their product has a full embedding's spread.
+- Matrices that write into the residual stream start at N(0, 0.02/sqrt(2L)); with `readout: state`, where a layer adds
+  its whole normalised state and small outputs would drown in it, at 0.6/sqrt(inputs): about torch's own default, and so
+  the seeds'.
 - mu, gamma, phi, modulation and gains draw nothing.
 """
 
@@ -36,7 +39,7 @@ def initialise(model: "IntegratorLanguageModel", seed: int) -> None:
         if name.endswith("layer_gain"):
             parameter.fill_(1.0)
         elif name.endswith(".weight") and parameter.dim() == 2:
-            draw(parameter, _spread(model, name), seed, name)
+            draw(parameter, _spread(model, name, parameter.shape[1]), seed, name)
         elif name.endswith(".bias") and "modulation" not in name and "norm" not in name:
             parameter.zero_()
 
@@ -48,10 +51,12 @@ def draw(parameter: torch.Tensor, std: float, seed: int, name: str) -> None:
     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def _spread(model: "IntegratorLanguageModel", name: str) -> float:
-    """Standard deviation of one matrix."""
+def _spread(model: "IntegratorLanguageModel", name: str, num_inputs: int) -> float:
+    """Standard deviation of one matrix of `num_inputs` columns."""
     config = model.config
     if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
+        if config.integrator is not None and config.integrator.readout == "state":
+            return 0.6 / math.sqrt(num_inputs)
         return 0.02 / math.sqrt(2 * config.num_layers)
     if "controller." in name and name.endswith("output.weight"):  # also each expert's
         return 0.01
