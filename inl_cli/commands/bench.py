@@ -1,5 +1,6 @@
 """`inl bench`: how fast and how large, against another model, by turns in one run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,6 +9,7 @@ import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import DeviceOption, JsonOption, QuietOption, SetOption
+from inl_cli.progress import Progress
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -119,12 +121,8 @@ def bench(
     choice = Choice(recipe, preset, model, own, batch_size, sequence_length)
     settings, candidates = _prepare(task, choice, against, against_overrides or [], device, given)
     with console.progress() as progress:
-
-        def tell(what: str, done: int, total: int) -> None:
-            progress.start(what, "rounds")
-            progress.update(done, total)
-
-        _run(console, task, settings, candidates, tell)
+        frame, show = _run(task, settings, candidates, _teller(progress))
+    console.result(frame, lambda: show(console, frame))
 
 
 def _check(task: Task, against: str | None, against_overrides: list[str] | None) -> None:
@@ -177,24 +175,38 @@ def _settings(wanted: "BenchSettings", given: dict[str, Any], first: "Candidate"
     return replace(wanted, **missing, device=where.type, bf16=uses_bf16(first.recipe, where))
 
 
-def _run(console: Console, task: Task, settings: "BenchSettings", candidates: "list[Candidate]", tell: Any) -> None:
+def _teller(progress: Progress) -> Callable[[str, int, int], None]:
+    """A new piece of work where the words change, else the same one further on."""
+    current = ""
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal current
+        if what != current:
+            current = what
+            progress.start(what, "rounds")
+        progress.update(done, total)
+
+    return tell
+
+
+def _run(
+    task: Task, settings: "BenchSettings", candidates: "list[Candidate]", tell: Callable[[str, int, int], None]
+) -> tuple[dict[str, Any], Callable[[Console, dict[str, Any]], None]]:
+    """The figures, and what shows them as tables."""
     from inl_cli import bench_view
     from inl_core.analysis import bench
 
-    frame = {
+    frame: dict[str, Any] = {
         "task": task,
         "machine": bench.describe_machine(settings.device, settings.threads),
         "versions": bench.describe_versions(),
     }
     if task == "data":
-        speed = bench.measure_loader(
-            candidates[0].recipe, rounds=settings.rounds, device=settings.device, progress=tell
-        )
-        data, show = bench_view.loader_data(settings, candidates[0], speed), bench_view.show_loader
-    elif task == "startup":
+        recipe = candidates[0].recipe
+        speed = bench.measure_loader(recipe, rounds=settings.rounds, device=settings.device, progress=tell)
+        return frame | bench_view.loader_data(settings, candidates[0], speed), bench_view.show_loader
+    if task == "startup":
         seconds = bench.measure_startup(candidates, settings, tell)
-        data, show = {"rounds": settings.rounds, "seconds": seconds}, bench_view.show_startup
-    else:
-        comparison = bench.compare(candidates, settings, tell)
-        data, show = bench_view.comparison_data(comparison), bench_view.show_comparison
-    console.result(frame | data, lambda: show(console, frame | data))
+        return frame | {"rounds": settings.rounds, "seconds": seconds}, bench_view.show_startup
+    comparison = bench.compare(candidates, settings, tell)
+    return frame | bench_view.comparison_data(comparison), bench_view.show_comparison

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from inl_core.analysis.bench.ceiling import flops_per_token
 from inl_core.analysis.bench.measuring import Spread, spread
 from inl_core.analysis.bench.parts import PartTimes
-from inl_core.analysis.bench.settings import BenchSettings, Candidate, Mode
+from inl_core.analysis.bench.settings import COMPILED_GENERATION, BenchSettings, Candidate, Mode
 from inl_core.analysis.bench.worker import Facts, Worker
 from inl_core.errors import InlError
 
@@ -109,8 +109,9 @@ def compare(
 
 
 def modes_of(candidate: Candidate, settings: BenchSettings) -> tuple[Mode, ...]:
-    """The modes asked for that the candidate has: our generation is measured as `inl generate` runs it."""
-    if settings.task == "decode" and candidate.kind != "llama":
+    """The modes asked for that the candidate has."""
+    is_eager_only = candidate.kind == "uncached" or (candidate.kind == "inl" and not COMPILED_GENERATION)
+    if settings.task == "decode" and is_eager_only:
         return ("eager",)
     return settings.modes
 

@@ -6,6 +6,8 @@
 """
 
 import string
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from inl_core.analysis.bench.parts import part
-from inl_core.analysis.bench.settings import BenchSettings, Candidate
+from inl_core.analysis.bench.settings import COMPILED_GENERATION, BenchSettings, Candidate
 from inl_core.analysis.bench.work import TokenSource, Work, autocast, update
 from inl_core.corpus.loader import Batch
 from inl_core.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -33,23 +35,33 @@ from inl_core.training.optimizers import build_optimizers
 from inl_core.training.step import LossModule, MicroBatch, micro_batches
 
 _PARTS = {Attention: "attention", Integrator: "integrator", FeedForward: "feed-forward", Embedding: "embedding"}
+_DECODING = {
+    "inl_core.inference.layer_step": {
+        "attend": "attention",
+        "feed_forward": "feed-forward",
+        "integrator_step": "integrator",
+    },
+    "inl_core.inference.decoding": {"integrator_step": "integrator", "head_logits": "head"},
+}
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def build_inl_work(candidate: Candidate, settings: BenchSettings, *, compiled: bool) -> Work:
-    """The candidate's work; compiled as the trainer compiles it, block by block."""
+    """The candidate's work; compiled as the trainer compiles it, block by block, or as generation compiles itself."""
     model = build_model(candidate, settings)
-    recipe = candidate.recipe.training
-    prepare_blocks(model.blocks, recipe.model_copy(update={"compile": compiled}))
+    recipe = candidate.recipe.training.model_copy(update={"compile": compiled and settings.task != "decode"})
+    prepare_blocks(model.blocks, recipe)
     if settings.task == "train":
         run = _TrainingStep(candidate, settings, model)
     elif settings.task == "prefill":
         run = _Prefill(settings, model)
     else:
-        run = _Uncached(settings, model) if candidate.kind == "uncached" else _Generation(settings, model)
-    head = "loss_sum" if settings.task == "train" else "logits"
+        is_uncached = candidate.kind == "uncached"
+        run = _Uncached(settings, model) if is_uncached else _Generation(settings, model, compiled=compiled)
+    functions: list[tuple[Any, str, str]] = [(model, "loss_sum" if settings.task == "train" else "logits", "head")]
+    functions += _decoding_functions() if settings.task == "decode" else []
     parts = [(module, name) for module in model.modules() for kind, name in _PARTS.items() if isinstance(module, kind)]
-    return Work(run, model, parts, [(model, head, "head")])
+    return Work(run, model, parts, functions)
 
 
 def build_model(candidate: Candidate, settings: BenchSettings) -> IntegratorLanguageModel:
@@ -59,6 +71,16 @@ def build_model(candidate: Candidate, settings: BenchSettings) -> IntegratorLang
     model.to_empty(device=settings.device)
     model.initialise(settings.seed)
     return model.train(settings.task == "train")
+
+
+def _decoding_functions() -> list[tuple[Any, str, str]]:
+    """Where generation decodes with functions of its own and not with the modules: those, by the names it calls."""
+    found = []
+    for name, functions in _DECODING.items():
+        if find_spec(name) is not None:
+            module = import_module(name)
+            found += [(module, function, part) for function, part in functions.items() if hasattr(module, function)]
+    return found
 
 
 class _TrainingStep:
@@ -126,8 +148,9 @@ class _Prefill:
 class _Generation:
     """Greedy generation of all rows side by side."""
 
-    def __init__(self, settings: BenchSettings, model: IntegratorLanguageModel) -> None:
+    def __init__(self, settings: BenchSettings, model: IntegratorLanguageModel, *, compiled: bool) -> None:
         self.settings, self.model = settings, model
+        self.modes: dict[str, Any] = {"compiled": compiled} if COMPILED_GENERATION else {}
         self.tokenizer = bench_tokenizer(model.vocab_size)
         letters = np.random.default_rng(settings.seed).choice(
             list(string.ascii_lowercase), (settings.batch_size, settings.prompt_tokens - 1)
@@ -136,7 +159,9 @@ class _Generation:
 
     def __call__(self) -> None:
         settings = self.settings
-        wanted = GenerationSettings(max_new_tokens=settings.new_tokens, temperature=0.0, batch_size=settings.batch_size)
+        wanted = GenerationSettings(
+            max_new_tokens=settings.new_tokens, temperature=0.0, batch_size=settings.batch_size, **self.modes
+        )
         with autocast(settings):
             done = generate(self.model, self.tokenizer, self.prompts, wanted)
         lengths = {(completion.prompt_tokens, len(completion.token_ids)) for completion in done}

@@ -109,16 +109,17 @@ def _ranged(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def profile_parts(run: Callable[[], None], device: torch.device, *, repetitions: int = 1) -> PartTimes:
-    """Run under the profiler, inside the ranges that the caller has put up; the mean over the repetitions."""
+    """Run under the profiler, inside the ranges that the caller has put up; the repetition of median time counts."""
+    found = sorted((_profile_once(run, device) for _ in range(repetitions)), key=lambda times: times.seconds)
+    return found[len(found) // 2]
+
+
+def _profile_once(run: Callable[[], None], device: torch.device) -> PartTimes:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities, acc_events=True) as profiler, part("other"):
-        for _ in range(repetitions):
-            run()
+        run()
         synchronize(device)
-    found = attribute(list(profiler.events() or []), on_device=device.type == "cuda")
-    return PartTimes(
-        found.seconds / repetitions, {name: seconds / repetitions for name, seconds in found.by_part.items()}
-    )
+    return attribute(list(profiler.events() or []), on_device=device.type == "cuda")
 
 
 @dataclass

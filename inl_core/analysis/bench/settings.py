@@ -1,14 +1,18 @@
 """What one benchmark measures and how long; without torch, and small enough to be sent to the worker processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from inl_core.errors import RecipeError
+from inl_core.inference.settings import GenerationSettings
 from inl_core.recipe import ModelConfig, Recipe
 
 Task = Literal["train", "prefill", "decode"]
 Mode = Literal["eager", "compiled"]
 Kind = Literal["inl", "uncached", "llama"]
+
+COMPILED_GENERATION = any(field.name == "compiled" for field in fields(GenerationSettings))
+"""Whether generation has a compiled mode of its own."""
 
 _LEAST = {
     "batch_size": 1,
