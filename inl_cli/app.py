@@ -12,7 +12,18 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from inl_cli.commands import convergence, data, evaluate, generate, import_reference, inspect, plan, recipe, train
+from inl_cli.commands import (
+    bench,
+    convergence,
+    data,
+    evaluate,
+    generate,
+    import_reference,
+    inspect,
+    plan,
+    recipe,
+    train,
+)
 
 app = typer.Typer(
     name="inl",
@@ -28,6 +39,7 @@ app.command("resume")(train.resume)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
+app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)
 app.command("inspect-params")(inspect.inspect_params)
 app.command("convergence-report")(convergence.convergence_report)
