@@ -47,6 +47,13 @@ PenaltyOption = Annotated[float, typer.Option(help="Makes tokens that have occur
 SeedOption = Annotated[int, typer.Option(help="Seed of the draws.")]
 NumSamplesOption = Annotated[int, typer.Option(help="Completions of each prompt.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
+CompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Decode with generated kernels: faster, after tens of seconds of compiling; for long or many texts.",
+    ),
+]
 ShowIterationsOption = Annotated[
     bool, typer.Option("--show-iterations", help="Colour each token by the mean integrator iterations it took.")
 ]
@@ -69,6 +76,7 @@ def generate(
     iterations: IterationsOption = None,
     no_early_stopping: NoEarlyStoppingOption = False,
     show_iterations: ShowIterationsOption = False,
+    compile: CompileOption = False,
     device: DeviceOption = "auto",
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -87,6 +95,7 @@ def generate(
         num_samples=num_samples,
         num_iterations=iterations,
         early_stopping=not no_early_stopping,
+        compiled=compile,
     )
     prompts = _prompts(prompt, prompt_file)
     for remark in settings.without_effect():

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from inl_core.corpus.tokenizer import StreamDecoder, Tokenizer
 from inl_core.errors import RecipeError
+from inl_core.inference.decoding import Decoder, Predicted
 from inl_core.inference.sampling import Sampler
 from inl_core.inference.settings import GenerationSettings
 from inl_core.inference.streaming import TextStream
-from inl_core.model import IntegratorLanguageModel, ModelOutput, Options
+from inl_core.model import IntegratorLanguageModel, Options
 
 __all__ = ["Completion", "GenerationSettings", "Piece", "generate", "stream", "token_texts"]
 
@@ -92,8 +93,7 @@ def stream(
         NonFiniteError: the model's logits are not finite.
     """
     rows = _make_rows(tokenizer, prompts, settings, max_seq_len=model.config.max_seq_len)
-    batches = (rows[first : first + settings.batch_size] for first in range(0, len(rows), settings.batch_size))
-    return (piece for batch in batches for piece in _complete(model, tokenizer, batch, settings))
+    return _complete_all(model, tokenizer, rows, settings)
 
 
 def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[tuple[str, float]]:
@@ -205,35 +205,46 @@ def _row_random(seed: int, prompt: str, sample: int) -> random.Random:
     return random.Random(int.from_bytes(digest, "little"))
 
 
-def _complete(
+def _complete_all(
     model: IntegratorLanguageModel, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
 ) -> Iterator[Piece]:
-    """All rows to their ends, side by side."""
+    """Batch after batch, in evaluation mode; the model's mode comes back."""
     was_training = model.training
     model.eval()
     try:
-        batch = _Batch(model, tokenizer, rows, settings)
-        while rows:
-            tokens, iterations = batch.choose([row.random.random() for row in rows])
-            new = zip(rows, tokens, iterations, strict=True)
-            pieces = [row.add(token, used, tokenizer.eos_id) for row, token, used in new]
-            yield from (piece for piece in pieces if piece.text or piece.completion)
-            going = [index for index, piece in enumerate(pieces) if piece.completion is None]
-            rows = [rows[index] for index in going]
-            if rows:
-                batch.advance([row.token_ids[-1] for row in rows], going if len(going) < len(pieces) else None)
+        options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
+        decoder = Decoder(model, options, compiled=settings.compiled)
+        for first in range(0, len(rows), settings.batch_size):
+            yield from _complete(decoder, tokenizer, rows[first : first + settings.batch_size], settings)
     finally:
         model.train(was_training)
 
 
-class _Batch:
-    """The device's side of a batch of rows: their cache, and the logits of their next tokens."""
+def _complete(
+    decoder: Decoder, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
+) -> Iterator[Piece]:
+    """All rows to their ends, side by side."""
+    batch = _Batch(decoder, tokenizer, rows, settings)
+    while rows:
+        tokens, iterations = batch.choose([row.random.random() for row in rows])
+        new = zip(rows, tokens, iterations, strict=True)
+        pieces = [row.add(token, used, tokenizer.eos_id) for row, token, used in new]
+        yield from (piece for piece in pieces if piece.text or piece.completion)
+        going = [index for index, piece in enumerate(pieces) if piece.completion is None]
+        rows = [rows[index] for index in going]
+        if rows:
+            batch.advance([row.token_ids[-1] for row in rows], going if len(going) < len(pieces) else None)
 
-    def __init__(
-        self, model: IntegratorLanguageModel, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
-    ) -> None:
-        self.model, self.device = model, model.embedding.table.weight.device
-        self.options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
+
+class _Batch:
+    """The device's side of a batch of rows: their cache, and the final states behind their next tokens.
+
+    A finished row leaves; of a compiled decoder's batch it only stops being looked at, because another batch size
+    would be compiled anew.
+    """
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings) -> None:
+        self.decoder, self.device = decoder, decoder.model.embedding.table.weight.device
         banned = sorted(set(tokenizer.special_ids.values()) - {tokenizer.eos_id})
         prompts, places = _unique_prompts(rows)
         with torch.inference_mode():
@@ -241,47 +252,54 @@ class _Batch:
             if len(places) > len(prompts):
                 self._select(torch.tensor(places, device=self.device))
                 ids = ids[places]
+            self.places = torch.arange(len(rows), device=self.device)
             self.sampler = Sampler(
                 settings,
                 banned=torch.tensor(banned, dtype=torch.long, device=self.device),
                 prompts=ids,
-                vocab_size=model.vocab_size,
+                vocab_size=decoder.model.vocab_size,
             )
 
     def _prefill(self, prompts: list[list[int]], max_new_tokens: int, bos_id: int) -> Tensor:
         """Run the prompts, aligned to the right, in one pass; their ids (P, S) come back, padded with bos."""
         width = max(map(len, prompts))
         ids = torch.tensor([[bos_id] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        self.cache = self.model.new_cache(len(prompts), width + max_new_tokens - 1)
+        self.cache = self.decoder.new_cache(len(prompts), width + max_new_tokens - 1)
         padding = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
         self.cache.padding = padding if bool(padding.any()) else None
-        self._keep_last(self.model(ids, cache=self.cache, options=self.options))
+        self.next = self.decoder.prefill(ids, self.cache)
         return ids
 
     def choose(self, draws: list[float]) -> tuple[list[int], list[float]]:
         """The next token of each row and the iterations that predicting it took."""
         with torch.inference_mode():
-            return self.sampler(self.model.logits(self.hidden), draws).tolist(), self.iterations.tolist()
+            return self.sampler(self.decoder.logits(self.next.hidden), draws).tolist(), self.next.iterations.tolist()
 
     def advance(self, tokens: list[int], going: list[int] | None) -> None:
         """Feed each row its new token; `going` are the places of the rows that stay, None when all do."""
         with torch.inference_mode():
             if going is not None:
                 rows = torch.tensor(going, device=self.device)
-                self._select(rows)
                 self.sampler.select(rows)
-            ids = torch.tensor(tokens, device=self.device)[:, None]
-            self._keep_last(self.model(ids, cache=self.cache, options=self.options))
+                if self.decoder.is_compiled:
+                    self.places = self.places[rows]
+                else:
+                    self._select(rows)
+            self.next = self._step(torch.tensor(tokens, device=self.device))
+
+    def _step(self, tokens: Tensor) -> Predicted:
+        batch = self.cache.keys.shape[1]
+        if len(tokens) == batch:
+            return self.decoder.step(tokens, self.cache)
+        every = tokens.new_zeros(batch).index_copy(0, self.places, tokens)
+        hidden, iterations = self.decoder.step(every, self.cache)
+        return Predicted(hidden[self.places], iterations[self.places])
 
     def _select(self, rows: Tensor) -> None:
         self.cache.select(rows)
         if self.cache.padding is not None and not bool(self.cache.padding.any()):
             self.cache.padding = None  # the plain path is faster
-        self.hidden, self.iterations = self.hidden[rows], self.iterations[rows]
-
-    def _keep_last(self, output: ModelOutput) -> None:
-        self.hidden = output.hidden[:, -1]  # (B, D)
-        self.iterations = output.iterations()[:, -1]  # (B,)
+        self.next = Predicted(self.next.hidden[rows], self.next.iterations[rows])
 
 
 def _unique_prompts(rows: list[_Row]) -> tuple[list[list[int]], list[int]]:

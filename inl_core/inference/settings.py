@@ -33,6 +33,8 @@ class GenerationSettings:
     """Let tokens stop iterating early where the model's configuration says so."""
     batch_size: int = 32
     """Completions generated side by side, at most; it changes speed and memory, not text."""
+    compiled: bool = False
+    """Decode with generated kernels: the same but for rounding, faster after tens of seconds of compiling."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "num_samples", "num_iterations", "batch_size"):

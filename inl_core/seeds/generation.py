@@ -8,9 +8,10 @@ import random
 import torch
 from torch import Tensor
 
+from inl_core.inference.decoding import Decoder
 from inl_core.inference.sampling import Sampler
 from inl_core.inference.settings import GenerationSettings
-from inl_core.model import IntegratorLanguageModel
+from inl_core.model import IntegratorLanguageModel, Options
 
 
 def continue_ids(
@@ -60,17 +61,20 @@ def _continue(
     nothing = torch.empty(0, dtype=torch.long, device=ids.device)
     sampler = Sampler(settings, banned=nothing, prompts=ids, vocab_size=model.vocab_size)
     rows = [random.Random(f"{settings.seed}/{row}") for row in range(ids.shape[0])]
-    cache = model.new_cache(ids.shape[0], ids.shape[1] + settings.max_new_tokens - 1) if use_cache else None
+    decoder = Decoder(model, Options(), compiled=settings.compiled) if use_cache else None
+    cache = decoder.new_cache(ids.shape[0], ids.shape[1] + settings.max_new_tokens - 1) if decoder else None
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    new = ids
+    chosen = None
     for _ in range(settings.max_new_tokens):
-        hidden = model(new if use_cache else ids, cache=cache).hidden[:, -1]  # (B, D)
-        chosen = sampler(model.logits(hidden), [row.random() for row in rows])
+        if decoder is None or cache is None:
+            logits = model.logits(model(ids).hidden[:, -1])  # (B, V)
+        else:
+            logits = decoder.logits((decoder.prefill(ids, cache) if chosen is None else decoder.step(chosen, cache))[0])
+        chosen = sampler(logits, [row.random() for row in rows])
         if eos is not None:
             chosen = chosen.masked_fill(ended, eos)
             ended |= chosen == eos
-        new = chosen[:, None].to(ids.dtype)
-        ids = torch.cat((ids, new), dim=1)
+        ids = torch.cat((ids, chosen[:, None].to(ids.dtype)), dim=1)
         if bool(ended.all()):
             break
     return ids

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inl_core.errors import NonFiniteError, RecipeError
+from inl_core.inference.decoding import Decoder
 from inl_core.inference.generate import Completion, GenerationSettings, generate, stream, token_texts
 from inl_core.model import IntegratorLanguageModel, Options
 from tests.inference.tiny import PRESETS, tiny_model, tokenizer
@@ -181,10 +182,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], Integrato
     def build(ids: list[int]) -> IntegratorLanguageModel:
         model, following = tiny_model("v4"), iter(ids)
 
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
+        def logits(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.one_hot(torch.tensor([next(following)]), model.vocab_size).float()
 
-        monkeypatch.setattr(model, "logits", logits)
+        monkeypatch.setattr(Decoder, "logits", logits)
         return model
 
     return build

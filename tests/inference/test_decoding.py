@@ -1,0 +1,177 @@
+"""The decoding step against the model's own forward pass, eager and compiled."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from inl_core.inference import decoding
+from inl_core.inference.decoding import Decoder
+from inl_core.inference.generate import GenerationSettings, generate
+from inl_core.inference.layer_step import Iterated
+from inl_core.inference.packing import can_pack
+from inl_core.model import IntegratorLanguageModel, Options
+from tests.inference.tiny import tiny_model, tokenizer
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "v1": {},
+    "v2": {"embedding_rank": 16, "integrator": {"mu": {"form": "hierarchical", "group_size": 8}}},
+    "v3": {"integrator": {"num_iterations": 3, "mu": {"group_size": 8}, "budget": {"strategy": "uniform"}}},
+    "v4": {},
+    "transformer": {},
+}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *CHANGES.items(),
+    ("v4", {"tie_head": False, "positions": "sinusoidal", "norm": "layernorm", "bias": True}),
+    ("v4", {"integrator": {"candidate": "none", "iterations_per_layer": [3, 1], "beta_max": None}}),
+    ("v4", {"integrator": {"controller": {"modulation": "channel", "activation": "tanh"}, "dynamic_alpha": False}}),
+    ("v4", {"embedding_rank": 16, "integrator": {"controller": {"shared": False}, "excitation": {"sparsity": 0.2}}}),
+]
+FALLBACKS: list[dict[str, Any]] = [
+    {"integrator": {"controller": {"experts": 2}}},
+    {"integrator": {"budget": {"strategy": "learned"}}},
+]
+
+
+def random_ids(model: IntegratorLanguageModel, rows: int, length: int) -> Tensor:
+    return torch.randint(6, model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def step_by_step(decoder: Decoder, ids: Tensor, *, prompt: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits (B, S - prompt + 1, V) and iterations (B, S - prompt + 1) of the tokens from the prompt's last on."""
+    with torch.inference_mode():
+        slots = decoder.new_cache(*ids.shape)
+        slots.padding = padding
+        found = [decoder.prefill(ids[:, :prompt], slots)]
+        found += [decoder.step(ids[:, place], slots) for place in range(prompt, ids.shape[1])]
+        logits = torch.stack([decoder.logits(predicted.hidden) for predicted in found], dim=1)
+    return logits, torch.stack([predicted.iterations for predicted in found], dim=1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("preset", "changes"), VARIANTS)
+@torch.no_grad()
+def test_a_step_at_a_time_gives_the_whole_text_s_logits(preset: str, changes: dict[str, Any], rows: int) -> None:
+    model = tiny_model(preset, **changes)
+    ids = random_ids(model, rows, 12)
+    assert can_pack(model)
+    found, _ = step_by_step(Decoder(model, Options(early_stopping=False)), ids, prompt=5)
+    whole = model.logits(model(ids, options=Options(early_stopping=False)).hidden[:, 4:])
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.argmax(-1), whole.argmax(-1))
+
+
+@pytest.mark.parametrize("changes", FALLBACKS)
+@torch.no_grad()
+def test_what_cannot_be_packed_is_the_model_s_own_step(changes: dict[str, Any]) -> None:
+    model = tiny_model("v4", **changes)
+    ids = random_ids(model, 2, 9)
+    assert not can_pack(model)
+    found, _ = step_by_step(Decoder(model, Options(), compiled=True), ids, prompt=5)
+    torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["rope", "sinusoidal"])
+@torch.no_grad()
+def test_a_padded_row_s_logits_are_the_row_s_alone(positions: str) -> None:
+    model = tiny_model("v4", positions=positions)
+    ids, padding = random_ids(model, 3, 12), torch.tensor([0, 4, 2])
+    found, _ = step_by_step(Decoder(model, Options()), ids, prompt=6, padding=padding)
+    for row, skipped in enumerate(padding.tolist()):
+        alone = model.logits(model(ids[row : row + 1, skipped:]).hidden[0, 5 - skipped :])
+        torch.testing.assert_close(found[row], alone, atol=1e-5, rtol=1e-5)
+
+
+def stopping_model(preset: str, min_iterations: int) -> IntegratorLanguageModel:
+    threshold = {"v3": 0.25, "v4": 0.5}[preset]
+    stopping = {"convergence_threshold": threshold, "min_iterations": min_iterations}
+    changes = CHANGES[preset].get("integrator", {}) | {"num_iterations": 6, "early_stopping": stopping}
+    return tiny_model(preset, integrator=changes).double()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("min_iterations", [1, 3, 6])
+@pytest.mark.parametrize("preset", ["v3", "v4"])
+@torch.no_grad()
+def test_tokens_stop_where_the_model_s_own_integrator_stops_them(preset: str, min_iterations: int, rows: int) -> None:
+    model = stopping_model(preset, min_iterations)
+    ids = random_ids(model, rows, 24)
+    found, used = step_by_step(Decoder(model, Options()), ids, prompt=4)
+    whole = model(ids)
+    torch.testing.assert_close(found, model.logits(whole.hidden[:, 3:]), atol=1e-6, rtol=1e-6)
+    assert torch.equal(used, whole.iterations()[:, 3:])
+    assert (used.min() < 6) == (min_iterations < 6)  # some stop early, unless none may
+
+
+def test_a_single_row_runs_no_iteration_after_it_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = [], decoding.integrator_step
+
+    def counted(*arguments: Any, **options: Any) -> Iterated:
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(decoding, "integrator_step", counted)
+    model = stopping_model("v4", 1)
+    ids = random_ids(model, 1, 24)
+    _, used = step_by_step(Decoder(model, Options()), ids, prompt=4)
+    assert len(calls) == int(used[:, 1:].sum() * 2)  # two layers
+    assert len(calls) < 20 * 2 * 6
+
+
+def test_the_packed_weights_do_not_change_the_model() -> None:
+    model = tiny_model("v4")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    step_by_step(Decoder(model, Options()), random_ids(model, 1, 9), prompt=4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.fixture(params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`eager` traces the same graphs with the same guards, and runs them without generating code."""
+    torch._dynamo.reset()
+    traced = cache(lambda function: torch.compile(function, fullgraph=True, backend=request.param))
+    monkeypatch.setattr(decoding, "compiled_function", traced)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("preset", ["v3", "v4", "transformer"])
+@torch.no_grad()
+def test_the_compiled_step_is_the_model_s_and_compiles_nothing_after_its_first_token(preset: str, rows: int) -> None:
+    model = tiny_model(preset, **CHANGES[preset])
+    ids = random_ids(model, rows, 24)
+    decoder = Decoder(model, Options(), compiled=True)
+    step_by_step(decoder, ids[:, :6], prompt=5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found, _ = step_by_step(decoder, ids, prompt=5)
+    torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("compiler")
+@torch.no_grad()
+def test_compiled_and_stopping_early_compiles_nothing_after_its_first_token() -> None:
+    model = stopping_model("v4", 1)
+    ids = random_ids(model, 1, 24)
+    decoder = Decoder(model, Options(), compiled=True)
+    step_by_step(decoder, ids[:, :6], prompt=5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found, used = step_by_step(decoder, ids, prompt=5)
+    whole = model(ids)
+    torch.testing.assert_close(found, model.logits(whole.hidden[:, 4:]), atol=1e-6, rtol=1e-6)
+    assert torch.equal(used, whole.iterations()[:, 4:])
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_rows_end_one_by_one_as_uncompiled_ones_do() -> None:
+    settings = GenerationSettings(max_new_tokens=40, temperature=1.0, num_samples=3, stop=("e", "x"))
+    model = tiny_model("v4")
+    plain = generate(model, tokenizer(), ["def greet(", "The"], settings)
+    found = generate(model, tokenizer(), ["def greet(", "The"], replace(settings, compiled=True))
+    assert [completion.text for completion in found] == [completion.text for completion in plain]
+    assert len({len(completion.token_ids) for completion in plain}) > 2
