@@ -162,8 +162,8 @@ class TrainingSettings(Section):
     recomputation: Literal["none", "block", "integrator"] = "none"
     """What the backward pass computes again, for memory: nothing, each block, or each integrator's T iterations."""
     min_iterations: PositiveInt | None = None
-    """Draw every layer's iterations anew each step, from this many to its T, so that stopping early costs less in use;
-    null always runs T."""
+    """Draw each layer's iterations t anew each step, from this many to its T with odds of 1/t, so that stopping early
+    costs less in use; null always runs T."""
     gradient_clip: PositiveFloat = 1.0
     """Largest global norm of the gradient."""
     optimizer: OptimizerSettings = OptimizerSettings()

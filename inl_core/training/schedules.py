@@ -29,13 +29,20 @@ def learning_rate_factor(settings: ScheduleSettings, step: int, num_steps: int) 
 
 
 def drawn_iterations(configured: Sequence[int], fewest: int, seed: int, step: int) -> tuple[int, ...]:
-    """Each layer's iterations in optimizer step `step`: uniform on fewest .. configured, one draw a layer and step.
+    """Each layer's iterations t in optimizer step `step`: fewest .. configured, with odds in proportion to 1/t.
 
-    A hash stands for the random numbers: nothing to save, and the same on every rank and machine.
+    - One draw a layer and step; a hash stands for the random numbers: nothing to save, and the same on every rank.
+    - Few iterations are drawn more often, since they are what a token that is stopped early gets.
     """
 
     def draw(layer: int, most: int) -> int:
         digest = hashlib.blake2b(f"iterations/{seed}/{step}/{layer}".encode(), digest_size=8).digest()
-        return fewest + int.from_bytes(digest, "little") % (most - fewest + 1)
+        numbers = range(fewest, most + 1)
+        left = int.from_bytes(digest, "little") / 2**64 * sum(1 / number for number in numbers)
+        for number in numbers:
+            left -= 1 / number
+            if left < 0:
+                return number
+        return most
 
     return tuple(draw(layer, most) for layer, most in enumerate(configured))
