@@ -2,11 +2,12 @@
 
 - Each parameter is drawn from its own generator, seeded by (seed, parameter name): adding a part to the model moves no
   other part's start, two presets start alike where they are alike, and the device does not matter.
-- Matrices N(0, 0.6/sqrt(D)); the controller's output N(0, 0.01). The factors of a low-rank embedding are drawn so that
-  their product has a full embedding's spread.
+- Matrices N(0, 0.6/sqrt(D)); the controller's output N(0, 0.01).
 - Matrices that write into the residual stream start at N(0, 0.02/sqrt(2L)); with `readout: state`, where a layer adds
-  its whole normalised state and small outputs would drown in it, at 0.6/sqrt(inputs): about torch's own default, and so
-  the seeds'.
+  its whole normalised state and small outputs would drown in it, at 1.2/sqrt(inputs) (docs/evidence.md).
+- The factors of a low-rank embedding: E N(0, 0.15/sqrt(R)), P N(0, 4/sqrt(D)). Their product has a full embedding's
+  spread; the table is the smaller one because a step of Adam is as large whatever the size of what it changes, and a
+  row of R numbers has to move as far as one of D.
 - mu, gamma, phi, modulation and gains draw nothing.
 """
 
@@ -56,12 +57,12 @@ def _spread(model: "IntegratorLanguageModel", name: str, num_inputs: int) -> flo
     config = model.config
     if name.endswith(("attention.output.weight", "feed_forward.down.weight")):
         if config.integrator is not None and config.integrator.readout == "state":
-            return 0.6 / math.sqrt(num_inputs)
+            return 1.2 / math.sqrt(num_inputs)
         return 0.02 / math.sqrt(2 * config.num_layers)
     if "controller." in name and name.endswith("output.weight"):  # also each expert's
         return 0.01
     if config.rank and name == "embedding.table.weight":
-        return 0.6 / math.sqrt(config.rank)
+        return 0.15 / math.sqrt(config.rank)
     if config.rank and name == "embedding.project_up.weight":
-        return 1.0 / math.sqrt(config.d_model)
+        return 4.0 / math.sqrt(config.d_model)
     return 0.6 / math.sqrt(config.d_model)
