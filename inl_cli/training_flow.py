@@ -15,6 +15,7 @@ from inl_core.analysis.planning import plan_recipe
 from inl_core.corpus.loader import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import read_json
+from inl_core.model.backends.select import describe_backend
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import recipe_differences
 from inl_core.recipe.load import load_recipe
@@ -136,12 +137,15 @@ def _show(console: Console, recipe: Recipe, data: RunData, trainer: Trainer, dir
         world_size=world.size,
     )
     threads = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
+    backend = describe_backend(recipe.model.integrator, world.device, is_compiled=recipe.training.compile)
     facts = {
         "data": f"{data.directory}: {data.train.num_tokens:,} tokens, vocabulary {data.tokenizer.vocab_size:,}",
         "processes": f"{world.size} on {world.device.type}{threads}",
         "run": str(directory) if not trainer.state.step else f"{directory}, from step {trainer.state.step:,}",
         "eta": f"{left * seconds / 60:.1f} minutes at {seconds:.3f} s a step, evaluations not counted",
     }
+    if backend:
+        facts["integrator"] = backend
     show_plan(console, plan, trainer.optimizers.assignments, facts)
     free = shutil.disk_usage(directory).free
     if free < plan.disk_bytes:

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inl_core.model.backends.rule import Inputs, Result, Rule, speed_weights
+from inl_core.model.backends.select import backend_name, find_backend
 from inl_core.model.controller import Controller, Head, Modulation, num_groups
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
@@ -97,13 +99,6 @@ class IntegratorOutput:
     routing: Routing | None = None
 
 
-def speed_weights(num_iterations: int) -> list[float]:
-    """w_t proportional to exp(-t / tau), tau = T/3, t = 1..T, summing to 1 (doc 002, speed loss)."""
-    tau = num_iterations / 3
-    weights = [math.exp(-t / tau) for t in range(1, num_iterations + 1)]
-    return [weight / sum(weights) for weight in weights]
-
-
 class Integrator(nn.Module):
     """The dynamics of one layer: its mu, gamma, phi and modulation, driven by a controller it may share.
 
@@ -143,6 +138,11 @@ class Integrator(nn.Module):
         gains = self.gains(drive, x, v, error)
         new_v = step_velocity(gains, v, error, forcing)
         return Step(torch.addcmul(x, gains.gate, new_v, value=self.stride), new_v, gains)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether training keeps nothing of the single iterations: every backend but the plain loop."""
+        return backend_name(self.config, self.equilibrium().device) != "plain"
 
     @property
     def stride(self) -> float:
@@ -222,8 +222,15 @@ class Integrator(nn.Module):
         mu, forcing = self.equilibrium(), self.excitation(first_step + total, amplitude)[first_step:]
         candidate = None if candidate is None else candidate.to(state.dtype)
         routing = self.router(h) if self.router else None
+        stops = early_stopping and _stops_early(self)
+        run = None if stops or keep_trajectory else find_backend(config, state, mu)
+        if run is not None and isinstance(controller, Controller):
+            rule = self.rule(total, energy_power)
+            return self._run_flat(
+                run, rule, controller, h, _Start(state, velocity, candidate, mu, forcing, last_fraction)
+            )
         advance = self.advance(controller, h, candidate, routing)
-        stopping = _EarlyStopping(config, state) if early_stopping and _stops_early(self) else None
+        stopping = _EarlyStopping(config, state) if stops else None
         recorder = _Recorder(state, velocity) if keep_trajectory else None
         losses = _LossTerms(total, energy_power) if energy_power is not None else None
 
@@ -253,6 +260,50 @@ class Integrator(nn.Module):
             recorder.trajectory() if recorder else None,
             routing,
         )
+
+    def rule(self, num_iterations: int, energy_power: float | None) -> Rule:
+        """The constants of this layer's dynamics."""
+        config = self.config
+        return Rule(
+            num_iterations,
+            self.stride,
+            config.kappa if config.dynamic_alpha else None,
+            config.beta_max,
+            config.controller.activation,
+            energy_power,
+        )
+
+    def _run_flat(
+        self,
+        run: Callable[[Rule, Inputs], Result],
+        rule: Rule,
+        controller: Controller,
+        h: Tensor,
+        start: "_Start",
+    ) -> IntegratorOutput:
+        """All iterations by a backend, which sees tokens in one row and no controller but its matrices."""
+        shape, head = start.state.shape, self.modulation.fold(controller)
+        tokens = [None if value is None else value.reshape(-1, value.shape[-1]) for value in start[:3]]
+        x, v, candidate = tokens
+        assert x is not None
+        hoisted = controller.hoist(h).reshape(x.shape[0], -1)
+        inner = controller.state_velocity.weight
+        result = run(rule, Inputs(x, v, hoisted, candidate, inner, head.weight, head.bias, *start[3:]))
+        output = IntegratorOutput(result.x.view(shape), result.v.view(shape), rule.num_iterations)
+        if result.speed is not None and result.energy is not None:
+            output.speed, output.energy = result.speed.view(shape[:-1]), result.energy.view(shape[:-1])
+        return output
+
+
+class _Start(NamedTuple):
+    """What one call of a layer brings: x_0, v_0, v_cand (B, S, D); mu (D,); forcing (T, D); the last step's share."""
+
+    state: Tensor
+    velocity: Tensor | None
+    candidate: Tensor | None
+    mu: Tensor
+    forcing: Tensor
+    last_fraction: Tensor | None
 
 
 def step_velocity(gains: Gains, v: Tensor | None, error: Tensor, forcing: Tensor) -> Tensor:

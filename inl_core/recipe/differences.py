@@ -17,6 +17,7 @@ _KINDS: dict[str, Kind] = {
     "": "identity",
     "name": "operational",  # the run directory decides where a run lives
     "model": "identity",  # the weights belong to this function
+    "model.integrator.backend": "operational",
     "data": "identity",  # samples consumed are counted in this stream
     "data.directory": "operational",  # a data set may move: its fingerprint is what resume compares
     "data.max_bad_ratio": "operational",  # acts while preparing, and the fingerprint covers the outcome

@@ -98,10 +98,14 @@ def start_world(device: str) -> Iterator[World]:
 
 
 def prepare_blocks(blocks: nn.ModuleList, settings: TrainingSettings) -> None:
-    """Apply recomputation and compilation to each block, in place; parameter names stay as they are."""
+    """Apply recomputation and compilation to each block, in place; parameter names stay as they are.
+
+    An integrator that recomputes its iterations by itself is left to it, but where a compiler traces the plain loop.
+    """
     for block in blocks:
-        if settings.recomputation != "none":
-            part: Any = block if settings.recomputation == "block" else block.integrator
+        part: Any = block if settings.recomputation == "block" else block.integrator
+        alone = settings.recomputation == "integrator" and part.recomputes and not settings.compile
+        if settings.recomputation != "none" and not alone:
             part.forward = partial(checkpoint, part.forward, use_reentrant=False)
         if settings.compile:
             block.compile()

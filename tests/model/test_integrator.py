@@ -143,7 +143,8 @@ def test_the_trajectory_is_kept_only_when_asked_for_and_agrees_with_the_result()
     plain, kept = layer(h, x, v, **arguments), layer(h, x, v, keep_trajectory=True, **arguments)
     assert plain.trajectory is None
     assert kept.trajectory.states.shape == (4, BATCH, LENGTH, DIM)
-    assert torch.equal(kept.trajectory.states[-1], plain.state)
+    assert torch.equal(kept.trajectory.states[-1], kept.state)
+    torch.testing.assert_close(kept.state, plain.state, rtol=1e-12, atol=1e-14)  # by another backend
     assert torch.equal(kept.trajectory.velocities[0], v)
     assert kept.trajectory.beta.max() <= layer.config.beta_max
 

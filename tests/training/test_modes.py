@@ -22,7 +22,8 @@ def test_recomputation_changes_nothing(make_recipe, make_trainer, part):
 def test_recomputation_keeps_less_for_the_backward_pass(make_recipe, make_trainer):
     kept = {}
     for part in ("none", "integrator", "block"):
-        recipe = make_recipe(training={"recomputation": part}, model={"integrator": {"num_iterations": 4}})
+        experts = {"num_iterations": 4, "controller": {"experts": 2}}  # the one form that keeps its iterations
+        recipe = make_recipe(training={"recomputation": part}, model={"integrator": experts})
         trainer, _ = make_trainer(recipe, part)
         seen: dict[int, int] = {}
 

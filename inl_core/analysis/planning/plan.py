@@ -6,7 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inl_core.analysis.planning import documents
 from inl_core.analysis.planning.flops import flops_by_part, training_flops
@@ -22,10 +22,14 @@ from inl_core.analysis.planning.memory import (
 from inl_core.analysis.planning.optimisations import Saving, compare_optimisations
 from inl_core.analysis.planning.parameters import count_parameters, meta_model
 from inl_core.corpus.manifest import MANIFEST, load_manifest
+from inl_core.model.backends.select import describe_backend
 from inl_core.recipe import ModelConfig, Recipe
 from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.launch import data_directory
 from inl_core.training.trainer import uses_bf16
+
+if TYPE_CHECKING:
+    import torch
 
 _OTHER_ITERATIONS = (1, 2, 4, 8, 16)
 
@@ -83,6 +87,8 @@ class ModelPlan:
     """The model, with its vocabulary."""
     vocabulary: Vocabulary
     bf16: bool
+    backend: str | None
+    """What computes the integrator's iterations on this machine."""
     run: Plan
     savings: list[Saving]
     flops: dict[str, int]
@@ -116,6 +122,7 @@ def plan_model(recipe: Recipe) -> ModelPlan:
         config=config,
         vocabulary=vocabulary,
         bf16=bf16,
+        backend=plans_backend(recipe),
         run=_run_plan(
             recipe, config, vocabulary.num_windows, saved[settings.recomputation].bytes(settings.micro_batch(1))
         ),
@@ -169,10 +176,19 @@ def find_vocabulary(recipe: Recipe) -> Vocabulary:
 
 def plans_bf16(recipe: Recipe) -> bool:
     """Whether forward passes would run under bfloat16 autocast; `auto` is decided by this machine."""
+    return uses_bf16(recipe, _planned_device(recipe))
+
+
+def plans_backend(recipe: Recipe) -> str | None:
+    """What would compute the integrator's iterations on this machine; None without an integrator."""
+    return describe_backend(recipe.model.integrator, _planned_device(recipe), is_compiled=recipe.training.compile)
+
+
+def _planned_device(recipe: Recipe) -> "torch.device":
     import torch
 
     has_gpu = recipe.training.device != "cpu" and torch.cuda.is_available()
-    return uses_bf16(recipe, torch.device("cuda" if has_gpu else "cpu"))
+    return torch.device("cuda" if has_gpu else "cpu")
 
 
 def _run_plan(recipe: Recipe, config: ModelConfig, num_windows: int | None, activation_bytes: int) -> Plan:

@@ -1,0 +1,53 @@
+"""Which backend computes the iterations: the setting, the machine and the tensors decide.
+
+- `plain`, the loop of inl_core/model/integrator.py under autograd, is what the others must equal. It runs where a
+  compiler traces the whole block, and wherever gains, single states or experts are wanted.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from inl_core.model.backends.rule import Inputs, Result, Rule
+from inl_core.recipe import IntegratorConfig
+
+Run = Callable[[Rule, Inputs], Result]
+
+
+def backend_name(config: IntegratorConfig, device: torch.device) -> str:
+    """`eager`, `compiled` or `triton`, as training and plain evaluation run it on this device; `plain` for experts."""
+    if config.controller.experts > 1:
+        return "plain"
+    if config.backend != "auto":
+        return config.backend
+    return "triton" if device.type == "cuda" and has_triton() else "eager"
+
+
+def describe_backend(config: IntegratorConfig | None, device: torch.device, *, is_compiled: bool) -> str | None:
+    """What a plan says of it; `is_compiled` where a compiler traces the whole block."""
+    if config is None:
+        return None
+    if is_compiled:
+        return "plain, traced with the block by training.compile"
+    name = backend_name(config, device)
+    note = "all iterations kept" if name == "plain" else "iterations recomputed in the backward pass"
+    return f"{name} on {device.type}, {note}"
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, found without importing it."""
+    return find_spec("triton") is not None
+
+
+def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | None:
+    """The function that runs the iterations; None is the plain loop, which alone mixes a state's and a mu's precision."""
+    if torch.compiler.is_compiling() or state.dtype != mu.dtype:
+        return None
+    name = backend_name(config, state.device)
+    if name == "plain":
+        return None
+    from inl_core.model.backends import fused
+
+    return fused.run

@@ -1,0 +1,211 @@
+"""Every backend against the plain loop: results, gradients, memory, precision, and when each is taken."""
+
+import itertools
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from inl_core.model import integrator as integrator_module
+from inl_core.model.backends import fused
+from inl_core.model.backends.rule import Inputs, Rule
+from inl_core.model.controller import Controller
+from inl_core.model.integrator import Integrator
+from inl_core.recipe import IntegratorConfig
+from tests.model.test_integrator import WIDTH, build
+
+SWITCHES = {
+    "v4": {},
+    "controller candidate": {"candidate": "controller"},
+    "no candidate": {"candidate": "none"},
+    "hierarchical mu": {"mu": {"form": "hierarchical", "group_size": 4}},
+    "fixed mu": {"mu": {"form": "fixed", "init": 0.3}},
+    "sparse excitation": {"excitation": {"sparsity": 0.4}},
+    "channel modulation": {"controller": {"width": WIDTH, "modulation": "channel"}},
+    "own controller": {"controller": {"width": WIDTH, "shared": False}},
+    "gelu": {"controller": {"width": WIDTH, "activation": "gelu"}},
+    "silu": {"controller": {"width": WIDTH, "activation": "silu"}},
+    "tanh": {"controller": {"width": WIDTH, "activation": "tanh"}},
+    "plain alpha": {"dynamic_alpha": False},
+    "low beta_max": {"beta_max": 0.4},
+    "high beta_max": {"beta_max": 9.0},
+    "no beta_max": {"beta_max": None, "num_iterations": 2},
+    "five iterations": {"num_iterations": 5, "dt": 0.1},
+    "one iteration": {"num_iterations": 1},
+    "full stride": {"dt": 1.0, "velocity_scale": 1.0},
+}
+WITHOUT = [{}, {"velocity"}, {"velocity", "fraction", "power"}, {"fraction"}, {"power"}]
+
+
+@contextmanager
+def the_plain_loop():
+    with patch.object(integrator_module, "find_backend", lambda *_: None):
+        yield
+
+
+def outcome(changes: dict, without: set, dtype: torch.dtype, *, tokens: int = 6) -> list[torch.Tensor]:
+    """Results and the gradient of everything that can have one, for random weights on the results."""
+    torch.manual_seed(0)  # a Linear draws from the global generator
+    layer, controller = build(**changes)
+    layer, controller = layer.to(dtype), controller.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    h, x, v, candidate = (draw(2, tokens // 2, 8) for _ in range(4))
+    amplitude, fraction = (torch.tensor(value, dtype=dtype, requires_grad=True) for value in (0.2, 0.3))
+    given = layer.config.candidate == "feed_forward"
+    output = layer(
+        h,
+        x,
+        None if "velocity" in without else v,
+        amplitude=amplitude,
+        candidate=candidate if given else None,
+        controller=controller,
+        last_fraction=None if "fraction" in without else fraction,
+        energy_power=None if "power" in without else 3.0,
+    )
+    results = [output.state, output.velocity, output.speed, output.energy]
+    results = [value for value in results if value is not None]
+    loss = sum((value * draw(*value.shape)).sum() for value in results)
+    leaves = [h, x, v, candidate, amplitude, fraction, *layer.parameters(), *controller.parameters()]
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [*results, *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
+
+
+@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES.keys())
+def test_the_recomputing_backward_pass_equals_autograds(changes):
+    for without in WITHOUT:
+        own = outcome(changes, without, torch.float64)
+        with the_plain_loop():
+            plain = outcome(changes, without, torch.float64)
+        for ours, theirs in zip(own, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES.keys())
+def test_in_float32_it_stays_within_a_millionth(changes):
+    """Relative to each tensor's size, and next to what float32 costs the plain loop itself."""
+    own = outcome(changes, {"fraction", "power"}, torch.float32)
+    with the_plain_loop():
+        plain = outcome(changes, {"fraction", "power"}, torch.float32)
+        exact = outcome(changes, {"fraction", "power"}, torch.float64)
+    for ours, theirs, true in zip(own, plain, exact, strict=True):
+        size = true.abs().max().clamp(min=1.0)
+        rounding = ((theirs - true).abs().max() / size).item()
+        assert ((ours - theirs).abs().max() / size).item() <= 1e-6 + 2 * rounding
+
+
+def flat_inputs(num_tokens: int, *, groups: int, velocity: bool, candidate: bool, fraction: bool) -> list:
+    generator = torch.Generator().manual_seed(7)
+    dim, width, iterations = 3, 4, 3
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return [
+        draw(num_tokens, dim),
+        draw(num_tokens, dim) if velocity else None,
+        draw(num_tokens, width),
+        draw(num_tokens, dim) if candidate else None,
+        draw(width, 2 * dim),
+        draw(groups * dim, width),
+        draw(groups * dim),
+        draw(dim),
+        draw(iterations, dim),
+        torch.tensor(0.4, dtype=torch.float64, requires_grad=True) if fraction else None,
+    ]
+
+
+RULES = itertools.product((None, 1.3), (None, 1.1), ("relu", "tanh"), (None, 2.0))
+
+
+@pytest.mark.parametrize(("kappa", "beta_max", "activation", "power"), list(RULES))
+@pytest.mark.parametrize("velocity", [True, False])
+def test_gradients_equal_finite_differences(kappa, beta_max, activation, power, velocity):
+    rule = Rule(3, 0.6, kappa, beta_max, activation, power)
+    for groups, candidate, fraction in ((3, True, False), (4, False, False), (3, False, True)):
+        inputs = flat_inputs(2, groups=groups, velocity=velocity, candidate=candidate, fraction=fraction)
+
+        def run(*tensors):
+            return tuple(value for value in fused.run(rule, Inputs(*tensors)) if value is not None)
+
+        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_chunks_do_not_change_a_gradient(monkeypatch):
+    whole = outcome({}, set(), torch.float64, tokens=120)
+    monkeypatch.setattr(fused, "_CHUNK_BYTES", 8 * 8 * 17)
+    monkeypatch.setattr(fused, "_MOST_CHUNKS", 1000)
+    assert len(list(fused.chunks(torch.empty(120, 8, dtype=torch.float64)))) == 8
+    for one, other in zip(whole, outcome({}, set(), torch.float64, tokens=120), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def kept_bytes(num_iterations: int, dim: int = 128, num_tokens: int = 256) -> int:
+    """What autograd keeps of one layer, its inputs included."""
+    config = IntegratorConfig(num_iterations=num_iterations)
+    layer, controller = Integrator(config, dim), Controller(config, dim)
+    layer.initialise()
+    layer.excitation.reset_buffers()
+    h, x, v, candidate = (torch.randn(1, num_tokens, dim, requires_grad=True) for _ in range(4))
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = layer(h, x, v, amplitude=torch.tensor(0.1), candidate=candidate, controller=controller)
+    del output
+    return sum(seen.values())
+
+
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_iterations():
+    with the_plain_loop():
+        assert kept_bytes(8) > 3 * kept_bytes(2)
+        plain = kept_bytes(2)
+    assert kept_bytes(8) <= 1.02 * kept_bytes(2)
+    assert kept_bytes(2) < 0.4 * plain
+
+
+def test_under_bfloat16_autocast_both_round_alike():
+    def bf16(plain: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            if plain:
+                with the_plain_loop():
+                    return outcome({}, {"fraction", "power"}, torch.float32)
+            return outcome({}, {"fraction", "power"}, torch.float32)
+
+    exact = outcome({}, {"fraction", "power"}, torch.float64)
+    for ours, theirs, true in zip(bf16(False), bf16(True), exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        size = true.abs().max().clamp(min=1.0)
+        error, usual = ((ours - true).abs().max() / size).item(), ((theirs - true).abs().max() / size).item()
+        assert error <= 0.01 + 2 * usual
+
+
+def test_a_gradient_of_the_state_alone_and_of_nothing_else():
+    layer, controller = build()
+    h, x, v, candidate = (torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    arguments = {"amplitude": torch.tensor(0.2), "candidate": candidate, "controller": controller}
+    for name in ("state", "velocity"):
+        own = torch.autograd.grad(getattr(layer(h, x, v, **arguments), name).sum(), [h, x, v, candidate])
+        with the_plain_loop():
+            plain = torch.autograd.grad(getattr(layer(h, x, v, **arguments), name).sum(), [h, x, v, candidate])
+        torch.testing.assert_close(own, plain)
+
+
+def test_without_gradients_nothing_is_kept_and_the_result_is_the_same():
+    layer, controller = build()
+    h, x, v, candidate = (torch.randn(1, 4, 8, dtype=torch.float64) for _ in range(4))
+    arguments = {"amplitude": torch.tensor(0.2), "candidate": candidate, "controller": controller}
+    with torch.no_grad():
+        evaluated = layer(h, x, v, **arguments)
+    trained = layer(h, x, v, **arguments)
+    assert evaluated.state.grad_fn is None
+    assert torch.equal(evaluated.state, trained.state)
+    assert torch.equal(evaluated.velocity, trained.velocity)
