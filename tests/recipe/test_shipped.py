@@ -25,7 +25,7 @@ SIZES = {
     "7b": "7B",
     "13b": "13B",
 }
-NAMES = ("tiny", "tiny-transformer", "tiny-v1", "tiny-v2", "tiny-v3", *SIZES)
+NAMES = ("tiny", "tiny-transformer", "tiny-early-stopping", "tiny-v1", "tiny-v2", "tiny-v3", *SIZES)
 
 
 def test_the_shipped_recipes_are_these() -> None:
