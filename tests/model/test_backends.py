@@ -2,18 +2,20 @@
 
 import itertools
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from inl_core.model import IntegratorLanguageModel
 from inl_core.model import integrator as integrator_module
-from inl_core.model.backends import fused
+from inl_core.model.backends import compiled, fused
 from inl_core.model.backends.rule import Inputs, Rule
 from inl_core.model.controller import Controller
 from inl_core.model.integrator import Integrator
-from inl_core.recipe import IntegratorConfig
+from inl_core.recipe import IntegratorConfig, ModelConfig
 from tests.model.test_integrator import WIDTH, build
 
 SWITCHES = {
@@ -209,3 +211,87 @@ def test_without_gradients_nothing_is_kept_and_the_result_is_the_same():
     assert evaluated.state.grad_fn is None
     assert torch.equal(evaluated.state, trained.state)
     assert torch.equal(evaluated.velocity, trained.velocity)
+
+
+@contextmanager
+def compiled_without_code_generation():
+    """The whole of torch.compile but for inductor's C++, which takes half a minute a function."""
+    original = torch.compile
+    compiled._function.cache_clear()
+    with patch.object(torch, "compile", partial(original, backend="aot_eager")):
+        yield
+    compiled._function.cache_clear()
+
+
+COMPILED = ["v4", "controller candidate", "no candidate", "tanh", "plain alpha", "low beta_max", "no beta_max"]
+
+
+@pytest.mark.parametrize("name", [COMPILED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED[1:])])
+def test_the_compiled_loop_equals_the_plain_one(name):
+    torch._dynamo.reset()
+    changes = SWITCHES[name]
+    for without in (set(), {"velocity", "fraction", "power"}):
+        with the_plain_loop():
+            plain = outcome(changes, without, torch.float64)
+        with compiled_without_code_generation():
+            own = outcome({**changes, "backend": "compiled"}, without, torch.float64)
+        for ours, theirs in zip(own, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_the_compiled_loop_is_compiled_once_whatever_the_step_and_the_number_of_tokens():
+    torch._dynamo.reset()
+    layer, controller = build(backend="compiled")
+    with compiled_without_code_generation():
+        for step in range(4):
+            h, x, v, candidate = (
+                torch.randn(1, 4 + 3 * step, 8, dtype=torch.float64, requires_grad=True) for _ in range(4)
+            )
+            with torch._dynamo.config.patch(error_on_recompile=step > 0):
+                amplitude = torch.tensor(0.1 * step, dtype=torch.float64)
+                output = layer(h, x, v, amplitude=amplitude, candidate=candidate, controller=controller)
+                output.state.sum().backward()
+
+
+def test_the_compiled_loop_keeps_nothing_of_its_iterations():
+    torch._dynamo.reset()
+    with compiled_without_code_generation(), patch.object(integrator_module, "find_backend", lambda *_: compiled.run):
+        two, eight = kept_bytes(2), kept_bytes(8)
+    assert eight <= 1.02 * two
+    assert two < 1.1 * kept_bytes(2)
+
+
+def compiled_model(preset: str) -> IntegratorLanguageModel:
+    keys = {"d_model": 32, "num_layers": 10, "num_heads": 4, "vocab_size": 50, "max_seq_len": 16}
+    model = IntegratorLanguageModel(ModelConfig.model_validate({"preset": preset} | keys))
+    model.initialise(0)
+    for block in model.train().blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("preset", ["v1", "v4"])
+def test_a_compiled_block_has_no_graph_breaks_and_is_not_compiled_again_as_the_run_goes_on(preset):
+    """fullgraph raises at a break. Two graphs: the layers above the first have a velocity, if it is carried."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = compiled_model(preset)
+    for step in range(3):
+        model.excitation_amplitude.fill_(0.02 * step)  # as a cycle does
+        ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(step))
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            model.loss_sum(model(ids).hidden, ids).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if model.carries_velocity else 1)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert all(block.integrator.excitation.gamma.grad.any() for block in model.blocks)
+
+
+def test_a_compiled_block_gives_the_gradients_of_an_eager_one():
+    torch._dynamo.reset()
+    model, ids = compiled_model("v4"), torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+    plain = IntegratorLanguageModel(model.config)
+    plain.load_state_dict(model.state_dict())
+    for either in (model, plain):
+        either.loss_sum(either(ids).hidden, ids).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)

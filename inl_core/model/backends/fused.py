@@ -208,7 +208,7 @@ class _Backward:
                 grad_v = self._loss_gradients(where, t, following, tape.v_new, grad_x, grad_v)
             found = steps.backward(rule, tape, grad_x, grad_v, grad_candidate)
             grad_x.add_(found.x)
-            self.grad_mu.sub_(found.x.sum(0))
+            self.grad_mu.add_(found.mu)
             self.grad_forcing[t].add_(found.forcing)
             grad_hidden = self._through_controller(found.outputs, hidden[t], x, tape.v, grad_x, found.v)
             sum_hidden = grad_hidden if sum_hidden is None else sum_hidden.add_(grad_hidden)

@@ -42,7 +42,7 @@ def has_triton() -> bool:
 
 
 def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | None:
-    """The function that runs the iterations; None is the plain loop, which alone mixes a state's and a mu's precision."""
+    """The function that runs the iterations; None is the plain loop, which alone mixes precisions of state and mu."""
     if torch.compiler.is_compiling() or state.dtype != mu.dtype:
         return None
     name = backend_name(config, state.device)
@@ -50,4 +50,8 @@ def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | N
         return None
     from inl_core.model.backends import fused
 
+    if name == "compiled":
+        from inl_core.model.backends import compiled
+
+        return compiled.run
     return fused.run

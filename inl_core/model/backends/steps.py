@@ -46,9 +46,11 @@ class StepGradients(NamedTuple):
 
     outputs: Tensor
     x: Tensor
-    """to be added to the gradient of x_new, (n, D); its negative is mu's"""
+    """to be added to the gradient of x_new, (n, D)"""
     v: Tensor
     forcing: Tensor
+    """(D,)"""
+    mu: Tensor
     """(D,)"""
 
 
@@ -122,7 +124,7 @@ def backward(
     of_x = grad_v.mul_(tape.negative_beta)
     if pull is not None:
         of_x.addcmul_(tape.away, pull, value=-1.0)
-    return StepGradients(outputs, of_x, carried, of_forcing)
+    return StepGradients(outputs, of_x, carried, of_forcing, of_x.sum(0).neg_())
 
 
 def _cancels(rule: Rule) -> bool:
