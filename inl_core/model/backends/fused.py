@@ -83,7 +83,8 @@ class Recomputed(torch.autograd.Function):
         ctx.rule, ctx.dtype = rule, dtype
         with torch.autocast(inputs.x.device.type, enabled=False):
             result, kept = _run(rule, inputs, dtype, keep=any(ctx.needs_input_grad))
-        ctx.save_for_backward(*tensors, *kept)
+        # mu's moving average may move it in place before the backward pass, which needs the mu of this pass.
+        ctx.save_for_backward(*inputs._replace(mu=inputs.mu.clone()), *kept)
         return tuple(result)
 
     @staticmethod
