@@ -1,6 +1,8 @@
 """Every backend against the plain loop: results, gradients, memory, precision, and when each is taken."""
 
 import itertools
+import subprocess
+import sys
 from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
@@ -11,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model import integrator as integrator_module
-from inl_core.model.backends import compiled, fused
+from inl_core.model.backends import compiled, fused, select
 from inl_core.model.backends.rule import Inputs, Rule
 from inl_core.model.controller import Controller
 from inl_core.model.integrator import Integrator
@@ -295,3 +297,39 @@ def test_a_compiled_block_gives_the_gradients_of_an_eager_one():
         either.loss_sum(either(ids).hidden, ids).backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_which_backend_runs_and_what_the_plan_says():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for setting, device, installed, expected in (
+        ("auto", cpu, True, "eager"),
+        ("auto", gpu, True, "triton"),
+        ("auto", gpu, False, "eager"),
+        ("triton", gpu, True, "triton"),
+        ("triton", cpu, True, "eager"),
+        ("eager", gpu, True, "eager"),
+        ("compiled", cpu, True, "compiled"),
+    ):
+        config = IntegratorConfig(backend=setting)
+        with patch.object(select, "has_triton", lambda found=installed: found):
+            assert select.backend_name(config, device) == expected
+            said = select.describe_backend(config, device, is_compiled=False)
+        assert said.startswith(expected)
+        assert ("needs a GPU" in said) == (setting == "triton" and device == cpu)
+    experts = IntegratorConfig.model_validate({"controller": {"experts": 2}})
+    assert select.backend_name(experts, gpu) == "plain"
+    assert select.describe_backend(experts, cpu, is_compiled=False) == "plain on cpu, all iterations kept"
+    assert select.describe_backend(None, cpu, is_compiled=False) is None
+
+
+def test_a_cpu_run_does_not_import_triton():
+    code = (
+        "import sys, torch\n"
+        "from tests.model.test_integrator import build, inputs\n"
+        "layer, controller = build(backend='triton')\n"
+        "h, x, v, c = inputs()\n"
+        "layer(h, x, v, amplitude=torch.tensor(0.1), candidate=c, controller=controller).state.sum().backward()\n"
+        "assert 'inl_core.model.backends.fused' in sys.modules\n"
+        "assert 'inl_core.model.backends.triton_launch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

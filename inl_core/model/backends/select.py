@@ -17,10 +17,13 @@ Run = Callable[[Rule, Inputs], Result]
 
 
 def backend_name(config: IntegratorConfig, device: torch.device) -> str:
-    """`eager`, `compiled` or `triton`, as training and plain evaluation run it on this device; `plain` for experts."""
+    """`eager`, `compiled` or `triton`, as training and plain evaluation run it on this device; `plain` for experts.
+
+    A model trained with triton is evaluated anywhere: without a GPU or the package, eager takes its place.
+    """
     if config.controller.experts > 1:
         return "plain"
-    if config.backend != "auto":
+    if config.backend in ("eager", "compiled"):
         return config.backend
     return "triton" if device.type == "cuda" and has_triton() else "eager"
 
@@ -33,7 +36,8 @@ def describe_backend(config: IntegratorConfig | None, device: torch.device, *, i
         return "plain, traced with the block by training.compile"
     name = backend_name(config, device)
     note = "all iterations kept" if name == "plain" else "iterations recomputed in the backward pass"
-    return f"{name} on {device.type}, {note}"
+    missing = "; triton needs a GPU and the triton package" if config.backend == "triton" != name else ""
+    return f"{name} on {device.type}, {note}{missing}"
 
 
 def has_triton() -> bool:
@@ -48,6 +52,10 @@ def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | N
     name = backend_name(config, state.device)
     if name == "plain":
         return None
+    if name == "triton":
+        from inl_core.model.backends import triton_launch
+
+        return triton_launch.run
     from inl_core.model.backends import fused
 
     if name == "compiled":
