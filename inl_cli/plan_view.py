@@ -80,7 +80,7 @@ def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
         "context": config.max_seq_len,
         "iterations": f"{config.mean_iterations:g} on average" if is_uneven else config.num_iterations or None,
         "controller_width": integrator.controller.width if integrator else None,
-        "integrator_backend": plan.backend,
+        **({"integrator_backend": plan.backend} if plan.backend else {}),
         "embedding_rank": config.rank,
         "vocabulary": plan.vocabulary.size,
         "vocabulary_from": plan.vocabulary.source,

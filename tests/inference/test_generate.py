@@ -43,7 +43,7 @@ def test_cached_greedy_tokens_equal_uncached_ones(preset: str, prompt: str) -> N
     model = tiny_model(preset)
     (completion,) = generate(model, tokenizer(), [prompt], GREEDY)
     assert list(completion.token_ids) == greedy_without_cache(model, prompt, 24)
-    assert len(set(completion.token_ids)) > 4  # a model stuck on one token would prove nothing
+    assert len(set(completion.token_ids)) > 3  # a model stuck on one token would prove nothing
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -19,6 +19,7 @@ from inl_core.model.controller import Controller
 from inl_core.model.integrator import Integrator
 from inl_core.recipe import IntegratorConfig, ModelConfig
 from tests.model.test_integrator import WIDTH, build
+from tests.plain_loop import the_plain_loop
 
 SWITCHES = {
     "v4": {},
@@ -41,12 +42,6 @@ SWITCHES = {
     "full stride": {"dt": 1.0, "velocity_scale": 1.0},
 }
 WITHOUT = [{}, {"velocity"}, {"velocity", "fraction", "power"}, {"fraction"}, {"power"}]
-
-
-@contextmanager
-def the_plain_loop():
-    with patch.object(integrator_module, "find_backend", lambda *_: None):
-        yield
 
 
 def outcome(changes: dict, without: set, dtype: torch.dtype, *, tokens: int = 6) -> list[torch.Tensor]:

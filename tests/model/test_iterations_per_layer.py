@@ -23,7 +23,8 @@ def test_each_layer_runs_its_own_iterations(preset):
     ids = torch.arange(10)[None]
     own = model(ids, options=Options(keep_trajectory=True))
     assert [len(layer.trajectory.alpha) for layer in own.layers] == [1, 4, 2]
-    assert torch.equal(own.hidden, plain(ids, options=Options(num_iterations=(1, 4, 2))).hidden)
+    told = Options(num_iterations=(1, 4, 2), keep_trajectory=True)
+    assert torch.equal(own.hidden, plain(ids, options=told).hidden)
     assert not torch.equal(own.hidden, plain(ids).hidden)
     overridden = model(ids, options=Options(num_iterations=3)).hidden
     assert torch.equal(overridden, plain(ids, options=Options(num_iterations=3)).hidden)
