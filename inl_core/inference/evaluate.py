@@ -19,8 +19,7 @@ from torch import Tensor
 from inl_core.corpus.loader import Batch
 from inl_core.errors import ArtefactError
 from inl_core.model import IntegratorLanguageModel, Options
-
-_LOGIT_BYTES = 64 * 2**20
+from inl_core.model.vocabulary import logit_rows
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _score(
     valid = targets != -100
     hidden, wanted = output.hidden[valid], targets[valid]  # (N, D), (N,)
     sums = torch.zeros(6, dtype=torch.float64, device=device)
-    rows = max(1, _LOGIT_BYTES // (4 * model.vocab_size))
+    rows = logit_rows(model.vocab_size, device)
     for start in range(0, len(wanted), rows):
         part = wanted[start : start + rows]
         logits = model.logits(hidden[start : start + rows])

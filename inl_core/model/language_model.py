@@ -34,9 +34,8 @@ from inl_core.model.feed_forward import FeedForward
 from inl_core.model.initialisation import initialise
 from inl_core.model.integrator import Integrator, IntegratorOutput
 from inl_core.model.mixture import Experts, build_controller
+from inl_core.model.vocabulary import cross_entropy_sum
 from inl_core.recipe import ModelConfig
-
-_CHUNKED = nn.LinearCrossEntropyOptions()
 
 
 class Embedding(nn.Module):
@@ -260,14 +259,9 @@ class IntegratorLanguageModel(nn.Module):
         return F.linear(*self.head_factors(hidden)).float()
 
     def loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum over targets other than -100 of the cross-entropy in nats, without a (B, S, V) tensor.
-
-        The library's chunked linear_cross_entropy computes the gradients inside the forward pass, a few rows at a time.
-        """
+        """Sum over targets other than -100 of the cross-entropy in nats, without a (B, S, V) tensor."""
         z, weight = self.head_factors(hidden)
-        return F.linear_cross_entropy(
-            z.flatten(0, -2), weight, targets.flatten(), reduction="sum", ignore_index=-100, options=_CHUNKED
-        )
+        return cross_entropy_sum(z.flatten(0, -2), weight, targets.flatten())
 
 
 def _position_table(config: ModelConfig) -> Tensor:
