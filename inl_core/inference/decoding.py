@@ -53,13 +53,9 @@ class Decoder:
 
     def __init__(self, model: IntegratorLanguageModel, options: Options, *, compiled: bool = False) -> None:
         self.model, self.options = model, options
-        weight = model.embedding.table.weight
-        on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
         assert not isinstance(options.num_iterations, tuple)
         with torch.inference_mode():
-            self.packed = (
-                pack(model, options.num_iterations, column_major=on_cpu and not compiled) if can_pack(model) else None
-            )
+            self.packed = pack(model, options.num_iterations) if can_pack(model) else None
         self.is_compiled = compiled and self.packed is not None
         integrator = model.config.integrator
         threshold = integrator.early_stopping.convergence_threshold if integrator else 0.0

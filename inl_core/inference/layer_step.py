@@ -40,10 +40,28 @@ class Begun(NamedTuple):
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """x (B, in) -> (B, out)."""
+    if matrix.is_reordered:
+        product = torch.ops.inl.reordered_linear if torch.compiler.is_compiling() else _reordered_linear
+        return product(x, matrix.weight, matrix.bias)
     if not _as_sum(x):
-        return F.linear(x, *matrix)
-    product = (matrix.weight * x).sum(-1)[None]
-    return product if matrix.bias is None else product + matrix.bias
+        return F.linear(x, matrix.weight, matrix.bias)
+    total = (matrix.weight * x).sum(-1)[None]
+    return total if matrix.bias is None else total + matrix.bias
+
+
+def _reordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# The compiler takes oneDNN's own operation only with weights that are constants of what it compiles; under a name of
+# ours it calls it as it is.
+torch.library.define("inl::reordered_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("inl::reordered_linear", "CompositeExplicitAutograd", _reordered_linear)
+
+
+@torch.library.register_fake("inl::reordered_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:

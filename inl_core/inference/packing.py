@@ -1,5 +1,7 @@
 """A model's weights as decoding reads them: derived tensors computed once, matrices in the layout that reads fastest.
 
+- On a CPU that layout is oneDNN's, chosen by it for few rows: a token's products are little but the matrices' way from
+  memory, and MKL takes twice to three times as long on some processors (docs/performance.md). It is a copy.
 - Once a generation, not once a token: the controller's output matrix with each layer's modulation folded in, mu, the
   forcing of every iteration, rotary tables as wide as a head.
 - Plain tensors in named tuples, no modules: one compiled function serves every layer.
@@ -18,12 +20,18 @@ from inl_core.model.integrator import Integrator
 from inl_core.model.language_model import Block
 from inl_core.recipe import IntegratorConfig
 
+_FEWEST_REORDERED = 2**17
+"""Elements: 0.5 MB."""
+_ROWS_EXPECTED = 8
+"""oneDNN's layout for 1 row is bad for more; the one for 8 is good from 1 to 32."""
+
 
 class Matrix(NamedTuple):
-    """A linear map: weight (out, in), bias (out,) or None."""
+    """A linear map: weight (out, in), bias (out,) or None; `is_reordered`: the weight is in oneDNN's layout."""
 
     weight: Tensor
     bias: Tensor | None = None
+    is_reordered: bool = False
 
 
 class Norm(NamedTuple):
@@ -101,13 +109,11 @@ def can_pack(model: IntegratorLanguageModel) -> bool:
     return model.budget is None and (integrator is None or integrator.controller.experts == 1)
 
 
-def pack(model: IntegratorLanguageModel, num_iterations: int | None, *, column_major: bool) -> Packed:
+def pack(model: IntegratorLanguageModel, num_iterations: int | None) -> Packed:
     """The weights as they are now: a later change of the model is not seen.
 
     Args:
         num_iterations: T instead of the configured one.
-        column_major: keep a copy of the wide matrices by columns. With one row MKL reads these at twice the rate
-            (docs/performance.md); it costs their memory a second time.
     """
     assert can_pack(model)
     layers = tuple(
@@ -115,14 +121,13 @@ def pack(model: IntegratorLanguageModel, num_iterations: int | None, *, column_m
     )
     factored = model.head is None and model.embedding.project_up is not None
     up = model.embedding.project_up
-    packed = Packed(
+    return Packed(
         layers,
         _norm(model.norm_final),
         Matrix(up.weight.T.contiguous()) if factored and up is not None else None,
-        Matrix((model.head or model.embedding.table).weight),
+        _reorder(Matrix((model.head or model.embedding.table).weight)),
         _rotary(model.position_table) if model.config.positions == "rope" else None,
     )
-    return _by_columns(packed) if column_major else packed
 
 
 def _layer(block: nn.Module, shared: nn.Module | None, amplitude: Tensor, num_iterations: int | None) -> Layer:
@@ -130,8 +135,8 @@ def _layer(block: nn.Module, shared: nn.Module | None, amplitude: Tensor, num_it
     attention = block.attention
     return Layer(
         norm_attention=_norm(block.norm_attention),
-        query_key_value=_matrix(attention.query_key_value),
-        attention_output=_matrix(attention.output),
+        query_key_value=_reorder(_matrix(attention.query_key_value)),
+        attention_output=_reorder(_matrix(attention.output)),
         num_kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
         norm_state=_norm(block.norm_state) if block.norm_state else None,
@@ -168,7 +173,7 @@ def _dynamics(
 
 
 def _network(feed_forward: FeedForward) -> Network:
-    return Network(_matrix(feed_forward.up), _matrix(feed_forward.down), feed_forward.gated)
+    return Network(_reorder(_matrix(feed_forward.up)), _reorder(_matrix(feed_forward.down)), feed_forward.gated)
 
 
 def _matrix(linear: nn.Linear) -> Matrix:
@@ -188,17 +193,10 @@ def _rotary(table: Tensor) -> Tensor:
     return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
-def _by_columns(packed: Packed) -> Packed:
-    """The matrices with more outputs than inputs stored by columns; same shapes, same values."""
-    layers = (
-        layer._replace(
-            query_key_value=_columns(layer.query_key_value),
-            network=layer.network._replace(up=_columns(layer.network.up)),
-        )
-        for layer in packed.layers
-    )
-    return packed._replace(layers=tuple(layers), head=_columns(packed.head))
-
-
-def _columns(matrix: Matrix) -> Matrix:
-    return matrix._replace(weight=matrix.weight.T.contiguous().T)
+def _reorder(matrix: Matrix) -> Matrix:
+    """In oneDNN's layout, where it has one: large float32 matrices on a CPU. Small ones would not gain from it."""
+    weight = matrix.weight
+    has_layout = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not has_layout or weight.numel() < _FEWEST_REORDERED:
+        return matrix
+    return Matrix(torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED), matrix.bias, is_reordered=True)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from inl_core.inference import decoding
+from inl_core.inference import decoding, packing
 from inl_core.inference.decoding import Decoder
 from inl_core.inference.generate import GenerationSettings, generate
 from inl_core.inference.layer_step import Iterated
-from inl_core.inference.packing import can_pack
+from inl_core.inference.packing import can_pack, pack
 from inl_core.model import IntegratorLanguageModel, Options
 from tests.inference.tiny import tiny_model, tokenizer
 
@@ -52,8 +52,23 @@ def step_by_step(decoder: Decoder, ids: Tensor, *, prompt: int, padding: Tensor 
     return logits, torch.stack([predicted.iterations for predicted in found], dim=1)
 
 
+@pytest.fixture
+def reordering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix in oneDNN's layout, however small."""
+    monkeypatch.setattr(packing, "_FEWEST_REORDERED", 0)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_large_matrices_are_reordered_and_small_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_FEWEST_REORDERED", 32 * 300)
+    packed = pack(tiny_model("v4"), None)
+    assert packed.head.is_reordered
+    assert not packed.layers[0].attention_output.is_reordered
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("preset", "changes"), VARIANTS)
+@pytest.mark.usefixtures("reordering")
 @torch.no_grad()
 def test_a_step_at_a_time_gives_the_whole_text_s_logits(preset: str, changes: dict[str, Any], rows: int) -> None:
     model = tiny_model(preset, **changes)
@@ -139,7 +154,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("compiler", "reordering")
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("preset", ["v3", "v4", "transformer"])
 @torch.no_grad()
