@@ -1,0 +1,58 @@
+"""The loss over the vocabulary, forward and backward, by rows a chunk; turns in one process, medians.
+
+.venv/bin/python benchmarks/head.py
+.venv/bin/python benchmarks/head.py --rows 2048 --width 512 --vocab-size 50304 --threads 2
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from inl_core.model.vocabulary import logit_rows
+
+CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+def main() -> None:
+    """Print a line for each chunk, the library's own choice and the plain loss."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024, help="tokens of a batch")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=16_384)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=8)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    hidden = torch.randn(arguments.rows, arguments.width, requires_grad=True)
+    weight = (torch.randn(arguments.vocab_size, arguments.width) * 0.05).requires_grad_()
+    targets = torch.randint(arguments.vocab_size, (arguments.rows,))
+
+    def turn(options: nn.LinearCrossEntropyOptions | None) -> float:
+        start = time.perf_counter()
+        F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).backward()
+        hidden.grad = weight.grad = None
+        return time.perf_counter() - start
+
+    arms: dict[str, nn.LinearCrossEntropyOptions | None] = {
+        "no chunks": None,
+        "the library's own choice": nn.LinearCrossEntropyOptions(),
+    }
+    for rows in CHUNKS:
+        if rows <= arguments.rows:
+            arms[f"{rows} rows"] = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    seconds = {name: [turn(options)] for name, options in arms.items()}  # the first turn warms up
+    for _ in range(arguments.turns):
+        for name, options in arms.items():
+            seconds[name].append(turn(options))
+    for name, found in seconds.items():
+        print(f"{name:26} {1e3 * statistics.median(found[1:]):8.1f} ms")
+    print(f"inl's choice: {logit_rows(arguments.vocab_size, torch.device('cpu'))} rows")
+
+
+if __name__ == "__main__":
+    main()
