@@ -25,12 +25,14 @@ SIZE = f"{DIMENSIONS} --vocab-size 16384 --batch-size 4 --sequence-length 256"
 LARGE = f"{DIMENSIONS} --vocab-size 50304 --batch-size 4 --sequence-length 512"
 DECODE = f"{DIMENSIONS} --vocab-size 16384 --prompt-tokens 32 --new-tokens 256"
 EIGHT = "--against v4 --against-set model.integrator.num_iterations=8"
+NARROW = "model.integrator.controller.width=32"
 MEMORY = "--mode eager --no-parts --steps 1 --rounds 3"
 
 RUNS = {
     "train-v4-llama": f"train --preset v4 --iterations 2 {SIZE} --against llama",
     "train-v3-llama": f"train --preset v3 --iterations 5 {SIZE} --against llama --no-parts",
     "train-v4-transformer": f"train --preset v4 --iterations 2 {SIZE} --against transformer --no-parts",
+    "train-v4-narrow": f"train --preset v4 --iterations 2 --set {NARROW} {SIZE} --against transformer",
     "memory-v4-llama": f"train --preset v4 --iterations 2 {LARGE} --against llama --no-parts --steps 1 --rounds 3",
     "memory-iterations": f"train --preset v4 --iterations 2 {SIZE} {EIGHT} {MEMORY}",
     "memory-no-integrator": f"train --preset transformer --set model.feedforward_hidden=1344 {SIZE} {MEMORY}",
@@ -96,6 +98,7 @@ ROWS = (
     Row("training tokens/s, v4 T=2 / Llama", ("train-v4-llama",), speed_ratio, 0.95),
     Row("training tokens/s, v3 T=5 / Llama", ("train-v3-llama",), speed_ratio, 0.80),
     Row("training tokens/s, v4 T=2 / our Transformer", ("train-v4-transformer",), speed_ratio, 0.88),
+    Row("the same, controller of width 32", ("train-v4-narrow",), speed_ratio, 0.88),
     Row("peak training memory, v4 / Llama, V=50304, S=512", ("memory-v4-llama",), memory_ratio, 0.60, at_least=False),
     Row(
         "memory the integrator adds, T=8 / T=2",
@@ -108,6 +111,7 @@ ROWS = (
     Row("decode tokens/s, 32 + 256, batch 8, v4 / Llama", ("decode-8",), speed_ratio, 1.3),
     Row("decode tokens/s, cached / uncached, 256 new", ("decode-uncached",), speed_ratio, 6.0),
     Row("integrator's share of a v4 training step", ("train-v4-llama",), integrator_share, 0.15, False, "{:.1%}"),
+    Row("the same, controller of width 32", ("train-v4-narrow",), integrator_share, 0.15, False, "{:.1%}"),
     Row("GEMM utilisation of a v4 training step", ("train-v4-llama",), utilisation, 0.65, form="{:.1%}"),
 )
 
