@@ -140,7 +140,7 @@ def early_stopping(arguments: argparse.Namespace) -> None:
         ids = text[:1, :32].repeat(rows, 1)
 
         def run(stopping: bool, ids: torch.Tensor = ids) -> float:
-            decoder = Decoder(model, Options(early_stopping=stopping))
+            decoder = Decoder(model, Options(early_stopping=stopping), rows=len(ids))
             used, tokens = 0.0, text[0, 32:].tolist()
             with torch.inference_mode():
                 cache = decoder.new_cache(len(ids), 32 + len(tokens))

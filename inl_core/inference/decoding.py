@@ -1,6 +1,6 @@
 """One token a row: the model's forward pass as functions over packed weights, eager or compiled.
 
-    decoder = Decoder(model, options)
+    decoder = Decoder(model, options, rows=len(ids))
     prompt = decoder.prefill(ids, cache)            # all tokens of the prompts, in one pass
     step = decoder.step(tokens, cache)              # one token a row
     logits = decoder.logits(step.hidden)
@@ -48,14 +48,15 @@ class Decoder:
 
     Args:
         options: iterations and early stopping.
+        rows: the largest batch it will run; the weights are laid out for it.
         compiled: let torch.compile generate the step's kernels at the first token; that takes tens of seconds.
     """
 
-    def __init__(self, model: IntegratorLanguageModel, options: Options, *, compiled: bool = False) -> None:
+    def __init__(self, model: IntegratorLanguageModel, options: Options, *, rows: int, compiled: bool = False) -> None:
         self.model, self.options = model, options
         assert not isinstance(options.num_iterations, tuple)
         with torch.inference_mode():
-            self.packed = pack(model, options.num_iterations) if can_pack(model) else None
+            self.packed = pack(model, options.num_iterations, rows=rows, compiled=compiled) if can_pack(model) else None
         self.is_compiled = compiled and self.packed is not None
         integrator = model.config.integrator
         threshold = integrator.early_stopping.convergence_threshold if integrator else 0.0

@@ -213,7 +213,8 @@ def _complete_all(
     model.eval()
     try:
         options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
-        decoder = Decoder(model, options, compiled=settings.compiled)
+        most = min(settings.batch_size, len(rows))
+        decoder = Decoder(model, options, rows=most, compiled=settings.compiled)
         for first in range(0, len(rows), settings.batch_size):
             yield from _complete(decoder, tokenizer, rows[first : first + settings.batch_size], settings)
     finally:

@@ -2,12 +2,14 @@
 
 - On a CPU that layout is oneDNN's, chosen by it for few rows: a token's products are little but the matrices' way from
   memory, and MKL takes twice to three times as long on some processors (docs/performance.md). It is a copy.
+- A compiled step of one row takes the matrices as they are: what the compiler makes of them reads faster still.
 - Once a generation, not once a token: the controller's output matrix with each layer's modulation folded in, mu, the
   forcing of every iteration, rotary tables as wide as a head.
 - Plain tensors in named tuples, no modules: one compiled function serves every layer.
 - Legend: D d_model, F head size, C controller width, V vocabulary, T iterations, G output groups, M positions.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,9 @@ class Matrix(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
     is_reordered: bool = False
+
+
+_Layout = Callable[[Matrix], Matrix]
 
 
 class Norm(NamedTuple):
@@ -109,15 +114,18 @@ def can_pack(model: IntegratorLanguageModel) -> bool:
     return model.budget is None and (integrator is None or integrator.controller.experts == 1)
 
 
-def pack(model: IntegratorLanguageModel, num_iterations: int | None) -> Packed:
+def pack(model: IntegratorLanguageModel, num_iterations: int | None, *, rows: int, compiled: bool = False) -> Packed:
     """The weights as they are now: a later change of the model is not seen.
 
     Args:
         num_iterations: T instead of the configured one.
+        rows: the largest batch they are for; other batches only take longer.
+        compiled: for functions that torch.compile takes.
     """
     assert can_pack(model)
+    reorder = _as_it_is if compiled and rows == 1 else _reorder
     layers = tuple(
-        _layer(block, model.controller, model.excitation_amplitude, num_iterations) for block in model.blocks
+        _layer(block, model.controller, model.excitation_amplitude, num_iterations, reorder) for block in model.blocks
     )
     factored = model.head is None and model.embedding.project_up is not None
     up = model.embedding.project_up
@@ -125,25 +133,27 @@ def pack(model: IntegratorLanguageModel, num_iterations: int | None) -> Packed:
         layers,
         _norm(model.norm_final),
         Matrix(up.weight.T.contiguous()) if factored and up is not None else None,
-        _reorder(Matrix((model.head or model.embedding.table).weight)),
+        reorder(Matrix((model.head or model.embedding.table).weight)),
         _rotary(model.position_table) if model.config.positions == "rope" else None,
     )
 
 
-def _layer(block: nn.Module, shared: nn.Module | None, amplitude: Tensor, num_iterations: int | None) -> Layer:
+def _layer(
+    block: nn.Module, shared: nn.Module | None, amplitude: Tensor, num_iterations: int | None, reorder: _Layout
+) -> Layer:
     assert isinstance(block, Block)
     attention = block.attention
     return Layer(
         norm_attention=_norm(block.norm_attention),
-        query_key_value=_reorder(_matrix(attention.query_key_value)),
-        attention_output=_reorder(_matrix(attention.output)),
+        query_key_value=reorder(_matrix(attention.query_key_value)),
+        attention_output=reorder(_matrix(attention.output)),
         num_kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
         norm_state=_norm(block.norm_state) if block.norm_state else None,
         dynamics=_dynamics(block.integrator, shared, amplitude, num_iterations) if block.integrator else None,
         gain=block.layer_gain,
         norm_feed_forward=_norm(block.norm_feed_forward) if block.norm_feed_forward else None,
-        network=_network(block.feed_forward),
+        network=_network(block.feed_forward, reorder),
     )
 
 
@@ -172,8 +182,8 @@ def _dynamics(
     )
 
 
-def _network(feed_forward: FeedForward) -> Network:
-    return Network(_reorder(_matrix(feed_forward.up)), _reorder(_matrix(feed_forward.down)), feed_forward.gated)
+def _network(feed_forward: FeedForward, reorder: _Layout) -> Network:
+    return Network(reorder(_matrix(feed_forward.up)), reorder(_matrix(feed_forward.down)), feed_forward.gated)
 
 
 def _matrix(linear: nn.Linear) -> Matrix:
@@ -191,6 +201,10 @@ def _norm(norm: nn.Module) -> Norm:
 def _rotary(table: Tensor) -> Tensor:
     cos, sin = table
     return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+
+
+def _as_it_is(matrix: Matrix) -> Matrix:
+    return matrix
 
 
 def _reorder(matrix: Matrix) -> Matrix:

@@ -61,7 +61,7 @@ def _continue(
     nothing = torch.empty(0, dtype=torch.long, device=ids.device)
     sampler = Sampler(settings, banned=nothing, prompts=ids, vocab_size=model.vocab_size)
     rows = [random.Random(f"{settings.seed}/{row}") for row in range(ids.shape[0])]
-    decoder = Decoder(model, Options(), compiled=settings.compiled) if use_cache else None
+    decoder = Decoder(model, Options(), rows=len(ids), compiled=settings.compiled) if use_cache else None
     cache = decoder.new_cache(ids.shape[0], ids.shape[1] + settings.max_new_tokens - 1) if decoder else None
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     chosen = None

@@ -61,9 +61,11 @@ def reordering(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_large_matrices_are_reordered_and_small_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "_FEWEST_REORDERED", 32 * 300)
-    packed = pack(tiny_model("v4"), None)
+    packed = pack(tiny_model("v4"), None, rows=1)
     assert packed.head.is_reordered
     assert not packed.layers[0].attention_output.is_reordered
+    assert pack(tiny_model("v4"), None, rows=2, compiled=True).head.is_reordered
+    assert not pack(tiny_model("v4"), None, rows=1, compiled=True).head.is_reordered
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -74,7 +76,7 @@ def test_a_step_at_a_time_gives_the_whole_text_s_logits(preset: str, changes: di
     model = tiny_model(preset, **changes)
     ids = random_ids(model, rows, 12)
     assert can_pack(model)
-    found, _ = step_by_step(Decoder(model, Options(early_stopping=False)), ids, prompt=5)
+    found, _ = step_by_step(Decoder(model, Options(early_stopping=False), rows=rows), ids, prompt=5)
     whole = model.logits(model(ids, options=Options(early_stopping=False)).hidden[:, 4:])
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
     assert torch.equal(found.argmax(-1), whole.argmax(-1))
@@ -86,7 +88,7 @@ def test_what_cannot_be_packed_is_the_model_s_own_step(changes: dict[str, Any]) 
     model = tiny_model("v4", **changes)
     ids = random_ids(model, 2, 9)
     assert not can_pack(model)
-    found, _ = step_by_step(Decoder(model, Options(), compiled=True), ids, prompt=5)
+    found, _ = step_by_step(Decoder(model, Options(), rows=len(ids), compiled=True), ids, prompt=5)
     torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
 
 
@@ -95,7 +97,7 @@ def test_what_cannot_be_packed_is_the_model_s_own_step(changes: dict[str, Any]) 
 def test_a_padded_row_s_logits_are_the_row_s_alone(positions: str) -> None:
     model = tiny_model("v4", positions=positions)
     ids, padding = random_ids(model, 3, 12), torch.tensor([0, 4, 2])
-    found, _ = step_by_step(Decoder(model, Options()), ids, prompt=6, padding=padding)
+    found, _ = step_by_step(Decoder(model, Options(), rows=len(ids)), ids, prompt=6, padding=padding)
     for row, skipped in enumerate(padding.tolist()):
         alone = model.logits(model(ids[row : row + 1, skipped:]).hidden[0, 5 - skipped :])
         torch.testing.assert_close(found[row], alone, atol=1e-5, rtol=1e-5)
@@ -115,7 +117,7 @@ def stopping_model(preset: str, min_iterations: int) -> IntegratorLanguageModel:
 def test_tokens_stop_where_the_model_s_own_integrator_stops_them(preset: str, min_iterations: int, rows: int) -> None:
     model = stopping_model(preset, min_iterations)
     ids = random_ids(model, rows, 24)
-    found, used = step_by_step(Decoder(model, Options()), ids, prompt=4)
+    found, used = step_by_step(Decoder(model, Options(), rows=len(ids)), ids, prompt=4)
     whole = model(ids)
     torch.testing.assert_close(found, model.logits(whole.hidden[:, 3:]), atol=1e-6, rtol=1e-6)
     assert torch.equal(used, whole.iterations()[:, 3:])
@@ -132,7 +134,7 @@ def test_a_single_row_runs_no_iteration_after_it_has_stopped(monkeypatch: pytest
     monkeypatch.setattr(decoding, "integrator_step", counted)
     model = stopping_model("v4", 1)
     ids = random_ids(model, 1, 24)
-    _, used = step_by_step(Decoder(model, Options()), ids, prompt=4)
+    _, used = step_by_step(Decoder(model, Options(), rows=len(ids)), ids, prompt=4)
     assert len(calls) == int(used[:, 1:].sum() * 2)  # two layers
     assert len(calls) < 20 * 2 * 6
 
@@ -140,7 +142,7 @@ def test_a_single_row_runs_no_iteration_after_it_has_stopped(monkeypatch: pytest
 def test_the_packed_weights_do_not_change_the_model() -> None:
     model = tiny_model("v4")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    step_by_step(Decoder(model, Options()), random_ids(model, 1, 9), prompt=4)
+    step_by_step(Decoder(model, Options(), rows=1), random_ids(model, 1, 9), prompt=4)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -161,7 +163,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_compiled_step_is_the_model_s_and_compiles_nothing_after_its_first_token(preset: str, rows: int) -> None:
     model = tiny_model(preset, **CHANGES[preset])
     ids = random_ids(model, rows, 24)
-    decoder = Decoder(model, Options(), compiled=True)
+    decoder = Decoder(model, Options(), rows=len(ids), compiled=True)
     step_by_step(decoder, ids[:, :6], prompt=5)
     with torch.compiler.set_stance("fail_on_recompile"):
         found, _ = step_by_step(decoder, ids, prompt=5)
@@ -173,7 +175,7 @@ def test_the_compiled_step_is_the_model_s_and_compiles_nothing_after_its_first_t
 def test_compiled_and_stopping_early_compiles_nothing_after_its_first_token() -> None:
     model = stopping_model("v4", 1)
     ids = random_ids(model, 1, 24)
-    decoder = Decoder(model, Options(), compiled=True)
+    decoder = Decoder(model, Options(), rows=len(ids), compiled=True)
     step_by_step(decoder, ids[:, :6], prompt=5)
     with torch.compiler.set_stance("fail_on_recompile"):
         found, used = step_by_step(decoder, ids, prompt=5)
