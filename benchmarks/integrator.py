@@ -7,7 +7,7 @@
 - Kept: bytes that autograd holds between the passes, inputs included. Peak: what the process (or the GPU) needs above
   its level before the first call, each backend in a process of its own; of `--memory-tokens`, enough to stand above
   what importing torch once needed.
-- `--growth` also gives both at T=8 over T=2, the issue's bound of 1.1 for the activations.
+- `--growth` also gives both at T=8 over T=2, the requirement for activations is 1.1.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Causal attention: norms, rotary positions, grouped queries, and the key-value cache.
+"""Causal attention: rotary positions, grouped queries, and the key-value cache.
 
 - Legend: B batch, S sequence, D d_model, H query heads, K key-value heads, F head size, M cache slots.
 - `scaled_dot_product_attention` does the work; who sees whom is decided once per forward pass, in `AttentionPlan`, for
@@ -17,13 +17,6 @@ from torch import Tensor, nn
 from inl_core.recipe import ModelConfig
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
-    """The configuration's norm over D."""
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
-
-
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, F/2), of position * theta^(-2i/F) (RoFormer, arXiv 2104.09864)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -39,7 +32,7 @@ def sinusoidal_table(length: int, d_model: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + F/2) of x (B, heads, S, F) by the angles in cos, sin (..., S, F/2)."""
+    """Rotate pairs (i, i + F/2) of x (B, S, heads, F) by the angles in cos, sin (..., S, 1, F/2)."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -122,23 +115,24 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.key_value_heads, config.head_dim
-        kv_dim = self.num_kv_heads * self.head_dim
-        self.splits = (config.d_model, kv_dim, kv_dim)
-        self.query_key_value = nn.Linear(config.d_model, sum(self.splits), bias=config.bias)
+        kv_width = self.num_kv_heads * self.head_dim
+        self.query_key_value = nn.Linear(config.d_model, config.d_model + 2 * kv_width, bias=config.bias)
         self.output = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(
         self, x: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        """x (B, S, D) -> (B, S, D); `rotary` is (cos, sin) at the plan's positions, None without rotary positions."""
-        batch, length, _ = x.shape
-        query, key, value = (
-            part.view(batch, length, -1, self.head_dim).transpose(1, 2)
-            for part in self.query_key_value(x).split(self.splits, dim=-1)
-        )
+        """x (B, S, D) -> (B, S, D); `rotary` is (cos, sin), ((B,) S, 1, F/2) at the plan's positions, or None."""
+        batch, length, width = x.shape
+        kv_width = self.num_kv_heads * self.head_dim
+        query_key, value = self.query_key_value(x).split((width + kv_width, kv_width), dim=-1)
+        query_key, value = (part.view(batch, length, -1, self.head_dim) for part in (query_key, value))
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        query, key = query.to(value.dtype), key.to(value.dtype)
+            query_key = rotate(query_key, *rotary).to(value.dtype)
+            value = value.clone()  # or autograd would keep all that it is a slice of
+        # Heads stay side by side in memory, in the output as in the query.
+        query, key = query_key.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
+        value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.store(layer, key.to(cache.keys.dtype), value.to(cache.values.dtype))
             query = query.to(key.dtype)

@@ -1,9 +1,18 @@
 """The feed-forward network: SwiGLU (arXiv 2002.05202) or GELU."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from inl_core.model.by_rows import add_product, matrix_dtype, row_chunks
 from inl_core.recipe import ModelConfig
+
+_CHUNK_BYTES = 4 * 2**20
+"""Of one (n, H) tensor on a CPU."""
 
 
 class FeedForward(nn.Module):
@@ -18,7 +27,64 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """down(silu(gate x) * up x), or down(gelu(up x))."""
-        if not self.gated:
-            return self.down(F.gelu(self.up(x)))
-        gate, up = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        up = self.up(x)
+        return gated_down(up, self.down) if self.gated else self.down(F.gelu(up))
+
+
+def gated_down(gate_up: Tensor, down: nn.Linear) -> Tensor:
+    """down(silu(gate) * up) of [gate | up] (..., 2H): (..., D)."""
+    # The compiler fuses the plain operations and chooses what to keep; the meta device has no autocast.
+    if torch.compiler.is_compiling() or gate_up.is_meta:
+        return plain_gated_down(gate_up, down)
+    product = GatedDown.apply(gate_up.flatten(0, -2), down.weight, matrix_dtype(gate_up))
+    product = product.view(*gate_up.shape[:-1], -1)
+    return product if down.bias is None else product + down.bias.to(product.dtype)
+
+
+def plain_gated_down(gate_up: Tensor, down: nn.Linear) -> Tensor:
+    """`gated_down` as autograd differentiates it."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return down(F.silu(gate) * up)
+
+
+class GatedDown(torch.autograd.Function):
+    """([gate | up] (N, 2H), weight (D, H), the product's precision) -> (silu(gate) * up) weight^T, (N, D).
+
+    Keeps what it is given: half of what autograd keeps for the plain operations, at the price of computing the
+    products again. Both passes go over the tokens a few rows at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(gate_up, weight)
+        ctx.dtype = dtype
+        weight = weight.to(dtype)
+        out = gate_up.new_empty(len(gate_up), len(weight), dtype=dtype)
+        with torch.autocast(gate_up.device.type, enabled=False):
+            for where in _chunks(gate_up):
+                gate, up = gate_up[where].chunk(2, dim=-1)
+                out[where] = (F.silu(gate) * up).to(dtype) @ weight.T
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of [gate | up] and of the weight, which is summed in its own precision."""
+        gate_up, weight = ctx.saved_tensors
+        low = weight.to(ctx.dtype)
+        grad_gate_up, grad_weight = torch.empty_like(gate_up), torch.zeros_like(weight)
+        with torch.autocast(gate_up.device.type, enabled=False):
+            for where in _chunks(gate_up):
+                gate, up = gate_up[where].chunk(2, dim=-1)
+                grad_gate, grad_up = grad_gate_up[where].chunk(2, dim=-1)
+                activated = F.silu(gate)
+                grad_product = (grad[where] @ low).to(gate_up.dtype)
+                torch.mul(grad_product, activated, out=grad_up)
+                grad_gate.copy_(torch.ops.aten.silu_backward(grad_product.mul_(up), gate))
+                add_product(grad_weight, grad[where].T, activated.mul_(up).to(ctx.dtype))
+        return grad_gate_up, grad_weight, None
+
+
+def _chunks(gate_up: Tensor) -> Iterator[slice]:
+    return row_chunks(gate_up, gate_up.shape[1] // 2, _CHUNK_BYTES)

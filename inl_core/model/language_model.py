@@ -22,7 +22,6 @@ from inl_core.model.attention import (
     Attention,
     AttentionPlan,
     KVCache,
-    build_norm,
     plan_attention,
     rotary_tables,
     sinusoidal_table,
@@ -34,6 +33,7 @@ from inl_core.model.feed_forward import FeedForward
 from inl_core.model.initialisation import initialise
 from inl_core.model.integrator import Integrator, IntegratorOutput
 from inl_core.model.mixture import Experts, build_controller
+from inl_core.model.norms import build_norm
 from inl_core.model.vocabulary import cross_entropy_sum
 from inl_core.recipe import ModelConfig
 
@@ -233,8 +233,8 @@ class IntegratorLanguageModel(nn.Module):
         x = self.embedding(ids)
         rotary = None
         if self.config.positions == "rope":
-            cos, sin = self.position_table[:, plan.positions]  # (S, F/2) or (B, S, F/2)
-            rotary = (cos, sin) if cos.dim() == 2 else (cos[:, None], sin[:, None])
+            cos, sin = self.position_table[:, plan.positions].unsqueeze(-2)  # ((B,) S, 1, F/2)
+            rotary = (cos, sin)
         else:
             x = x + self.position_table[plan.positions]
         velocity, outputs = None, []

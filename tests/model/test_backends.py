@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from inl_core.model import IntegratorLanguageModel
+from inl_core.model import IntegratorLanguageModel, by_rows
 from inl_core.model import integrator as integrator_module
 from inl_core.model.backends import compiled, fused, select
 from inl_core.model.backends.rule import Inputs, Rule
@@ -138,7 +138,7 @@ def test_gradients_equal_finite_differences(kappa, beta_max, activation, power, 
 def test_chunks_do_not_change_a_gradient(monkeypatch):
     whole = outcome({}, set(), torch.float64, tokens=120)
     monkeypatch.setattr(fused, "_CHUNK_BYTES", 8 * 8 * 17)
-    monkeypatch.setattr(fused, "_MOST_CHUNKS", 1000)
+    monkeypatch.setattr(by_rows, "_MOST_CHUNKS", 1000)
     assert len(list(fused.chunks(torch.empty(120, 8, dtype=torch.float64)))) == 8
     for one, other in zip(whole, outcome({}, set(), torch.float64, tokens=120), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

@@ -55,9 +55,16 @@ CASES = {
     "every loss, accumulation, moving mu": (LOSSES, 1e-5),
     "experts, balance, budgets": (EXPERTS, 1e-4),
 }
+_QUICK = "every loss, accumulation, moving mu"
 
 
-@pytest.mark.parametrize(("changes", "tolerance"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        pytest.param(*case, id=name, marks=() if name == _QUICK else pytest.mark.slow)  # 20 seconds each
+        for name, case in CASES.items()
+    ],
+)
 def test_two_ranks_give_the_loss_curve_of_one_process(recipe_file, tmp_path, changes, tolerance):
     recipe = recipe_file(**changes)
     single = run_inl("train", recipe, "--run-dir", "one", "--json", cwd=tmp_path)

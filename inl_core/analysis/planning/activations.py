@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from inl_core.model import IntegratorLanguageModel, Options
+from inl_core.model import IntegratorLanguageModel, Options, by_rows
 from inl_core.model import integrator as integrator_module
-from inl_core.model.backends import fused
 from inl_core.model.budget import Budget, LayerBudget
 from inl_core.model.mixture import Routing, Share
 from inl_core.recipe import ModelConfig, TrainingSettings
@@ -98,7 +97,7 @@ def recompute(blocks: nn.ModuleList, mode: Recomputation) -> None:
     prepare_blocks(blocks, TrainingSettings(steps=1, recomputation=mode))
 
 
-def saved_bytes(model: IntegratorLanguageModel, forward: Callable[[], None]) -> list[int]:
+def saved_bytes(model: nn.Module, forward: Callable[[], None]) -> list[int]:
     """Sizes of the distinct storages that autograd saves while `forward()` runs, the parameters' own left out."""
     sizes: dict[int, int] = {}
     alive = [parameter.untyped_storage() for parameter in model.parameters()]  # held: an identity must stay taken
@@ -155,7 +154,7 @@ def _without_values(top_k: int) -> Iterator[None]:
     with (
         patch.object(Budget, "forward", _even_budget),
         patch.object(integrator_module, "shares", partial(_even_shares, top_k)),
-        patch.object(fused, "_MOST_CHUNKS", 1),  # what is kept is the same, and tracing costs as much for few rows
+        patch.object(by_rows, "_MOST_CHUNKS", 1),  # what is kept is the same, and tracing costs as much for few rows
     ):
         yield
 

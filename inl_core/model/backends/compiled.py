@@ -18,7 +18,8 @@ from torch import Tensor
 from torch._dynamo.decorators import maybe_mark_dynamic
 from torch.utils.checkpoint import checkpoint
 
-from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule, matrix_dtype, speed_weights
+from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule, speed_weights
+from inl_core.model.by_rows import matrix_dtype
 
 _TOKEN_TENSORS = ("x", "v", "hoisted", "candidate")
 

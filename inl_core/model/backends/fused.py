@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.backends import steps
-from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule, matrix_dtype, speed_weights
+from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule, speed_weights
+from inl_core.model.by_rows import add_product, matrix_dtype, row_chunks
 
 _CHUNK_BYTES = 1024 * 1024
 """Of one (n, D) tensor on a CPU; some ten of them are in use at a time."""
-_MOST_CHUNKS = 64
 _KEPT_ITERATIONS = 2
 
 
@@ -39,13 +39,8 @@ def run(rule: Rule, inputs: Inputs) -> Result:
 
 
 def chunks(x: Tensor) -> Iterator[slice]:
-    """Rows of x (N, D) that are worked on together; a GPU takes all at once."""
-    count = x.shape[0]
-    rows = max(count, 1)
-    if x.device.type == "cpu":
-        rows = max(16, _CHUNK_BYTES // (x.shape[1] * x.element_size()), -(-count // _MOST_CHUNKS))
-    for start in range(0, count, rows):
-        yield slice(start, min(start + rows, count))
+    """Rows of x (N, D) that are worked on together."""
+    return row_chunks(x, x.shape[1], _CHUNK_BYTES)
 
 
 def _rows(tensor: Tensor | None, where: slice, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -233,13 +228,13 @@ class _Backward:
         activate, derive = ACTIVATIONS[self.rule.activation]
         _accumulate(self.grad_bias, outputs.sum(0))
         outputs = outputs.to(self.dtype)
-        _accumulate_product(self.grad_outer, activate(u).T, outputs)
+        add_product(self.grad_outer, activate(u).T, outputs)
         grad_u = derive(outputs @ weights.outer, u)
-        _accumulate_product(self.grad_inner[:, :dim], grad_u.T, x.to(self.dtype))
-        _accumulate_product(grad_x, grad_u, weights.inner_x)
+        add_product(self.grad_inner[:, :dim], grad_u.T, x.to(self.dtype))
+        add_product(grad_x, grad_u, weights.inner_x)
         if v is not None:
-            _accumulate_product(self.grad_inner[:, dim:], grad_u.T, v.to(self.dtype))
-            _accumulate_product(grad_v, grad_u, weights.inner_v)
+            add_product(self.grad_inner[:, dim:], grad_u.T, v.to(self.dtype))
+            add_product(grad_v, grad_u, weights.inner_v)
         return grad_u
 
     def _loss_gradients(
@@ -281,11 +276,3 @@ class _Backward:
 
 def _accumulate(total: Tensor, part: Tensor) -> None:
     total.add_(part.to(total.dtype))
-
-
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right; in one operation where the precisions agree, and never summed in the lower one."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)

@@ -65,12 +65,6 @@ def speed_weights(num_iterations: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def matrix_dtype(x: Tensor) -> torch.dtype:
-    """The precision of the matrix products: autocast's where it is on, else the state's."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 ACTIVATIONS = {
     "relu": (torch.relu, lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0)),
     "gelu": (torch.nn.functional.gelu, torch.ops.aten.gelu_backward),

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from inl_core.model.backends import fused
 from inl_core.model.backends import triton_kernel as kernel
-from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule, matrix_dtype
+from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule
+from inl_core.model.by_rows import matrix_dtype
 
 _ACTIVATIONS = {"relu": 0, "silu": 1, "tanh": 2}
 _TOKENS_AT_ONCE = 16_384

@@ -1,0 +1,54 @@
+"""Norms over the model's width D.
+
+- On a CPU the library's layer norm is one operation, and its RMS norm a row of them whose tensors autograd keeps: five
+  times the time (docs/performance.md). `FusedRMS` therefore takes the layer norm's backward pass and corrects it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from inl_core.recipe import ModelConfig
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The configuration's norm over D."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467): the library's, with a faster way on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        has_form = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
+        if not has_form or self.eps is None or torch.compiler.is_compiling():  # the compiler fuses the library's itself
+            return super().forward(x)
+        return FusedRMS.apply(x, self.weight, self.eps)
+
+
+class FusedRMS(torch.autograd.Function):
+    """(x (..., D), weight (D,), eps) -> (..., D); keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The norm."""
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The layer norm's gradient at mean 0, less what its mean would take from x's: scale * mean(grad * weight)."""
+        x, scale, weight = ctx.saved_tensors
+        dim = x.shape[-1]
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [dim], torch.zeros_like(scale), scale, weight, None, [True, True, False]
+        )
+        return grad_x.add_((grad @ weight).unsqueeze(-1).mul_(scale).div_(dim)), grad_weight, None
