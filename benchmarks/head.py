@@ -7,18 +7,20 @@
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from inl_core.model.vocabulary import logit_rows
+from inl_core.model.vocabulary import cross_entropy_sum, logit_rows
 
 CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
 
 
 def main() -> None:
-    """Print a line for each chunk, the library's own choice and the plain loss."""
+    """Print a line for each chunk of torch's loss, its own choice, the plain loss, and the loss `inl` trains with."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1024, help="tokens of a batch")
     parser.add_argument("--width", type=int, default=512)
@@ -32,26 +34,30 @@ def main() -> None:
     weight = (torch.randn(arguments.vocab_size, arguments.width) * 0.05).requires_grad_()
     targets = torch.randint(arguments.vocab_size, (arguments.rows,))
 
-    def turn(options: nn.LinearCrossEntropyOptions | None) -> float:
+    def turn(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> float:
         start = time.perf_counter()
-        F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options).backward()
+        loss(hidden, weight, targets).backward()
         hidden.grad = weight.grad = None
         return time.perf_counter() - start
 
-    arms: dict[str, nn.LinearCrossEntropyOptions | None] = {
-        "no chunks": None,
-        "the library's own choice": nn.LinearCrossEntropyOptions(),
+    arms: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "torch, no chunks": _torch(None),
+        "torch, its own choice": _torch(nn.LinearCrossEntropyOptions()),
     }
     for rows in CHUNKS:
         if rows <= arguments.rows:
-            arms[f"{rows} rows"] = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-    seconds = {name: [turn(options)] for name, options in arms.items()}  # the first turn warms up
+            arms[f"torch, {rows} rows"] = _torch(nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
+    arms[f"inl, {logit_rows(arguments.vocab_size, torch.device('cpu'))} rows"] = cross_entropy_sum
+    seconds = {name: [turn(loss)] for name, loss in arms.items()}  # the first turn warms up
     for _ in range(arguments.turns):
-        for name, options in arms.items():
-            seconds[name].append(turn(options))
+        for name, loss in arms.items():
+            seconds[name].append(turn(loss))
     for name, found in seconds.items():
-        print(f"{name:26} {1e3 * statistics.median(found[1:]):8.1f} ms")
-    print(f"inl's choice: {logit_rows(arguments.vocab_size, torch.device('cpu'))} rows")
+        print(f"{name:24} {1e3 * statistics.median(found[1:]):8.1f} ms")
+
+
+def _torch(options: nn.LinearCrossEntropyOptions | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return partial(F.linear_cross_entropy, reduction="sum", options=options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,23 @@
 """The cross-entropy over the vocabulary, a few rows at a time: no (B, S, V) tensor exists, in training or evaluation.
 
-- Legend: N tokens, V vocabulary size, R width of the head's factors.
+- The library's chunked loss computes the gradients inside the forward pass. Its backward pass then makes zeros as large
+  as the head's matrix for an output that nobody uses, while every activation is still held. `ChunkedCrossEntropy` does
+  not, and goes over the logits four times where the library goes eight (docs/performance.md, "The head"). It is for one
+  precision on a CPU; mixed precisions and GPUs are the library's.
+- Legend: N tokens, n rows of a chunk, V vocabulary size, R width of the head's factors.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from inl_core.model.by_rows import matrix_dtype
+
+IGNORED = -100
+"""The target of a token that does not count."""
 
 _CHUNK_BYTES = {"cpu": 8 * 2**20}
 _OTHER_CHUNK_BYTES = 256 * 2**20
@@ -23,11 +35,62 @@ def logit_rows(vocab_size: int, device: torch.device) -> int:
 def cross_entropy_sum(z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over targets other than -100 of the cross-entropy in nats of logits z W^T.
 
-    The library computes the gradients inside the forward pass, chunk by chunk. Its own choice of chunk is smaller than
-    a CPU wants: 16 rows where 256 take a third of the time.
-
     Args:
         z: (N, R).  weight: W (V, R).  targets: (N,).
     """
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=logit_rows(weight.shape[0], z.device))
-    return F.linear_cross_entropy(z, weight, targets, reduction="sum", ignore_index=-100, options=options)
+    rows = logit_rows(weight.shape[0], z.device)
+    if z.device.type == "cpu" and z.dtype == weight.dtype == matrix_dtype(z) and z.dtype.itemsize >= 4:
+        return ChunkedCrossEntropy.apply(z, weight, targets, rows, torch.is_grad_enabled())
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    return F.linear_cross_entropy(z, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """(z (N, R), W (V, R), targets (N,), n, whether to differentiate) -> the sum of the cross-entropies in nats.
+
+    The gradients are computed with the loss and handed out once: a second backward pass through it fails.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, targets: Tensor, rows: int, differentiate: bool) -> Tensor:
+        """The loss; keeps the gradients, (N, R) and (V, R), where they are asked for."""
+        wants_z, wants_weight = (differentiate and wanted for wanted in ctx.needs_input_grad[:2])
+        grad_z = torch.empty_like(z) if wants_z else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        buffer = z.new_empty(min(rows, len(z)), len(weight))
+        loss = z.new_zeros(())
+        for start in range(0, len(z), rows):
+            where = slice(start, start + rows)
+            counted = (targets[where] != IGNORED).unsqueeze(1)  # (n, 1)
+            target = targets[where].clamp(min=0).unsqueeze(1)
+            logits = torch.mm(z[where], weight.T, out=buffer[: len(target)])
+            loss += (_softmax(logits, target) * counted).sum()
+            logits.scatter_add_(1, target, logits.new_full((1, 1), -1.0).expand(len(target), 1))  # p - onehot
+            if grad_z is not None:
+                torch.mm(logits, weight, out=grad_z[where]).mul_(counted)
+            if grad_weight is not None:
+                grad_weight.addmm_(logits.T, z[where] * counted)
+        ctx.grad_z, ctx.grad_weight = grad_z, grad_weight
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """The kept gradients times the loss's, which are then gone."""
+        if not hasattr(ctx, "grad_z"):
+            raise RuntimeError("the chunked loss hands its gradients out once: compute it again for another backward()")
+        grad_z, grad_weight = (None if kept is None else kept.mul_(grad) for kept in (ctx.grad_z, ctx.grad_weight))
+        del ctx.grad_z, ctx.grad_weight
+        return grad_z, grad_weight, None, None, None
+
+
+def _softmax(logits: Tensor, target: Tensor) -> Tensor:
+    """Logits (n, V) become probabilities in place; the cross-entropy of target (n, 1) comes back, (n, 1).
+
+    log sum exp is the largest logit less the logarithm of its probability, which is never below 1/V: a target's own
+    probability may be zero in this precision, and its logarithm infinite.
+    """
+    largest, place = logits.max(-1, keepdim=True)
+    of_target = logits.gather(1, target)
+    torch.softmax(logits, -1, out=logits)
+    return largest - logits.gather(1, place).log_() - of_target

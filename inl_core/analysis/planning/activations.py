@@ -13,6 +13,7 @@
   `training.compile` saves less than counted here.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from inl_core.model import IntegratorLanguageModel, Options, by_rows
+from inl_core.model import IntegratorLanguageModel, Options, by_rows, vocabulary
 from inl_core.model import integrator as integrator_module
 from inl_core.model.budget import Budget, LayerBudget
 from inl_core.model.mixture import Routing, Share
@@ -154,7 +155,9 @@ def _without_values(top_k: int) -> Iterator[None]:
     with (
         patch.object(Budget, "forward", _even_budget),
         patch.object(integrator_module, "shares", partial(_even_shares, top_k)),
-        patch.object(by_rows, "_MOST_CHUNKS", 1),  # what is kept is the same, and tracing costs as much for few rows
+        # What is kept is the same in one chunk, and tracing costs as much for a chunk of few rows.
+        patch.object(by_rows, "_MOST_CHUNKS", 1),
+        patch.object(vocabulary, "logit_rows", lambda vocab_size, device: sys.maxsize),
     ):
         yield
 
