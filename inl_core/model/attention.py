@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import ModelConfig
 
 
@@ -120,12 +121,21 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(
-        self, x: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+        self,
+        x: Tensor,
+        norm: nn.Module,
+        plan: AttentionPlan,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        layer: int,
     ) -> Tensor:
-        """x (B, S, D) -> (B, S, D); `rotary` is (cos, sin), ((B,) S, 1, F/2) at the plan's positions, or None."""
+        """Attention over norm(x), x (B, S, D) -> (B, S, D).
+
+        `rotary` is (cos, sin), ((B,) S, 1, F/2) at the plan's positions, or None.
+        """
         batch, length, width = x.shape
         kv_width = self.num_kv_heads * self.head_dim
-        query_key, value = self.query_key_value(x).split((width + kv_width, kv_width), dim=-1)
+        query_key, value = normed_linear(norm, self.query_key_value, x).split((width + kv_width, kv_width), dim=-1)
         query_key, value = (part.view(batch, length, -1, self.head_dim) for part in (query_key, value))
         if rotary is not None:
             query_key = rotate(query_key, *rotary).to(value.dtype)

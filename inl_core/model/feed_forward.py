@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.by_rows import add_product, matrix_dtype, row_chunks
+from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import ModelConfig
 
 _CHUNK_BYTES = 4 * 2**20
@@ -25,9 +26,9 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, 2 * hidden if self.gated else hidden, bias=config.bias)
         self.down = nn.Linear(hidden, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """down(silu(gate x) * up x), or down(gelu(up x))."""
-        up = self.up(x)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """down(silu(gate x) * up x), or down(gelu(up x)); of norm(x) with a norm."""
+        up = self.up(x) if norm is None else normed_linear(norm, self.up, x)
         return gated_down(up, self.down) if self.gated else self.down(F.gelu(up))
 
 

@@ -34,6 +34,7 @@ from inl_core.model.initialisation import initialise
 from inl_core.model.integrator import Integrator, IntegratorOutput
 from inl_core.model.mixture import Experts, build_controller
 from inl_core.model.norms import build_norm
+from inl_core.model.shared_table import share
 from inl_core.model.vocabulary import cross_entropy_sum
 from inl_core.recipe import ModelConfig
 
@@ -49,9 +50,9 @@ class Embedding(nn.Module):
         self.table = nn.Embedding(config.vocab_size, config.rank or config.d_model)
         self.project_up = nn.Linear(config.rank, config.d_model, bias=False) if config.rank else None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, S) -> (B, S, D)."""
-        x = self.table(ids)
+    def forward(self, ids: Tensor, shared: Tensor | None = None) -> Tensor:
+        """ids (B, S) -> (B, S, D), from the table or from what `share` made of it."""
+        x = self.table(ids) if shared is None else F.embedding(ids, shared, sparse=True)
         if self.project_up:
             x = self.project_up(x).to(x.dtype)  # the residual stream keeps its precision under autocast
         if self.normalise:
@@ -96,7 +97,7 @@ class Block(nn.Module):
 
         `budget` is this layer's iterations; None takes the options' or the configured ones.
         """
-        h = self.attention(self.norm_attention(x), plan, rotary, cache, self.layer)
+        h = self.attention(x, self.norm_attention, plan, rotary, cache, self.layer)
         x = x + h
         output = None
         if self.integrator is not None:
@@ -117,7 +118,7 @@ class Block(nn.Module):
             )
             x = x + (output.state if self.layer_gain is None else self.layer_gain * (output.state - start))
         if self.norm_feed_forward is not None:
-            x = x + self.feed_forward(self.norm_feed_forward(x))
+            x = x + self.feed_forward(x, self.norm_feed_forward)
         return x, output
 
 
@@ -142,6 +143,8 @@ class ModelOutput:
 
     hidden: Tensor
     layers: list[IntegratorOutput] = field(default_factory=list)
+    table: Tensor | None = None
+    """The tied table (V, R or D) for `loss_sum`, which then adds its gradient to the embedding's in place."""
 
     def iterations(self) -> Tensor:
         """Mean iterations over layers of each token, (B, S); a fractional last step counts as one; 0 without any."""
@@ -230,7 +233,9 @@ class IntegratorLanguageModel(nn.Module):
             options: iterations and by-products.
         """
         plan = plan_attention(ids.shape, ids.device, positions=positions, document_ids=document_ids, cache=cache)
-        x = self.embedding(ids)
+        shared = share(self.embedding.table.weight) if self.head is None else None
+        lookup, table = shared or (None, None)
+        x = self.embedding(ids, lookup)
         rotary = None
         if self.config.positions == "rope":
             cos, sin = self.position_table[:, plan.positions].unsqueeze(-2)  # ((B,) S, 1, F/2)
@@ -248,7 +253,7 @@ class IntegratorLanguageModel(nn.Module):
                 velocity = output.velocity if self.carries_velocity else None
         if cache is not None:
             cache.length += ids.shape[1]
-        return ModelOutput(self.norm_final(x), outputs)
+        return ModelOutput(self.norm_final(x), outputs, table)
 
     def head_factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """z (..., R or D) and W (V, R or D) with logits = z W^T."""
@@ -258,10 +263,14 @@ class IntegratorLanguageModel(nn.Module):
         """hidden (..., D) -> logits (..., V) in float32."""
         return F.linear(*self.head_factors(hidden)).float()
 
-    def loss_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Sum over targets other than -100 of the cross-entropy in nats, without a (B, S, V) tensor."""
+    def loss_sum(self, hidden: Tensor, targets: Tensor, table: Tensor | None = None) -> Tensor:
+        """Sum over targets other than -100 of the cross-entropy in nats, without a (B, S, V) tensor.
+
+        Args:
+            table: the same pass's `ModelOutput.table`, which saves memory and changes nothing else.
+        """
         z, weight = self.head_factors(hidden)
-        return cross_entropy_sum(z.flatten(0, -2), weight, targets.flatten())
+        return cross_entropy_sum(z.flatten(0, -2), weight if table is None else table, targets.flatten())
 
 
 def _position_table(config: ModelConfig) -> Tensor:

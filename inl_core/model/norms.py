@@ -23,12 +23,14 @@ def build_norm(config: ModelConfig) -> nn.Module:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467): the library's, with a faster way on a CPU."""
 
+    def has_fast_form(self, x: Tensor) -> bool:
+        """Whether `FusedRMS` computes this norm of x; the compiler fuses the library's itself."""
+        one_precision = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
+        return one_precision and self.eps is not None and not torch.compiler.is_compiling()
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        has_form = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
-        if not has_form or self.eps is None or torch.compiler.is_compiling():  # the compiler fuses the library's itself
-            return super().forward(x)
-        return FusedRMS.apply(x, self.weight, self.eps)
+        return FusedRMS.apply(x, self.weight, self.eps) if self.has_fast_form(x) else super().forward(x)
 
 
 class FusedRMS(torch.autograd.Function):
@@ -37,18 +39,31 @@ class FusedRMS(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The norm."""
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, scale = rms_forward(x, weight, eps)
         ctx.save_for_backward(x, scale, weight)
-        return (x * scale).mul_(weight)
+        return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The layer norm's gradient at mean 0, less what its mean would take from x's: scale * mean(grad * weight)."""
-        x, scale, weight = ctx.saved_tensors
-        dim = x.shape[-1]
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, x, [dim], torch.zeros_like(scale), scale, weight, None, [True, True, False]
-        )
-        return grad_x.add_((grad @ weight).unsqueeze(-1).mul_(scale).div_(dim)), grad_weight, None
+        """Gradients of x and of the weight."""
+        return *rms_backward(grad, *ctx.saved_tensors), None
+
+
+def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x * scale * weight (..., D) and scale = 1 / sqrt(mean x^2 + eps), (..., 1)."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
+
+
+def rms_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (..., D) and weight (D,).
+
+    The layer norm's gradient at mean 0, less what its mean would take from x's: scale * mean(grad * weight).
+    """
+    dim = x.shape[-1]
+    grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, x, [dim], torch.zeros_like(scale), scale, weight, None, [True, True, False]
+    )
+    return grad_x.add_((grad @ weight).unsqueeze(-1).mul_(scale).div_(dim)), grad_weight

@@ -83,7 +83,7 @@ class LossModule(nn.Module):
         """
         output, mask = self.run(batch, weights, num_iterations), batch.mask
         with self.autocast:
-            task = self.model.loss_sum(output.hidden, batch.targets) / count
+            task = self.model.loss_sum(output.hidden, batch.targets, output.table) / count
         terms = {"task": task}
         local = state_moments(output.layers, mask) if weights.mean > 0 or weights.adapts_mu else None
         if local is not None:

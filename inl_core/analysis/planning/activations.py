@@ -9,7 +9,8 @@
 - Iterations differ between layers or are divided by a budget: what is kept depends on their sum alone, so each layer
   gets the mean. Experts get equal shares of the tokens, for the same reason.
 - The batch is a large prime: a storage whose size it divides grows with the batch, any other does not.
-- Kernels of a GPU save the same tensors; its autocast keeps a few operations in float32 that a CPU's does not.
+- Kernels of a GPU save the same tensors; its autocast keeps a few operations in float32 that a CPU's does not, and
+  without autocast it keeps the outputs of norms too, D or 2 D numbers a token and block.
   `training.compile` saves less than counted here.
 """
 
@@ -139,7 +140,7 @@ def _trace(
             with autocast:
                 output = model(ids, options=options, **documents)
             with autocast:
-                model.loss_sum(output.hidden, ids)
+                model.loss_sum(output.hidden, ids, output.table)
                 with torch.no_grad():
                     z, weight = model.head_factors(output.hidden)
             gradients.extend(tensor.numel() * z.element_size() for tensor in (z, weight))
