@@ -19,7 +19,7 @@ from inl_core.model.by_rows import matrix_dtype
 IGNORED = -100
 """The target of a token that does not count."""
 
-_CHUNK_BYTES = {"cpu": 8 * 2**20}
+_CHUNK_BYTES = {"cpu": 32 * 2**20}
 _OTHER_CHUNK_BYTES = 256 * 2**20
 _FEWEST_ROWS = 256
 """Each chunk reads the whole head matrix three times: below this, reading it takes longer than the arithmetic
@@ -27,7 +27,7 @@ _FEWEST_ROWS = 256
 
 
 def logit_rows(vocab_size: int, device: torch.device) -> int:
-    """Tokens whose float32 logits are held at once: 8 MiB on a CPU, 256 MiB elsewhere, and never fewer than 256."""
+    """Tokens whose float32 logits are held at once: 32 MiB on a CPU, 256 MiB elsewhere, and never fewer than 256."""
     room = _CHUNK_BYTES.get(device.type, _OTHER_CHUNK_BYTES)
     return max(_FEWEST_ROWS, room // (4 * vocab_size))
 
@@ -90,7 +90,7 @@ def _softmax(logits: Tensor, target: Tensor) -> Tensor:
     log sum exp is the largest logit less the logarithm of its probability, which is never below 1/V: a target's own
     probability may be zero in this precision, and its logarithm infinite.
     """
-    largest, place = logits.max(-1, keepdim=True)
+    largest = logits.amax(-1, keepdim=True)
     of_target = logits.gather(1, target)
     torch.softmax(logits, -1, out=logits)
-    return largest - logits.gather(1, place).log_() - of_target
+    return largest - logits.amax(-1, keepdim=True).log_() - of_target

@@ -110,7 +110,7 @@ def test_training_and_evaluation_hold_the_logits_of_some_rows_only(monkeypatch, 
 
 
 def test_more_room_than_the_smallest_chunk_is_used():
-    assert vocabulary.logit_rows(2048, torch.device("cpu")) == 1024  # 8 MiB of float32
+    assert vocabulary.logit_rows(2048, torch.device("cpu")) == 4096  # 32 MiB of float32
     assert vocabulary.logit_rows(50304, torch.device("cpu")) == 256
     assert vocabulary.logit_rows(50304, torch.device("cuda")) == 1334
 
