@@ -71,6 +71,14 @@ def memory_ratio(run: dict[str, Any]) -> float | None:
     return run["ratio"]["peak_memory"]
 
 
+def least_memory_ratio(run: dict[str, Any]) -> float:
+    """Peak memory of the first over the second, each in the mode that needs least."""
+    ours, theirs = (
+        min(mode["peak_memory_bytes"] for mode in candidate["modes"].values()) for candidate in run["candidates"]
+    )
+    return ours / theirs
+
+
 def integrator_memory(run: dict[str, Any], without: dict[str, Any]) -> float | None:
     """What the integrator adds to the Transformer's peak: at T = 8 over at T = 2."""
     two, eight = (peak(candidate) - peak(without["candidates"][0]) for candidate in run["candidates"])
@@ -102,8 +110,16 @@ ROWS = (
     Row("training tokens/s, v3 T=5 / Llama", ("train-v3-llama",), speed_ratio, 0.80),
     Row("training tokens/s, v4 T=2 / our Transformer", ("train-v4-transformer",), speed_ratio, 0.88),
     Row("the same, controller of width 32", ("train-v4-narrow",), speed_ratio, 0.88),
-    Row("peak training memory, v4 / Llama, V=50304, S=512", ("memory-v4-llama",), memory_ratio, 0.60, at_least=False),
-    Row("the same, recomputation: block", ("memory-v4-recomputed",), memory_ratio, 0.60, at_least=False),
+    Row(
+        "peak training memory, v4 / Llama, V=50304, S=512, faster modes",
+        ("memory-v4-llama",),
+        memory_ratio,
+        0.60,
+        at_least=False,
+    ),
+    Row("the same, each in its mode of least memory", ("memory-v4-llama",), least_memory_ratio, 0.60, at_least=False),
+    Row("training tokens/s of that run, v4 / Llama", ("memory-v4-llama",), speed_ratio, 0.95),
+    Row("peak memory with recomputation: block", ("memory-v4-recomputed",), memory_ratio, 0.60, at_least=False),
     Row("training tokens/s of that, v4 / Llama", ("memory-v4-recomputed",), speed_ratio, 0.95),
     Row(
         "memory the integrator adds, T=8 / T=2",
