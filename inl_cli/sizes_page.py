@@ -129,7 +129,7 @@ def _shares() -> Iterable[str]:
     """The documents' shares beside ours, and the command that prints them, with all it prints."""
     from inl_core.analysis.planning.documents import CLAIM_DIMENSIONS, CLAIMS, VOCABULARY
 
-    plan = _plan("v2", **CLAIM_DIMENSIONS)
+    plan = _plan("v2", **CLAIM_DIMENSIONS, integrator={"backend": "eager"})  # the same words on every machine
     ours = {saving.part: saving for saving in plan.savings}
     rows = [
         (claim.text, f"{claim.change:+.0%}", f"{ours[claim.part].change:+.1%}", ours[claim.part].full,
@@ -137,7 +137,8 @@ def _shares() -> Iterable[str]:
         for claim in CLAIMS
     ]  # fmt: skip
     yield _markdown(("optimisation", "documents", "ours", "full", "optimised"), rows)
-    settings = " ".join(f"--set model.{key}={value}" for key, value in CLAIM_DIMENSIONS.items())
+    keys = CLAIM_DIMENSIONS | {"integrator.backend": "eager"}
+    settings = " ".join(f"--set model.{key}={value}" for key, value in keys.items())
     yield f"```\n$ inl plan --preset v2 {settings} --vocab-size {VOCABULARY}\n{_printed(plan)}\n```"
     yield _SHARES
 

@@ -116,8 +116,9 @@ class IntegratorConfig(Section):
     """The velocity a layer ends with is the next layer's v_0; otherwise every layer starts at rest."""
     readout: Literal["delta", "state"] = "delta"
     """What joins the residual stream: layer_gain (s_T - s_0), or s_T as in the seeds' code."""
-    backend: Literal["auto", "eager", "compiled", "triton"] = "auto"
-    """How the iterations are computed, never what: auto is triton on a GPU, else eager. None keeps every iteration."""
+    backend: Literal["auto", "eager", "native", "compiled", "triton"] = "auto"
+    """How the iterations are computed, never what: auto is triton on a GPU, native (C++) on a CPU with a compiler, else
+    eager. None keeps every iteration."""
     mu: MuConfig = MuConfig()
     """The equilibrium."""
     excitation: ExcitationConfig = ExcitationConfig()

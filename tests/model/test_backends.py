@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from inl_core.model import IntegratorLanguageModel, by_rows
 from inl_core.model import integrator as integrator_module
-from inl_core.model.backends import compiled, fused, select
+from inl_core.model.backends import compiled, fused, native, select, steps
 from inl_core.model.backends.rule import Inputs, Rule
 from inl_core.model.controller import Controller
 from inl_core.model.integrator import Integrator
@@ -41,6 +41,8 @@ SWITCHES = {
     "one iteration": {"num_iterations": 1},
     "full stride": {"dt": 1.0, "velocity_scale": 1.0},
 }
+BY_HAND = ["eager", pytest.param("native", marks=pytest.mark.skipif(not native.is_available(), reason="no compiler"))]
+RUN = {"eager": fused.run, "native": fused.run_native}
 WITHOUT = [{}, {"velocity"}, {"velocity", "fraction", "power"}, {"fraction"}, {"power"}]
 
 
@@ -75,20 +77,22 @@ def outcome(changes: dict, without: set, dtype: torch.dtype, *, tokens: int = 6)
     return [*results, *(torch.zeros(()) if gradient is None else gradient for gradient in found)]
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES.keys())
-def test_the_recomputing_backward_pass_equals_autograds(changes):
+def test_the_recomputing_backward_pass_equals_autograds(changes, backend):
     for without in WITHOUT:
-        own = outcome(changes, without, torch.float64)
+        own = outcome({**changes, "backend": backend}, without, torch.float64)
         with the_plain_loop():
             plain = outcome(changes, without, torch.float64)
         for ours, theirs in zip(own, plain, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("backend", BY_HAND)
 @pytest.mark.parametrize("changes", SWITCHES.values(), ids=SWITCHES.keys())
-def test_in_float32_it_stays_within_a_millionth(changes):
+def test_in_float32_it_stays_within_a_millionth(changes, backend):
     """Relative to each tensor's size, and next to what float32 costs the plain loop itself."""
-    own = outcome(changes, {"fraction", "power"}, torch.float32)
+    own = outcome({**changes, "backend": backend}, {"fraction", "power"}, torch.float32)
     with the_plain_loop():
         plain = outcome(changes, {"fraction", "power"}, torch.float32)
         exact = outcome(changes, {"fraction", "power"}, torch.float64)
@@ -124,23 +128,26 @@ RULES = itertools.product((None, 1.3), (None, 1.1), ("relu", "tanh"), (None, 2.0
 
 @pytest.mark.parametrize(("kappa", "beta_max", "activation", "power"), list(RULES))
 @pytest.mark.parametrize("velocity", [True, False])
-def test_gradients_equal_finite_differences(kappa, beta_max, activation, power, velocity):
+@pytest.mark.parametrize("backend", BY_HAND)
+def test_gradients_equal_finite_differences(kappa, beta_max, activation, power, velocity, backend):
     rule = Rule(3, 0.6, kappa, beta_max, activation, power)
     for groups, candidate, fraction in ((3, True, False), (4, False, False), (3, False, True)):
         inputs = flat_inputs(2, groups=groups, velocity=velocity, candidate=candidate, fraction=fraction)
 
         def run(*tensors):
-            return tuple(value for value in fused.run(rule, Inputs(*tensors)) if value is not None)
+            return tuple(value for value in RUN[backend](rule, Inputs(*tensors)) if value is not None)
 
         assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-def test_chunks_do_not_change_a_gradient(monkeypatch):
-    whole = outcome({}, set(), torch.float64, tokens=120)
-    monkeypatch.setattr(fused, "_CHUNK_BYTES", 8 * 8 * 17)
+@pytest.mark.parametrize("backend", BY_HAND)
+def test_chunks_do_not_change_a_gradient(monkeypatch, backend):
+    by, changes = {"eager": steps, "native": native}[backend], {"backend": backend}
+    whole = outcome(changes, set(), torch.float64, tokens=120)
+    monkeypatch.setattr(by, "CHUNK_BYTES", 8 * 8 * 17)
     monkeypatch.setattr(by_rows, "_MOST_CHUNKS", 1000)
-    assert len(list(fused.chunks(torch.empty(120, 8, dtype=torch.float64)))) == 8
-    for one, other in zip(whole, outcome({}, set(), torch.float64, tokens=120), strict=True):
+    assert len(list(fused.chunks(by, torch.empty(120, 8, dtype=torch.float64)))) == 8
+    for one, other in zip(whole, outcome(changes, set(), torch.float64, tokens=120), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
@@ -296,21 +303,30 @@ def test_a_compiled_block_gives_the_gradients_of_an_eager_one():
 
 def test_which_backend_runs_and_what_the_plan_says():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for setting, device, installed, expected in (
-        ("auto", cpu, True, "eager"),
-        ("auto", gpu, True, "triton"),
-        ("auto", gpu, False, "eager"),
-        ("triton", gpu, True, "triton"),
-        ("triton", cpu, True, "eager"),
-        ("eager", gpu, True, "eager"),
-        ("compiled", cpu, True, "compiled"),
+    for setting, device, installed, expected, missing in (
+        ("auto", cpu, True, "native", ""),
+        ("auto", cpu, False, "eager", "native needs a CPU, a C++ compiler"),
+        ("auto", gpu, True, "triton", ""),
+        ("auto", gpu, False, "eager", "triton needs a GPU and the triton package"),
+        ("triton", gpu, True, "triton", ""),
+        ("triton", cpu, True, "eager", "triton needs a GPU"),
+        ("native", cpu, True, "native", ""),
+        ("native", cpu, False, "eager", "native needs a CPU, a C++ compiler"),
+        ("native", gpu, True, "eager", "native needs a CPU"),
+        ("eager", gpu, True, "eager", ""),
+        ("eager", cpu, True, "eager", ""),
+        ("compiled", cpu, True, "compiled", ""),
     ):
         config = IntegratorConfig(backend=setting)
-        with patch.object(select, "has_triton", lambda found=installed: found):
+        with (
+            patch.object(select, "has_triton", lambda found=installed: found),
+            patch.object(select, "has_native", lambda found=installed: found),
+        ):
             assert select.backend_name(config, device) == expected
             said = select.describe_backend(config, device, is_compiled=False)
         assert said.startswith(expected)
-        assert ("needs a GPU" in said) == (setting == "triton" and device == cpu)
+        assert missing in said
+        assert (" needs " in said) == bool(missing)
     experts = IntegratorConfig.model_validate({"controller": {"experts": 2}})
     assert select.backend_name(experts, gpu) == "plain"
     assert select.describe_backend(experts, cpu, is_compiled=False) == "plain on cpu, all iterations kept"

@@ -17,15 +17,23 @@ Run = Callable[[Rule, Inputs], Result]
 
 
 def backend_name(config: IntegratorConfig, device: torch.device) -> str:
-    """`eager`, `compiled` or `triton`, as training and plain evaluation run it on this device; `plain` for experts.
+    """`eager`, `native`, `compiled` or `triton`, as training and evaluation run it on this device; `plain` for experts.
 
-    A model trained with triton is evaluated anywhere: without a GPU or the package, eager takes its place.
+    A model trained with triton or native is evaluated anywhere: where they cannot run, eager takes their place.
     """
     if config.controller.experts > 1:
         return "plain"
     if config.backend in ("eager", "compiled"):
         return config.backend
-    return "triton" if device.type == "cuda" and has_triton() else "eager"
+    if device.type == "cuda":
+        return "triton" if config.backend != "native" and has_triton() else "eager"
+    return "native" if device.type == "cpu" and config.backend != "triton" and has_native() else "eager"
+
+
+_NEEDS = {
+    "triton": "triton needs a GPU and the triton package",
+    "native": "native needs a CPU, a C++ compiler, and a torch that uses GNU's OpenMP",
+}
 
 
 def describe_backend(config: IntegratorConfig | None, device: torch.device, *, is_compiled: bool) -> str | None:
@@ -36,13 +44,22 @@ def describe_backend(config: IntegratorConfig | None, device: torch.device, *, i
         return "plain, traced with the block by training.compile"
     name = backend_name(config, device)
     note = "all iterations kept" if name == "plain" else "iterations recomputed in the backward pass"
-    missing = "; triton needs a GPU and the triton package" if config.backend == "triton" != name else ""
+    best = "triton" if device.type == "cuda" else "native"
+    wanted = best if config.backend == "auto" else config.backend
+    missing = "" if name in ("plain", wanted) else f"; {_NEEDS[wanted]}"
     return f"{name} on {device.type}, {note}{missing}"
 
 
 def has_triton() -> bool:
     """Whether Triton is installed, found without importing it."""
     return find_spec("triton") is not None
+
+
+def has_native() -> bool:
+    """Whether the steps in C++ run here; the first call of a machine compiles them."""
+    from inl_core.model.backends import native
+
+    return native.is_available()
 
 
 def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | None:
@@ -62,4 +79,4 @@ def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | N
         from inl_core.model.backends import compiled
 
         return compiled.run
-    return fused.run
+    return fused.run_native if name == "native" else fused.run
