@@ -13,6 +13,8 @@ _MOST_CHUNKS = 64
 def row_chunks(x: Tensor, width: int, chunk_bytes: int) -> Iterator[slice]:
     """Rows of x that are worked on together: on a CPU at least 16, and at most 64 times; a GPU takes all at once.
 
+    All but the last are equally many, and the last nearly: no small rest for which products are slow.
+
     Args:
         x: (N, ...), whose device and element size count.
         width: elements a row of the tensor that must fit.
@@ -21,9 +23,14 @@ def row_chunks(x: Tensor, width: int, chunk_bytes: int) -> Iterator[slice]:
     count = x.shape[0]
     rows = max(count, 1)
     if x.device.type == "cpu":
-        rows = max(16, chunk_bytes // (width * x.element_size()), -(-count // _MOST_CHUNKS))
+        most = max(16, chunk_bytes // (width * x.element_size()), _ceiling(count, _MOST_CHUNKS))
+        rows = max(16, _ceiling(count, _ceiling(count, most)))
     for start in range(0, count, rows):
         yield slice(start, min(start + rows, count))
+
+
+def _ceiling(count: int, parts: int) -> int:
+    return -(-count // max(parts, 1))
 
 
 def matrix_dtype(x: Tensor) -> torch.dtype:
