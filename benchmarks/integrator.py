@@ -25,7 +25,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from inl_core.model import integrator as integrator_module
-from inl_core.model.backends.select import has_triton
+from inl_core.model.backends.select import has_native, has_triton
 from inl_core.model.controller import Controller
 from inl_core.model.integrator import Integrator
 from inl_core.recipe import IntegratorConfig
@@ -131,6 +131,8 @@ def main() -> None:
     names = arguments.backends or ["plain", "eager", "compiled"]
     if not arguments.backends and arguments.device == "cuda" and has_triton():
         names.append("triton")
+    if not arguments.backends and arguments.device == "cpu" and has_native():
+        names.append("native")
     calls = {name: build(name, arguments, arguments.iterations)[0] for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for call in calls.values():

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from inl_core.model import IntegratorLanguageModel, by_rows
 from inl_core.model import integrator as integrator_module
-from inl_core.model.backends import compiled, fused, native, select, steps
+from inl_core.model.backends import compiled, fused, native, select
 from inl_core.model.backends.rule import Inputs, Rule
 from inl_core.model.controller import Controller
 from inl_core.model.integrator import Integrator
@@ -42,7 +42,7 @@ SWITCHES = {
     "full stride": {"dt": 1.0, "velocity_scale": 1.0},
 }
 BY_HAND = ["eager", pytest.param("native", marks=pytest.mark.skipif(not native.is_available(), reason="no compiler"))]
-RUN = {"eager": fused.run, "native": fused.run_native}
+RUN = {"eager": fused.run, "native": native.run}
 WITHOUT = [{}, {"velocity"}, {"velocity", "fraction", "power"}, {"fraction"}, {"power"}]
 
 
@@ -142,11 +142,13 @@ def test_gradients_equal_finite_differences(kappa, beta_max, activation, power, 
 
 @pytest.mark.parametrize("backend", BY_HAND)
 def test_chunks_do_not_change_a_gradient(monkeypatch, backend):
-    by, changes = {"eager": steps, "native": native}[backend], {"backend": backend}
+    changes = {"backend": backend}
     whole = outcome(changes, set(), torch.float64, tokens=120)
-    monkeypatch.setattr(by, "CHUNK_BYTES", 8 * 8 * 17)
+    monkeypatch.setattr(fused, "_CHUNK_BYTES", 8 * 8 * 17)
     monkeypatch.setattr(by_rows, "_MOST_CHUNKS", 1000)
-    assert len(list(fused.chunks(by, torch.empty(120, 8, dtype=torch.float64)))) == 8
+    monkeypatch.setattr(native, "_TILE_BYTES", 8 * 8 * 17)
+    monkeypatch.setattr(native, "_FEWEST_ROWS", 1)
+    assert len(list(fused.chunks(torch.empty(120, 8, dtype=torch.float64)))) == 8
     for one, other in zip(whole, outcome(changes, set(), torch.float64, tokens=120), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 

@@ -1,10 +1,11 @@
-"""The C++ steps (native_steps.cpp) as a library: compiled by this machine's compiler on first use, then kept.
+"""The C++ loop (native_loop.cpp) as a library: compiled by this machine's compiler on first use, then kept.
 
-- A second, once for each source, compiler and processor: the file's name tells them apart, so machines that share a
-  home directory but not a processor each get their own. Kept in $XDG_CACHE_HOME/inl, else ~/.cache/inl, or for the
-  process alone where that cannot be written.
-- Where there is no compiler, or torch's threads are not those the library would use (GNU's OpenMP), there is none, and
-  callers do without. A library for other threads would make two pools of them compete for the processor.
+- A second or two, once for each source, compiler and processor: the file's name tells them apart, so machines that
+  share a home directory but not a processor each get their own. Kept in $XDG_CACHE_HOME/inl, else ~/.cache/inl, or for
+  the process alone where that cannot be written.
+- Needed: a compiler; GNU's OpenMP in torch, for threads of another kind would compete with torch's own for the
+  processor; and a torch with MKL, whose products can be told to use one thread. Without any of them there is no
+  library, and callers do without. A compiler that is there and fails is worth a warning.
 """
 
 import ctypes
@@ -14,30 +15,66 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
-_SOURCE = Path(__file__).with_name("native_steps.cpp")
+import torch
+
+_SOURCE = Path(__file__).with_name("native_loop.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _LONGEST_BUILD = 120  # seconds
 
 
+class Library(NamedTuple):
+    """The loop, and by address the functions of MKL that it calls."""
+
+    loop: ctypes.CDLL
+    gemm: dict[str, int]
+    """sgemm and dgemm, by the precision's name"""
+    set_threads: int
+    """how many threads this thread's products take -> how many it was"""
+
+
 @lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """The compiled steps, or None where this machine cannot have them."""
-    compiler = find_compiler()
-    if compiler is None or not _threads_are_gnu():
+def library() -> Library | None:
+    """The compiled loop, or None where this machine cannot have it."""
+    compiler, blas = find_compiler(), _mkl()
+    if compiler is None or blas is None or not _threads_are_gnu():
         return None
     try:
-        return _load(compiler)
-    except (OSError, subprocess.SubprocessError):
+        loop = _load(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        reason = said.decode(errors="replace").strip().partition("\n")[0] or error
+        warnings.warn(
+            f"{compiler}: model.integrator.backend native is not there: {reason}", RuntimeWarning, stacklevel=2
+        )
         return None
+    gemm = {"float32": _address(blas.sgemm_), "float64": _address(blas.dgemm_)}
+    return Library(loop, gemm, _address(blas.MKL_Set_Num_Threads_Local))
 
 
 def find_compiler() -> str | None:
     """$CXX, g++ or c++, whichever is first found."""
     names = [os.environ.get("CXX", ""), "g++", "c++"]
     return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _mkl() -> ctypes.CDLL | None:
+    """torch's own library, if it has the functions of MKL."""
+    try:
+        found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    except OSError:
+        return None
+    return found if all(hasattr(found, name) for name in ("sgemm_", "dgemm_", "MKL_Set_Num_Threads_Local")) else None
+
+
+def _address(function: Any) -> int:
+    found = ctypes.cast(function, ctypes.c_void_p).value
+    assert found is not None
+    return found
 
 
 def _threads_are_gnu() -> bool:
@@ -50,7 +87,7 @@ def _threads_are_gnu() -> bool:
 
 
 def _load(compiler: str) -> ctypes.CDLL:
-    name = f"steps-{_fingerprint(compiler)}.so"
+    name = f"loop-{_fingerprint(compiler)}.so"
     kept = _cache_directory() / name
     if not kept.exists():
         try:

@@ -58,29 +58,6 @@ class Result(NamedTuple):
     energy: Tensor | None
 
 
-class Step(NamedTuple):
-    """What one iteration of n rows reads, once the controller's matrix product is done; contiguous."""
-
-    outputs: Tensor
-    """u W_out + bias, (n, GD); may be overwritten"""
-    x: Tensor
-    """(n, D)"""
-    v: Tensor | None
-    candidate: Tensor | None
-    mu: Tensor
-    """(D,)"""
-    forcing: Tensor
-    """of this step, (D,)"""
-
-
-class Sums(NamedTuple):
-    """Where gradients of what all rows share are added up."""
-
-    bias: Tensor
-    mu: Tensor
-    forcing: Tensor
-
-
 def speed_weights(num_iterations: int) -> list[float]:
     """w_t proportional to exp(-t / tau), tau = T/3, t = 1..T, summing to 1 (doc 002, speed loss)."""
     tau = num_iterations / 3

@@ -32,7 +32,7 @@ def backend_name(config: IntegratorConfig, device: torch.device) -> str:
 
 _NEEDS = {
     "triton": "triton needs a GPU and the triton package",
-    "native": "native needs a CPU, a C++ compiler, and a torch that uses GNU's OpenMP",
+    "native": "native needs a CPU, a C++ compiler, and a torch with MKL and GNU's OpenMP",
 }
 
 
@@ -73,10 +73,14 @@ def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | N
         from inl_core.model.backends import triton_launch
 
         return triton_launch.run
+    if name == "native":
+        from inl_core.model.backends import native
+
+        return native.run
     from inl_core.model.backends import fused
 
     if name == "compiled":
         from inl_core.model.backends import compiled
 
         return compiled.run
-    return fused.run_native if name == "native" else fused.run
+    return fused.run

@@ -8,7 +8,6 @@
 - In eager mode every operation here is a pass over memory, so they are few and in place, and the caller hands over
   rows that fit the cache. The backward pass needs sigmoid(b) anyway, which makes this form of beta the cheaper one.
 - The negative of beta is kept, and mu - x in the error's place: no pass is spent on a sign.
-- native.py has the same functions in one pass, for CPUs with a compiler.
 - Legend: n rows, D d_model, G output groups.
 """
 
@@ -19,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inl_core.model.backends.rule import Rule, Step, Sums
+from inl_core.model.backends.rule import Rule
 
-CHUNK_BYTES = 1024 * 1024
-"""Of one (n, D) tensor on a CPU; some ten of them are in use at a time."""
 _EXACT_BELOW = 4.0
 """Up to this beta, -log(1 - sigmoid(b)) is softplus(b) to float32's precision; beyond it 1 - sigmoid(b) cancels."""
 
@@ -31,7 +28,7 @@ class Tape(NamedTuple):
     """What the backward pass of one iteration reads; (n, D) but for `gains` (n, GD), `m` and `size` (n, 1)."""
 
     gains: Tensor
-    """sigmoid(a), sigmoid(b), sigmoid(g), and c where there are four groups."""
+    """sigmoid(a), sigmoid(b), sigmoid(g), and c as it came where there are four groups."""
     alpha: Tensor
     negative_beta: Tensor
     away: Tensor
@@ -44,14 +41,25 @@ class Tape(NamedTuple):
     v_new: Tensor
 
 
-def forward(rule: Rule, step: Step, results: tuple[Tensor, Tensor] | None) -> Tape:
-    """One iteration; `step.outputs` is overwritten.
+class StepGradients(NamedTuple):
+    """Gradients of one iteration: of the controller's output (n, GD), and what reaches x and v past the controller."""
 
-    Args:
-        results: where x_new and v_new go, which may be the step's own x and v; None where only the tape is wanted.
-    """
-    outputs, x, v, dim = step.outputs, step.x, step.v, step.x.shape[1]
-    away = step.mu - x
+    outputs: Tensor
+    x: Tensor
+    """to be added to the gradient of x_new, (n, D)"""
+    v: Tensor
+    forcing: Tensor
+    """(D,)"""
+    mu: Tensor
+    """(D,)"""
+
+
+def forward(
+    rule: Rule, outputs: Tensor, x: Tensor, v: Tensor | None, candidate: Tensor | None, mu: Tensor, forcing: Tensor
+) -> tuple[Tensor, Tape]:
+    """x_new and the tape of one iteration; `outputs` (n, GD), the controller's, is overwritten."""
+    dim = x.shape[-1]
+    away = mu - x
     negative_beta = None if _cancels(rule) else torch.empty_like(x)
     if negative_beta is None:
         negative_beta = F.softplus(outputs[:, dim : 2 * dim]).neg_()
@@ -62,46 +70,40 @@ def forward(rule: Rule, step: Step, results: tuple[Tensor, Tensor] | None) -> Ta
     if rule.beta_max is not None:
         negative_beta.clamp_(min=-rule.beta_max)
     base, gate = outputs[:, :dim], outputs[:, 2 * dim : 3 * dim]
-    candidate = outputs[:, 3 * dim :] if outputs.shape[1] == 4 * dim else step.candidate
+    candidate = outputs[:, 3 * dim :] if outputs.shape[1] == 4 * dim else candidate
     m = size = None
     alpha = base
     if rule.kappa is not None:
         size = torch.linalg.vector_norm(away, dim=-1, keepdim=True).mul_(1 / math.sqrt(dim))
         m = torch.mul(size, -rule.kappa).expm1_().neg_()
         alpha = base * m
-    x_new, v_new = results or (None, torch.empty_like(x))
     if candidate is None:
-        if v is None:
-            v_new.copy_(step.forcing.expand_as(x))
-        else:
-            torch.addcmul(step.forcing, alpha, v, out=v_new)
+        v_new = forcing.expand_as(x).clone() if v is None else torch.addcmul(forcing, alpha, v)
     elif v is None:
-        torch.addcmul(candidate, alpha, candidate, value=-1.0, out=v_new).add_(step.forcing)
+        v_new = torch.addcmul(candidate, alpha, candidate, value=-1.0).add_(forcing)
     else:
-        torch.lerp(candidate, v, alpha, out=v_new).add_(step.forcing)
+        v_new = torch.lerp(candidate, v, alpha).add_(forcing)
     v_new.addcmul_(negative_beta, away, value=-1.0)
-    if x_new is not None:
-        torch.addcmul(x, gate, v_new, value=rule.stride, out=x_new)
-    return Tape(outputs, alpha, negative_beta, away, m, size, candidate, v, v_new)
+    tape = Tape(outputs, alpha, negative_beta, away, m, size, candidate, v, v_new)
+    return torch.addcmul(x, gate, v_new, value=rule.stride), tape
 
 
 def backward(
-    rule: Rule, tape: Tape, grad_x: Tensor, grad_v: Tensor, grad_candidate: Tensor | None, sums: Sums
-) -> Tensor:
-    """Gradients of one iteration from those of x_new and v_new; that of the controller's output, (n, GD), comes back.
-
-    The tape is overwritten.
+    rule: Rule, tape: Tape, grad_x: Tensor, grad_v: Tensor | None, grad_candidate: Tensor | None
+) -> StepGradients:
+    """Gradients of one iteration from those of x_new and v_new; the tape and `grad_v` are overwritten.
 
     Args:
-        grad_x: of x_new; what reaches x past the controller is added.
-        grad_v: of v_new; becomes what reaches v past the controller.
-        grad_candidate: where the gradient of a given v_cand is added up.
+        grad_candidate: where the gradient of a given v_cand is accumulated.
     """
     dim = tape.away.shape[-1]
     base, slope, gate = (tape.gains[:, i * dim : (i + 1) * dim] for i in range(3))
     outputs = torch.empty_like(tape.gains)
     of_alpha, of_beta, of_gate = (outputs[:, i * dim : (i + 1) * dim] for i in range(3))
-    grad_v.addcmul_(grad_x, gate, value=rule.stride)
+    if grad_v is None:
+        grad_v = torch.mul(grad_x, gate).mul_(rule.stride)
+    else:
+        grad_v.addcmul_(grad_x, gate, value=rule.stride)
 
     torch.mul(grad_x, tape.v_new, out=of_gate)
     torch.ops.aten.sigmoid_backward.grad_input(of_gate, gate, grad_input=of_gate)
@@ -112,19 +114,17 @@ def backward(
         torch.ops.aten.threshold_backward.grad_input(of_beta, tape.negative_beta, -rule.beta_max, grad_input=of_beta)
     pull = _alpha_gradient(rule, tape, base, grad_v, of_alpha)
 
-    sums.forcing.add_(grad_v.sum(0))
-    of_x = torch.mul(grad_v, tape.negative_beta, out=tape.negative_beta)
+    carried = grad_v * tape.alpha
+    if tape.candidate is not None:
+        if outputs.shape[1] == 4 * dim:
+            torch.sub(grad_v, carried, out=outputs[:, 3 * dim :])
+        elif grad_candidate is not None:
+            grad_candidate.add_(grad_v).sub_(carried)
+    of_forcing = grad_v.sum(0)
+    of_x = grad_v.mul_(tape.negative_beta)
     if pull is not None:
         of_x.addcmul_(tape.away, pull, value=-1.0)
-    grad_x.add_(of_x)
-    if outputs.shape[1] == 4 * dim:
-        torch.addcmul(grad_v, grad_v, tape.alpha, value=-1.0, out=outputs[:, 3 * dim :])
-    elif grad_candidate is not None:
-        grad_candidate.add_(grad_v).addcmul_(grad_v, tape.alpha, value=-1.0)
-    grad_v.mul_(tape.alpha)
-    sums.mu.sub_(of_x.sum(0))
-    sums.bias.add_(outputs.sum(0))
-    return outputs
+    return StepGradients(outputs, of_x, carried, of_forcing, of_x.sum(0).neg_())
 
 
 def _cancels(rule: Rule) -> bool:
