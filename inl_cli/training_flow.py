@@ -12,10 +12,10 @@ from inl_cli.console import Console
 from inl_cli.progress import amount
 from inl_cli.training_view import TrainingView, show_plan
 from inl_core.analysis.planning import plan_recipe
+from inl_core.analysis.planning.plan import plans_backend
 from inl_core.corpus.loader import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import read_json
-from inl_core.model.backends.select import describe_backend
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import recipe_differences
 from inl_core.recipe.load import load_recipe
@@ -137,7 +137,7 @@ def _show(console: Console, recipe: Recipe, data: RunData, trainer: Trainer, dir
         world_size=world.size,
     )
     threads = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
-    backend = describe_backend(recipe.model.integrator, world.device, is_compiled=recipe.training.compile)
+    backend = plans_backend(recipe, world.device)
     facts = {
         "data": f"{data.directory}: {data.train.num_tokens:,} tokens, vocabulary {data.tokenizer.vocab_size:,}",
         "processes": f"{world.size} on {world.device.type}{threads}",

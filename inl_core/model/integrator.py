@@ -139,10 +139,10 @@ class Integrator(nn.Module):
         new_v = step_velocity(gains, v, error, forcing)
         return Step(torch.addcmul(x, gains.gate, new_v, value=self.stride), new_v, gains)
 
-    @property
-    def recomputes(self) -> bool:
+    def recomputes(self, *, is_compiled: bool, is_low_precision: bool) -> bool:
         """Whether training keeps nothing of the single iterations: every backend but the plain loop."""
-        return backend_name(self.config, self.equilibrium().device) != "plain"
+        device = self.equilibrium().device
+        return backend_name(self.config, device, is_compiled=is_compiled, is_low_precision=is_low_precision) != "plain"
 
     @property
     def stride(self) -> float:

@@ -5,10 +5,9 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -105,15 +104,28 @@ def start_world(device: str) -> Iterator[World]:
 def prepare_blocks(blocks: nn.ModuleList, settings: TrainingSettings) -> None:
     """Apply recomputation and compilation to each block, in place; parameter names stay as they are.
 
-    An integrator that recomputes its iterations by itself is left to it, but where a compiler traces the plain loop.
+    An integrator that recomputes its iterations by itself is left to it: any but the plain loop.
     """
+    how = {"is_compiled": settings.compile, "is_low_precision": settings.precision == "bf16"}
     for block in blocks:
         part: Any = block if settings.recomputation == "block" else block.integrator
-        alone = settings.recomputation == "integrator" and part.recomputes and not settings.compile
+        alone = settings.recomputation == "integrator" and part.recomputes(**how)
         if settings.recomputation != "none" and not alone:
-            part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+            part.forward = _recomputed(part.forward)
         if settings.compile:
             _compile(block)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` that keeps its inputs alone and runs again in the backward pass.
+
+    A function of this file: a compiler starts at no function of torch's own, such as checkpoint itself.
+    """
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return again
 
 
 def _compile(block: nn.Module) -> None:

@@ -307,13 +307,13 @@ def test_which_backend_runs_and_what_the_plan_says():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for setting, device, installed, expected, missing in (
         ("auto", cpu, True, "native", ""),
-        ("auto", cpu, False, "eager", "native needs a CPU, a C++ compiler"),
+        ("auto", cpu, False, "eager", "native needs a CPU, fp32, a C++ compiler"),
         ("auto", gpu, True, "triton", ""),
         ("auto", gpu, False, "eager", "triton needs a GPU and the triton package"),
         ("triton", gpu, True, "triton", ""),
         ("triton", cpu, True, "eager", "triton needs a GPU"),
         ("native", cpu, True, "native", ""),
-        ("native", cpu, False, "eager", "native needs a CPU, a C++ compiler"),
+        ("native", cpu, False, "eager", "native needs a CPU, fp32, a C++ compiler"),
         ("native", gpu, True, "eager", "native needs a CPU"),
         ("eager", gpu, True, "eager", ""),
         ("eager", cpu, True, "eager", ""),
@@ -333,6 +333,28 @@ def test_which_backend_runs_and_what_the_plan_says():
     assert select.backend_name(experts, gpu) == "plain"
     assert select.describe_backend(experts, cpu, is_compiled=False) == "plain on cpu, all iterations kept"
     assert select.describe_backend(None, cpu, is_compiled=False) is None
+
+
+def test_which_backend_a_compiler_traces_and_which_runs_in_low_precision():
+    cpu, gpu, traced = torch.device("cpu"), torch.device("cuda"), "plain, traced with the block by training.compile"
+    both = patch.multiple(select, has_triton=lambda: True, has_native=lambda: True)
+    for setting, device, is_compiled, is_low_precision, expected in (
+        ("auto", cpu, True, False, "native on cpu, iterations recomputed in the backward pass, one operation of"),
+        ("native", cpu, True, False, "native on cpu"),
+        ("auto", cpu, True, True, traced),
+        ("native", cpu, False, True, "eager on cpu, iterations recomputed in the backward pass; native needs a CPU"),
+        ("eager", cpu, True, False, traced),
+        ("compiled", cpu, True, False, traced),
+        ("auto", gpu, True, True, traced),
+        ("auto", gpu, False, True, "triton on cuda"),
+    ):
+        how = {"is_compiled": is_compiled, "is_low_precision": is_low_precision}
+        config = IntegratorConfig(backend=setting)
+        with both:
+            assert select.describe_backend(config, device, **how).startswith(expected)
+            assert select.backend_name(config, device, **how) == expected.split()[0].rstrip(",")
+    experts = IntegratorConfig.model_validate({"controller": {"experts": 2}})
+    assert select.describe_backend(experts, cpu, is_compiled=True) == traced
 
 
 def test_a_cpu_run_does_not_import_triton():

@@ -179,9 +179,12 @@ def plans_bf16(recipe: Recipe) -> bool:
     return uses_bf16(recipe, _planned_device(recipe))
 
 
-def plans_backend(recipe: Recipe) -> str | None:
-    """What would compute the integrator's iterations on this machine; None without an integrator."""
-    return describe_backend(recipe.model.integrator, _planned_device(recipe), is_compiled=recipe.training.compile)
+def plans_backend(recipe: Recipe, device: "torch.device | None" = None) -> str | None:
+    """What computes the integrator's iterations on a device, this machine's by default; None without an integrator."""
+    where, settings = device or _planned_device(recipe), recipe.training
+    return describe_backend(
+        recipe.model.integrator, where, is_compiled=settings.compile, is_low_precision=uses_bf16(recipe, where)
+    )
 
 
 def _planned_device(recipe: Recipe) -> "torch.device":
