@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 DIMENSIONS = "--d-model 512 --layers 6 --heads 8 --kv-heads 2 --feedforward-dim 2048"
 SIZE = f"{DIMENSIONS} --vocab-size 16384 --batch-size 4 --sequence-length 256"
 LARGE = f"{DIMENSIONS} --vocab-size 50304 --batch-size 4 --sequence-length 512"
+MANY = f"{DIMENSIONS} --vocab-size 16384 --batch-size 16 --sequence-length 256"
+"""Four times the tokens: of fewer, the difference of two processes' memory is no larger than its scatter."""
 DECODE = f"{DIMENSIONS} --vocab-size 16384 --prompt-tokens 32 --new-tokens 256"
 EIGHT = "--against v4 --against-set model.integrator.num_iterations=8"
 NARROW = "model.integrator.controller.width=32"
@@ -37,8 +39,8 @@ RUNS = {
     "train-v4-narrow": f"train --preset v4 --iterations 2 --set {NARROW} {SIZE} --against transformer",
     "memory-v4-llama": f"train --preset v4 --iterations 2 {LARGE} --against llama {ONCE}",
     "memory-v4-recomputed": f"train --preset v4 --iterations 2 --set {RECOMPUTED} {LARGE} --against llama {ONCE}",
-    "memory-iterations": f"train --preset v4 --iterations 2 {SIZE} {EIGHT} {MEMORY}",
-    "memory-no-integrator": f"train --preset transformer --set model.feedforward_hidden=1344 {SIZE} {MEMORY}",
+    "memory-iterations": f"train --preset v4 --iterations 2 {MANY} {EIGHT} {MEMORY}",
+    "memory-no-integrator": f"train --preset transformer --set model.feedforward_hidden=1344 {MANY} {MEMORY}",
     "decode-1": f"decode --preset v4 --iterations 2 {DECODE} --batch-size 1 --against llama",
     "decode-8": f"decode --preset v4 --iterations 2 {DECODE} --batch-size 8 --against llama --no-parts",
     "decode-uncached": f"decode --preset v4 --iterations 2 {DECODE} --batch-size 1 --against uncached --no-parts",

@@ -22,6 +22,8 @@ _NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 _TILE_BYTES = 128 * 1024
 """Of one (n, D) tensor of a tile; some ten of them, each thread's own, should fit its cache."""
+_MOST_TILES = 4
+"""From T = 4 on a tile shrinks, as the backward pass holds its iterations side by side: memory must not grow with T."""
 _FEWEST_ROWS = 32
 _NUMBERS = ("threads", "rows", "dim", "width", "groups", "iterations", "kept", "activation", "tile")
 _POINTERS = (
@@ -160,6 +162,7 @@ _FIELDS = {"last_fraction": "fraction"}
 def _described(rule: Rule, inputs: Inputs, hidden: Tensor) -> Call:
     """The numbers of one call."""
     rows, dim = inputs.x.shape
+    shrink = min(1.0, _MOST_TILES / rule.num_iterations)
     return Call(
         threads=min(torch.get_num_threads(), max(1, rows // _FEWEST_ROWS)),
         rows=rows,
@@ -169,7 +172,7 @@ def _described(rule: Rule, inputs: Inputs, hidden: Tensor) -> Call:
         iterations=rule.num_iterations,
         kept=hidden.shape[0],
         activation=_ACTIVATIONS.index(rule.activation),
-        tile=max(_FEWEST_ROWS, _TILE_BYTES // (dim * inputs.x.element_size())),
+        tile=max(_FEWEST_ROWS, int(_TILE_BYTES * shrink) // (dim * inputs.x.element_size())),
         stride=rule.stride,
         kappa=-1.0 if rule.kappa is None else rule.kappa,
         beta_max=math.inf if rule.beta_max is None else rule.beta_max,
