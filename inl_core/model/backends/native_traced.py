@@ -21,31 +21,20 @@ def run(rule: Rule, inputs: Inputs) -> Result:
     return Result(x, v, *((None, None) if rule.energy_power is None else (speed, energy)))
 
 
-@torch.library.custom_op("inl::iterate", mutates_args=())
-def iterate(
-    x: Tensor,
-    v: Tensor | None,
-    hoisted: Tensor,
-    candidate: Tensor | None,
-    inner: Tensor,
-    outer: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    forcing: Tensor,
-    last_fraction: Tensor | None,
-    num_iterations: int,
-    stride: float,
-    kappa: float | None,
-    beta_max: float | None,
-    activation: str,
-    energy_power: float | None,
-    keep: bool,
-) -> list[Tensor]:
+_CALL = (
+    "Tensor x, Tensor? v, Tensor hoisted, Tensor? candidate, Tensor inner, Tensor outer, Tensor bias, Tensor mu, "
+    "Tensor forcing, Tensor? last_fraction, "
+    "int num_iterations, float stride, float? kappa, float? beta_max, str activation, float? energy_power"
+)
+"""*Inputs, *Rule, as an operation declares them."""
+
+
+@torch.library.custom_op("inl::iterate", mutates_args=(), schema=f"({_CALL}, bool keep) -> Tensor[]")
+def iterate(*arguments) -> list[Tensor]:
     """(*Inputs, *Rule, keep) -> x_T, v_T, the terms of the speed and energy losses, u of the first iterations."""
-    inputs = Inputs(x, v, hoisted, candidate, inner, outer, bias, mu, forcing, last_fraction)
-    rule = Rule(num_iterations, stride, kappa, beta_max, activation, energy_power)
-    result, hidden = native.forward(rule, inputs, keep=keep)
-    return [*_there(result, x), hidden]
+    inputs, rule = _unpacked(arguments)
+    result, hidden = native.forward(rule, inputs, keep=arguments[-1])
+    return [*_there(result, inputs.x), hidden]
 
 
 @iterate.register_fake
@@ -55,33 +44,15 @@ def _(*arguments) -> list[Tensor]:
     return [*_there(native.results(rule, inputs), inputs.x), hidden]
 
 
-@torch.library.custom_op("inl::iterate_backward", mutates_args=())
-def iterate_backward(
-    grads: list[Tensor],
-    x: Tensor,
-    v: Tensor | None,
-    hoisted: Tensor,
-    candidate: Tensor | None,
-    inner: Tensor,
-    outer: Tensor,
-    bias: Tensor,
-    mu: Tensor,
-    forcing: Tensor,
-    last_fraction: Tensor | None,
-    num_iterations: int,
-    stride: float,
-    kappa: float | None,
-    beta_max: float | None,
-    activation: str,
-    energy_power: float | None,
-    hidden: Tensor,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "inl::iterate_backward", mutates_args=(), schema=f"(Tensor[] grads, {_CALL}, Tensor hidden) -> Tensor[]"
+)
+def iterate_backward(grads, *arguments) -> list[Tensor]:
     """(gradients of x_T, v_T, speed, energy; *Inputs, *Rule, u) -> gradients of the inputs."""
-    inputs = Inputs(x, v, hoisted, candidate, inner, outer, bias, mu, forcing, last_fraction)
-    rule = Rule(num_iterations, stride, kappa, beta_max, activation, energy_power)
+    inputs, rule = _unpacked(arguments)
     given = Result(*(grad if grad.numel() else None for grad in grads))  # type: ignore[arg-type]
-    found = native.backward(rule, inputs, hidden, given)
-    return _there(found._replace(outer=found.outer.contiguous()), x)
+    found = native.backward(rule, inputs, arguments[-1], given)
+    return _there(found._replace(outer=found.outer.contiguous()), inputs.x)
 
 
 @iterate_backward.register_fake
