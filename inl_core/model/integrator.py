@@ -283,12 +283,14 @@ class Integrator(nn.Module):
     ) -> IntegratorOutput:
         """All iterations by a backend, which sees tokens in one row and no controller but its matrices."""
         shape, head = start.state.shape, self.modulation.fold(controller)
-        tokens = [None if value is None else value.reshape(-1, value.shape[-1]) for value in start[:3]]
+        tokens = [None if value is None else value.expand(shape).reshape(-1, shape[-1]) for value in start[:3]]
         x, v, candidate = tokens
         assert x is not None
         hoisted = controller.hoist(h).reshape(x.shape[0], -1)
         inner = controller.state_velocity.weight
-        result = run(rule, Inputs(x, v, hoisted, candidate, inner, head.weight, head.bias, *start[3:]))
+        fraction = None if start.last_fraction is None else start.last_fraction.to(x.dtype)
+        rest = (start.mu, start.forcing, fraction)
+        result = run(rule, Inputs(x, v, hoisted, candidate, inner, head.weight, head.bias, *rest))
         output = IntegratorOutput(result.x.view(shape), result.v.view(shape), rule.num_iterations)
         if result.speed is not None and result.energy is not None:
             output.speed, output.energy = result.speed.view(shape[:-1]), result.energy.view(shape[:-1])

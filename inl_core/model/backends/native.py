@@ -142,6 +142,7 @@ def gradients(inputs: Inputs) -> Inputs:
 def _call(name: str, rule: Rule, inputs: Inputs, hidden: Tensor, **others: Tensor | None) -> None:
     found = library()
     assert found is not None
+    _check(rule, inputs)
     if inputs.x.shape[0] == 0:
         return
     kind = _NAMES[inputs.x.dtype]
@@ -153,10 +154,33 @@ def _call(name: str, rule: Rule, inputs: Inputs, hidden: Tensor, **others: Tenso
         if tensor is not None:
             assert tensor.is_contiguous()
             setattr(call, _FIELDS.get(field, field), tensor.data_ptr())
-    getattr(found.loop, f"{name}_{kind}")(ctypes.byref(call))
+    if not getattr(found.loop, f"{name}_{kind}")(ctypes.byref(call)):
+        raise MemoryError(
+            f"model.integrator.backend native: no memory for the {name} pass of {inputs.x.shape[0]:,} tokens"
+        )
 
 
 _FIELDS = {"last_fraction": "fraction"}
+
+
+def _check(rule: Rule, inputs: Inputs) -> None:
+    """ValueError for what the loop, which trusts the sizes it is told, would read beyond its end or misread."""
+    (rows, dim), width = inputs.x.shape, inputs.hoisted.shape[-1]
+    groups = 4 if inputs.bias.shape == (4 * dim,) and inputs.candidate is None else 3
+    token, output = (rows, dim), groups * dim
+    wanted = {"x": token, "v": token, "candidate": token, "hoisted": (rows, width), "mu": (dim,), "last_fraction": ()}
+    wanted |= {"inner": (width, 2 * dim), "outer": (output, width), "bias": (output,)}
+    wanted |= {"forcing": (rule.num_iterations, dim)}
+    for name, tensor in inputs._asdict().items():
+        if tensor is None:
+            continue
+        shape = wanted[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"integrator: {name} is {tuple(tensor.shape)}, and must be {shape} beside x {(rows, dim)}")
+        if tensor.dtype != inputs.x.dtype:
+            raise ValueError(
+                f"integrator: {name} is {tensor.dtype} and x {inputs.x.dtype}: they must be of one precision"
+            )
 
 
 def _described(rule: Rule, inputs: Inputs, hidden: Tensor) -> Call:

@@ -1,11 +1,11 @@
 """The C++ loop (native_loop.cpp) as a library: compiled by this machine's compiler on first use, then kept.
 
-- A second or two, once for each source, compiler and processor: the file's name tells them apart, so machines that
-  share a home directory but not a processor each get their own. Kept in $XDG_CACHE_HOME/inl, else ~/.cache/inl, or for
-  the process alone where that cannot be written.
-- Needed: a compiler; GNU's OpenMP in torch, for threads of another kind would compete with torch's own for the
-  processor; and a torch with MKL, whose products can be told to use one thread. Without any of them there is no
-  library, and callers do without. A compiler that is there and fails is worth a warning.
+- A second or two, once for each source and processor: the file's name tells them apart, so machines that share a home
+  directory but not a processor each get their own, and a node without a compiler takes what another one compiled. Kept
+  in $XDG_CACHE_HOME/inl, else ~/.cache/inl, or for the process alone where that cannot be used.
+- Needed: a compiler; GNU's OpenMP in torch and in the library, for threads of another kind would compete with torch's
+  own for the processor; and a torch with MKL, whose products can be told to use one thread. Without any of them there
+  is no library, and callers do without. Compilers that are there and all fail are worth a warning.
 """
 
 import ctypes
@@ -37,29 +37,31 @@ class Library(NamedTuple):
     """how many threads this thread's products take -> how many it was"""
 
 
+class Unusable(Exception):
+    """Why there is no library, in one line."""
+
+
 @lru_cache(maxsize=1)
 def library() -> Library | None:
     """The compiled loop, or None where this machine cannot have it."""
-    compiler, blas = find_compiler(), _mkl()
-    if compiler is None or blas is None or not _threads_are_gnu():
+    blas = _mkl()
+    if blas is None or not _threads_are_gnu():
         return None
     try:
-        loop = _load(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or b""
-        reason = said.decode(errors="replace").strip().partition("\n")[0] or error
-        warnings.warn(
-            f"{compiler}: model.integrator.backend native is not there: {reason}", RuntimeWarning, stacklevel=2
-        )
+        loop = _kept() or _compiled(find_compilers())
+    except Unusable as error:
+        warnings.warn(f"model.integrator.backend native is not there: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    if loop is None:
         return None
     gemm = {"float32": _address(blas.sgemm_), "float64": _address(blas.dgemm_)}
     return Library(loop, gemm, _address(blas.MKL_Set_Num_Threads_Local))
 
 
-def find_compiler() -> str | None:
-    """$CXX, g++ or c++, whichever is first found."""
+def find_compilers() -> list[str]:
+    """$CXX, g++ and c++, those that are there."""
     names = [os.environ.get("CXX", ""), "g++", "c++"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return list(dict.fromkeys(found for name in names if name and (found := shutil.which(name))))
 
 
 def _mkl() -> ctypes.CDLL | None:
@@ -86,36 +88,80 @@ def _threads_are_gnu() -> bool:
     return True
 
 
-def _load(compiler: str) -> ctypes.CDLL:
-    name = f"loop-{_fingerprint(compiler)}.so"
-    kept = _cache_directory() / name
-    if not kept.exists():
+def _kept() -> ctypes.CDLL | None:
+    """The library an earlier process left, if it is ours and whole."""
+    try:
+        path = _cache_file()
+        if path.stat().st_uid != os.getuid():  # a shared cache: nobody else's code
+            return None
+        return _load(path)
+    except (OSError, Unusable):
+        return None
+
+
+def _compiled(compilers: list[str]) -> ctypes.CDLL | None:
+    """The library made by the first compiler that can; None where there is no compiler at all."""
+    failure: Unusable | None = None
+    for compiler in compilers:
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _build(compiler, kept)
-        except OSError:  # a home that cannot be written
             with tempfile.TemporaryDirectory(prefix="inl-") as directory:
-                _build(compiler, Path(directory) / name)
-                return ctypes.CDLL(str(Path(directory) / name))  # stays in memory when its file is gone
-    return ctypes.CDLL(str(kept))
+                built = _build(compiler, Path(directory) / "loop.so")
+                _keep(built)
+                return _kept() or _load(built)  # stays in memory when its file is gone
+        except Unusable as error:
+            failure = failure or error
+        except OSError as error:
+            failure = failure or Unusable(f"{compiler}: {error}")
+    if failure:
+        raise failure
+    return None
 
 
-def _build(compiler: str, target: Path) -> None:
-    """Compile beside the target and move it there whole: ranks that start together may all do so."""
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as directory:
-        output = Path(directory) / target.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(output)]
+def _build(compiler: str, target: Path) -> Path:
+    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(target)]
+    try:
         subprocess.run(command, check=True, capture_output=True, timeout=_LONGEST_BUILD)
-        output.replace(target)
+    except subprocess.SubprocessError as error:
+        said = getattr(error, "stderr", None) or b""
+        reason = said.decode(errors="replace").strip().partition("\n")[0] or error
+        raise Unusable(f"{compiler}: {reason}") from error
+    return target
 
 
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inl"
+def _keep(built: Path) -> None:
+    """Copy it to the cache and move it into place whole: ranks that start together may all do so."""
+    copy = None
+    try:
+        target = _cache_file()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".build-", dir=target.parent, delete=False) as file:
+            copy = Path(file.name)
+            file.write(built.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())  # the name must never stand before its contents
+        copy.replace(target)
+    except OSError:  # a full or read-only home: the next process compiles it again
+        if copy:
+            copy.unlink(missing_ok=True)
 
 
-def _fingerprint(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=_LONGEST_BUILD).stdout
-    parts = (_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())
+def _load(path: Path) -> ctypes.CDLL:
+    if b"libgomp" not in path.read_bytes():  # named among the libraries it needs
+        raise Unusable(f"{path}: the compiler has an OpenMP of its own, where torch has GNU's")
+    return ctypes.CDLL(str(path))
+
+
+def _cache_file() -> Path:
+    """OSError where there is no home."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    return home / "inl" / f"loop-{_fingerprint()}.so"
+
+
+def _fingerprint() -> str:
+    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), _processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -8,18 +8,20 @@
 //   own cache. The matrix products are the BLAS library's, called for one tile in one thread; the rest is one pass.
 // - The backward pass computes the iterations again, as fused.py does; u of the first `kept` iterations is kept.
 // - Every thread sums the weights' gradients for itself, and the sums are added in the threads' order: with the same
-//   number of threads, the same bits.
+//   number of threads, the same bits. Sums over tokens are of some rows first, then in double precision.
 // - A missing v or c is a row of zeros: the same arithmetic, one instance for all.
 // - exp and log1p are polynomials so that the compiler makes vectors of them, within 2 units of the last place; NaN stays
 //   NaN. In double precision, which tests use, they are the library's.
 // - Legend: N tokens, n rows of a tile, D dim, C width, G groups, T iterations; matrices are row-major.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
 #include <memory>
+#include <new>
 #include <vector>
 
 // The same fields in the same order as native.py's Call.
@@ -270,7 +272,8 @@ template <typename T> struct Layer {
                 gxs[i * dim + j] += p;
                 of_mu[j] -= p;
                 const T slope = power == 2 ? v : std::copysign(std::pow(std::fabs(v), power - 1), v);
-                gvs[i * dim + j] += push * (v == 0 && power > 1 ? T(0) : slope);
+                // sign(0) is 0 for p = 1, as autograd has it; below 1 the slope at zero is infinite
+                gvs[i * dim + j] += push * (v == 0 && power >= 1 ? T(0) : slope);
             }
         }
     }
@@ -305,11 +308,21 @@ class OneThreadEach {
     ~OneThreadEach() { set(before); }
 };
 
-template <typename T> void forward(const Call &call) {
+// f(), which no exception may leave: it runs in a thread of its own.
+template <typename F> void unless_out_of_memory(std::atomic<bool> &failed, F f) {
+    try {
+        f();
+    } catch (const std::bad_alloc &) {
+        failed = true;
+    }
+}
+
+template <typename T> bool forward(const Call &call) {
     const Layer<T> layer(call);
     const int64_t dim = call.dim, width = call.width;
+    std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(call.threads)
-    {
+    unless_out_of_memory(failed, [&] {
         const OneThreadEach products(call);
         const int64_t most = tile_rows(call);
         Scratch<T> o(most * call.groups * dim), u(most * width), activated(most * width);
@@ -338,22 +351,50 @@ template <typename T> void forward(const Call &call) {
                 if (call.speed) layer.add_losses(n, t, x, v, (T *)call.speed + start, (T *)call.energy + start);
             }
         });
-    }
+    });
+    return !failed;
 }
 
-// One thread's sums of the gradients that all tokens share.
+constexpr int64_t SUMMED_ROWS = 64;  // at most these are summed in the state's own precision
+
+// Sums over tokens of the gradients of rows: bias, mu and one step's forcing.
+template <typename T> struct RowSums {
+    std::vector<T> bias, mu, forcing;
+    explicit RowSums(const Call &c) : bias(c.groups * c.dim), mu(c.dim), forcing(c.dim) {}
+};
+
+// One thread's sums of the gradients that all tokens share. Those of rows are double: their terms are many and small.
 template <typename T> struct Sums {
-    std::vector<T> inner, outer, bias, mu, forcing;
+    std::vector<T> inner, outer;
+    std::vector<double> bias, mu, forcing;
     double fraction = 0;
 
     explicit Sums(const Call &c)
         : inner(c.width * 2 * c.dim), outer(c.width * c.groups * c.dim), bias(c.groups * c.dim), mu(c.dim),
           forcing(c.iterations * c.dim) {}
+
+    // Take the sums of one tile's step t, and leave zeros.
+    void take(RowSums<T> &tile, int64_t t) {
+        take(tile.bias, bias.data());
+        take(tile.mu, mu.data());
+        take(tile.forcing, forcing.data() + t * int64_t(tile.forcing.size()));
+    }
+
+  private:
+    static void take(std::vector<T> &from, double *to) {
+        for (size_t i = 0; i < from.size(); i++) to[i] += from[i];
+        std::fill(from.begin(), from.end(), T(0));
+    }
 };
 
-template <typename T> void add(void *to, const std::vector<T> &part) {
+// Add this thread's share of the elements of one gradient: the threads' sums, in their order.
+template <typename T, typename Parts, typename P> void add_share(void *to, const Parts &parts, P part) {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), size = ((*parts[0]).*part).size();
+    const int64_t begin = size * me / threads, end = size * (me + 1) / threads;
     T *sum = (T *)to;
-    for (size_t i = 0; i < part.size(); i++) sum[i] += part[i];
+    for (const auto &one : parts)
+        if (one)
+            for (int64_t i = begin; i < end; i++) sum[i] += T(((*one).*part)[i]);
 }
 
 // One thread's backward pass over its tiles.
@@ -363,11 +404,12 @@ template <typename T> struct Back {
     int64_t dim, width, iterations, most;
     bool reads_last;
     Sums<T> &sums;
+    RowSums<T> of_rows;
     Scratch<T> states, velocities, outputs, us, activated, grad_u, scratch_v, rest, of_x, of_candidate;
 
     Back(const Layer<T> &l, Sums<T> &s)
         : layer(l), call(l.call), dim(l.dim), width(l.width), iterations(l.iterations), most(tile_rows(l.call)),
-          reads_last(call.fraction || call.power != 0), sums(s), states((iterations - !reads_last) * most * dim),
+          reads_last(call.fraction || call.power != 0), sums(s), of_rows(l.call), states((iterations - !reads_last) * most * dim),
           velocities((iterations - !reads_last) * most * dim), outputs(iterations * most * l.groups * dim), us(iterations * most * width),
           activated(iterations * most * width), grad_u(most * width), scratch_v(call.grad_v ? 0 : most * dim),
           rest(call.fraction ? 2 * most * dim : 0), of_x(dim), of_candidate(dim) {}
@@ -390,9 +432,15 @@ template <typename T> struct Back {
             if (layer.is_partial(t))
                 split(start, n, t, x, v, gx, gv);
             else if (call.power != 0)
-                layer.losses_back(start, n, t, after(states, t), after(velocities, t), gx, gv, sums.mu.data());
-            layer.step_back(n, output(t), x, v, c, layer.forcing(t), gx, gv, gc, sums.bias.data(), sums.mu.data(),
-                            sums.forcing.data() + t * dim, of_x.data(), of_candidate.data());
+                layer.losses_back(start, n, t, after(states, t), after(velocities, t), gx, gv, of_rows.mu.data());
+            for (int64_t i = 0; i < n; i += SUMMED_ROWS) {
+                const int64_t at = i * dim;
+                layer.step_back(std::min(SUMMED_ROWS, n - i), output(t) + at * layer.groups, x + at, v ? v + at : nullptr,
+                                c ? c + at : nullptr, layer.forcing(t), gx + at, gv + at, gc ? gc + at : nullptr,
+                                of_rows.bias.data(), of_rows.mu.data(), of_rows.forcing.data(), of_x.data(),
+                                of_candidate.data());
+                sums.take(of_rows, t);
+            }
             through_controller(start, n, t, x, v, gx, gv);
             if (layer.is_partial(t))
                 for (int64_t i = 0; i < n * dim; i++) {
@@ -438,7 +486,7 @@ template <typename T> struct Back {
             rest_x[i] = x[i] + f * (x_new[i] - x[i]);
             rest_v[i] = from + f * (v_new[i] - from);
         }
-        if (call.power != 0) layer.losses_back(start, n, t, rest_x, rest_v, gx, gv, sums.mu.data());
+        if (call.power != 0) layer.losses_back(start, n, t, rest_x, rest_v, gx, gv, of_rows.mu.data());
         double of_fraction = 0;
         for (int64_t i = 0; i < n * dim; i++) {
             of_fraction += double(gx[i]) * (x_new[i] - x[i]) + double(gv[i]) * (v_new[i] - (v ? v[i] : T(0)));
@@ -471,28 +519,45 @@ template <typename T> struct Back {
     }
 };
 
-template <typename T> void backward(const Call &call) {
+template <typename T> bool backward(const Call &call) {
     const Layer<T> layer(call);
-    std::vector<Sums<T>> sums(call.threads, Sums<T>(call));
+    std::vector<std::unique_ptr<Sums<T>>> sums(call.threads);  // each made, and so first touched, by its own thread
+    std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(call.threads)
     {
-        const OneThreadEach products(call);
-        Back<T> back(layer, sums[omp_get_thread_num()]);
-        for_tiles(call, [&](int64_t start, int64_t n) { back.tile(start, n); });
+        unless_out_of_memory(failed, [&] {
+            const OneThreadEach products(call);
+            Sums<T> &own = *(sums[omp_get_thread_num()] = std::make_unique<Sums<T>>(call));
+            Back<T> back(layer, own);
+            for_tiles(call, [&](int64_t start, int64_t n) { back.tile(start, n); });
+        });
+#pragma omp barrier
+        if (!failed) {
+            add_share<T>(call.grad_inner, sums, &Sums<T>::inner);
+            add_share<T>(call.grad_outer, sums, &Sums<T>::outer);
+            add_share<T>(call.grad_bias, sums, &Sums<T>::bias);
+            add_share<T>(call.grad_mu, sums, &Sums<T>::mu);
+            add_share<T>(call.grad_forcing, sums, &Sums<T>::forcing);
+        }
     }
-    for (const Sums<T> &part : sums) {
-        add(call.grad_inner, part.inner);
-        add(call.grad_outer, part.outer);
-        add(call.grad_bias, part.bias);
-        add(call.grad_mu, part.mu);
-        add(call.grad_forcing, part.forcing);
-        if (call.fraction) *(T *)call.grad_fraction += T(part.fraction);
+    if (call.fraction)
+        for (const auto &one : sums)
+            if (one) *(T *)call.grad_fraction += T(one->fraction);
+    return !failed;
+}
+
+template <bool pass(const Call &)> int completed(const Call *call) {
+    try {
+        return pass(*call);
+    } catch (const std::bad_alloc &) {
+        return 0;
     }
 }
 
 }  // namespace
 
-extern "C" void forward_float32(const Call *call) { forward<float>(*call); }
-extern "C" void forward_float64(const Call *call) { forward<double>(*call); }
-extern "C" void backward_float32(const Call *call) { backward<float>(*call); }
-extern "C" void backward_float64(const Call *call) { backward<double>(*call); }
+// 1, or 0 when there was not the memory.
+extern "C" int forward_float32(const Call *call) { return completed<forward<float>>(call); }
+extern "C" int forward_float64(const Call *call) { return completed<forward<double>>(call); }
+extern "C" int backward_float32(const Call *call) { return completed<backward<float>>(call); }
+extern "C" int backward_float64(const Call *call) { return completed<backward<double>>(call); }
