@@ -1,8 +1,8 @@
 """Causal attention: rotary positions, grouped queries, and the key-value cache.
 
 - Legend: B batch, S sequence, D d_model, H query heads, K key-value heads, F head size, M cache slots.
-- `scaled_dot_product_attention` does the work; who sees whom is decided once per forward pass, in `AttentionPlan`, for
-  every layer.
+- `scaled_dot_product_attention` does the work, and on a CPU without a cache a loop in C++ (native/attention.cpp). Which
+  of them, and who sees whom, is decided once a forward pass, in `AttentionPlan`, for every layer.
 - The integrator runs inside a token, so the cache holds keys and values of attention alone and does not depend on T:
   a token that stops early leaves no hole in it.
 """
@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inl_core.model.backends.select import has_native
+from inl_core.model.native.attention import Given, attend
+from inl_core.model.native.attention_traced import attend as attend_traced
 from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import ModelConfig
 
@@ -73,11 +76,13 @@ class AttentionPlan:
     positions: Tensor  # (S,) or (B, S): position of each query inside its document
     mask: Tensor | None  # (B, 1, S, M) bool, True = visible; None = the plain causal (or one-token) case
     is_causal: bool
+    is_native: bool = False  # the loop in C++ attends, by `first`; there is no mask
+    first: Tensor | None = None  # (B, S) the first token that each one sees; None = the row's first
 
 
 def plan_attention(
-    batch_shape: torch.Size,
-    device: torch.device,
+    ids: Tensor,
+    dtype: torch.dtype,
     *,
     positions: Tensor | None,
     document_ids: Tensor | None,
@@ -86,11 +91,12 @@ def plan_attention(
     """Decide who sees whom.
 
     Args:
-        batch_shape: (B, S) of the new tokens.
+        ids: (B, S), the new tokens.
+        dtype: the model's precision.
         positions: (B, S) positions, or None for 0..S-1 after what the cache holds.
-        document_ids: (B, S) document of each token; attention stays inside a document. Not with a cache.
+        document_ids: (B, S); a document is a run of equal ones, and attention stays inside it. Not with a cache.
     """
-    num_new = batch_shape[1]
+    num_new, device = ids.shape[1], ids.device
     start = cache.length if cache else 0
     slots = torch.arange(start + num_new, device=device)
     queries = slots[start:]
@@ -100,14 +106,30 @@ def plan_attention(
         visible = (real[:, None, :] & (slots <= queries[:, None])) | (slots == queries[:, None])
         where = (queries - cache.padding[:, None]).clamp(min=0)
         return AttentionPlan(where, visible[:, None], is_causal=False)
-    if document_ids is not None:
-        same = document_ids[:, :, None] == document_ids[:, None, :]
-        visible = same & (slots <= queries[:, None])
-        return AttentionPlan(queries if positions is None else positions, visible[:, None], is_causal=False)
     where = queries if positions is None else positions
+    first = None if document_ids is None else first_of_document(document_ids)
+    if cache is None and _native_attends(ids, dtype):
+        return AttentionPlan(where, None, is_causal=True, is_native=True, first=first)
+    if first is not None:
+        visible = (first[:, :, None] <= slots) & (slots <= queries[:, None])
+        return AttentionPlan(where, visible[:, None], is_causal=False)
     if start and num_new > 1:
         return AttentionPlan(where, (slots <= queries[:, None])[None, None], is_causal=False)
     return AttentionPlan(where, None, is_causal=num_new > 1)
+
+
+def first_of_document(document_ids: Tensor) -> Tensor:
+    """(B, S): where the run of equal ids begins that each token belongs to."""
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(starts, torch.arange(document_ids.shape[1], device=document_ids.device), 0).cummax(1).values
+
+
+def _native_attends(ids: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the loop in C++ takes a pass of a model of this precision: tensors in a CPU's memory, no autocast."""
+    is_real = type(ids) is Tensor or torch.compiler.is_compiling()
+    is_precise = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+    return ids.device.type == "cpu" and is_real and is_precise and has_native()
 
 
 class Attention(nn.Module):
@@ -133,9 +155,34 @@ class Attention(nn.Module):
 
         `rotary` is (cos, sin), ((B,) S, 1, F/2) at the plan's positions, or None.
         """
-        batch, length, width = x.shape
-        kv_width = self.num_kv_heads * self.head_dim
-        query_key, value = normed_linear(norm, self.query_key_value, x).split((width + kv_width, kv_width), dim=-1)
+        packed = normed_linear(norm, self.query_key_value, x)
+        mixed = (
+            self._attend_native(packed, plan, rotary)
+            if plan.is_native
+            else self._attend(packed, plan, rotary, cache, layer)
+        )
+        return self.output(mixed)
+
+    def _attend_native(self, packed: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[queries | keys | values] (B, S, ...) -> (B, S, D), by the loop in C++."""
+        cos, sin = rotary or (None, None)
+        if cos is not None and sin is not None:  # ((B,) S, 1, F/2) -> (1 or B, S, F/2)
+            cos, sin = (table.to(packed.dtype).view(-1, packed.shape[1], self.head_dim // 2) for table in (cos, sin))
+        given = Given(packed, cos, sin, plan.first, self.num_heads, self.num_kv_heads)
+        return attend_traced(given) if torch.compiler.is_compiling() else attend(given)
+
+    def _attend(
+        self,
+        packed: Tensor,
+        plan: AttentionPlan,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """The same by the library, with a cache or without."""
+        batch, length, _ = packed.shape
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        query_key, value = packed.split((width + kv_width, kv_width), dim=-1)
         query_key, value = (part.view(batch, length, -1, self.head_dim) for part in (query_key, value))
         if rotary is not None:
             query_key = rotate(query_key, *rotary).to(value.dtype)
@@ -155,4 +202,4 @@ class Attention(nn.Module):
             scale=1.0 / math.sqrt(self.head_dim),
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return mixed.transpose(1, 2).reshape(batch, length, -1)

@@ -232,7 +232,8 @@ class IntegratorLanguageModel(nn.Module):
             cache: keys and values of earlier tokens; the new ones are added to it.
             options: iterations and by-products.
         """
-        plan = plan_attention(ids.shape, ids.device, positions=positions, document_ids=document_ids, cache=cache)
+        dtype = self.embedding.table.weight.dtype
+        plan = plan_attention(ids, dtype, positions=positions, document_ids=document_ids, cache=cache)
         shared = share(self.embedding.table.weight) if self.head is None else None
         lookup, table = shared or (None, None)
         x = self.embedding(ids, lookup)

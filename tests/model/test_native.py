@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from inl_core.model import IntegratorLanguageModel
-from inl_core.model.backends import fused, native, native_build
+from inl_core.model.backends import fused, native
 from inl_core.model.backends.rule import Inputs, Rule
+from inl_core.model.native import build as native_build
 from inl_core.recipe import ModelConfig
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no compiler here, or torch has other threads")
@@ -247,7 +248,7 @@ def test_another_source_or_processor_is_another_library(tmp_path):
     names = {native_build._fingerprint()}
     other = tmp_path / "other.cpp"
     other.write_text("int x;")
-    with patch.object(native_build, "_SOURCE", other):
+    with patch.object(native_build, "_SOURCES", tmp_path):
         names.add(native_build._fingerprint())
     with patch.object(native_build, "_processor", lambda: b"another"):
         names.add(native_build._fingerprint())
@@ -287,12 +288,12 @@ def test_without_what_it_needs_there_is_none_and_training_goes_on(cache, tmp_pat
         monkeypatch.setattr(native_build, "find_compilers", lambda: [broken])
         message = "out of luck"
     elif trouble == "a source it refuses":
-        monkeypatch.setattr(native_build, "_SOURCE", tmp_path / "bad.cpp")
+        monkeypatch.setattr(native_build, "_SOURCES", tmp_path)
         (tmp_path / "bad.cpp").write_text("this is no C++")
         message = "error"
     elif trouble == "its own OpenMP":
         flags = [flag for flag in native_build._FLAGS if flag != "-fopenmp"]
-        monkeypatch.setattr(native_build, "_SOURCE", tmp_path / "other.cpp")
+        monkeypatch.setattr(native_build, "_SOURCES", tmp_path)
         (tmp_path / "other.cpp").write_text("int x;")
         monkeypatch.setattr(native_build, "_FLAGS", flags)
         message = "an OpenMP of its own"
@@ -300,7 +301,7 @@ def test_without_what_it_needs_there_is_none_and_training_goes_on(cache, tmp_pat
         monkeypatch.setattr(native_build, "_threads_are_gnu", lambda: False)
     else:
         monkeypatch.setattr(native_build, "_mkl", lambda: None)
-    with pytest.warns(RuntimeWarning, match=f"native is not there: .*{message}") if message else nullcontext():
+    with pytest.warns(RuntimeWarning, match=f"in C\\+\\+ are not there: .*{message}") if message else nullcontext():
         assert native_build.library() is None
     assert not native.is_available()
     test_a_model_trains_alike_by_either_way()

@@ -1,4 +1,4 @@
-"""The T iterations by a loop in C++ (native_loop.cpp): tiles of tokens through all of them, in each thread's cache.
+"""The T iterations by a loop in C++ (native/loop.cpp): tiles of tokens through all of them, in each thread's cache.
 
 - The same results as fused.py up to rounding, and the same tensors kept: nothing that grows with T.
 - For CPUs, in single or double precision throughout; anything else, autocast too, is fused.py's.
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.backends import fused
-from inl_core.model.backends.native_build import library
 from inl_core.model.backends.rule import Inputs, Result, Rule, speed_weights
 from inl_core.model.by_rows import matrix_dtype
+from inl_core.model.native.build import NAMES, Blas, library
 
-_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 _ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 _TILE_BYTES = 128 * 1024
 """Of one (n, D) tensor of a tile; some ten of them, each thread's own, should fit its cache."""
@@ -27,7 +26,6 @@ _MOST_TILES = 4
 _FEWEST_ROWS = 32
 _NUMBERS = ("threads", "rows", "dim", "width", "groups", "iterations", "kept", "activation", "tile")
 _POINTERS = (
-    *("speed_weights", "gemm", "set_threads"),
     *("x", "v", "hoisted", "candidate", "inner", "outer", "bias", "mu", "forcing", "fraction", "hidden"),
     *("x_out", "v_out", "speed", "energy"),
     *("grad_x_out", "grad_v_out", "grad_speed", "grad_energy"),
@@ -37,11 +35,13 @@ _POINTERS = (
 
 
 class Call(ctypes.Structure):
-    """The same fields in the same order as native_loop.cpp's Call."""
+    """The same fields in the same order as loop.cpp's Call."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _NUMBERS),
         *((name, ctypes.c_double) for name in ("stride", "kappa", "beta_max", "power")),
+        ("speed_weights", ctypes.c_void_p),
+        ("blas", Blas),
         *((name, ctypes.c_void_p) for name in _POINTERS),
     )
 
@@ -55,7 +55,7 @@ def supports(inputs: Inputs) -> bool:
     """Whether the tensors can be handed over: real memory of a CPU, in single or double precision throughout."""
     dtype = inputs.x.dtype
     return (
-        dtype in _NAMES
+        dtype in NAMES
         and all(
             type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == dtype
             for tensor in inputs
@@ -145,19 +145,16 @@ def _call(name: str, rule: Rule, inputs: Inputs, hidden: Tensor, **others: Tenso
     _check(rule, inputs)
     if inputs.x.shape[0] == 0:
         return
-    kind = _NAMES[inputs.x.dtype]
+    dtype = inputs.x.dtype
     call = _described(rule, inputs, hidden)
-    call.gemm, call.set_threads = found.gemm[kind], found.set_threads
+    call.blas = found.blas[dtype]
     weights = (ctypes.c_double * rule.num_iterations)(*speed_weights(rule.num_iterations))
     call.speed_weights = ctypes.addressof(weights)
     for field, tensor in (inputs._asdict() | {"hidden": hidden} | others).items():
         if tensor is not None:
             assert tensor.is_contiguous()
             setattr(call, _FIELDS.get(field, field), tensor.data_ptr())
-    if not getattr(found.loop, f"{name}_{kind}")(ctypes.byref(call)):
-        raise MemoryError(
-            f"model.integrator.backend native: no memory for the {name} pass of {inputs.x.shape[0]:,} tokens"
-        )
+    found.run(name, call, dtype, f"the integrator's {name} pass over {inputs.x.shape[0]:,} tokens")
 
 
 _FIELDS = {"last_fraction": "fraction"}

@@ -10,19 +10,11 @@
 // - Every thread sums the weights' gradients for itself, and the sums are added in the threads' order: with the same
 //   number of threads, the same bits. Sums over tokens are of some rows first, then in double precision.
 // - A missing v or c is a row of zeros: the same arithmetic, one instance for all.
-// - exp and log1p are polynomials so that the compiler makes vectors of them, within 2 units of the last place; NaN stays
-//   NaN. In double precision, which tests use, they are the library's.
 // - Legend: N tokens, n rows of a tile, D dim, C width, G groups, T iterations; matrices are row-major.
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <omp.h>
-#include <memory>
-#include <new>
 #include <vector>
+
+#include "common.h"
 
 // The same fields in the same order as native.py's Call.
 struct Call {
@@ -32,7 +24,7 @@ struct Call {
     double beta_max;  // may be infinite
     double power;     // p of the energy terms; 0: no loss terms
     const double *speed_weights;  // (T,)
-    void *gemm, *set_threads;     // the BLAS library's
+    Blas blas;
     // inputs
     const void *x, *v, *hoisted, *candidate, *inner, *outer, *bias, *mu, *forcing, *fraction;
     void *hidden;  // (kept, N, C): u before its activation
@@ -47,50 +39,10 @@ struct Call {
 
 namespace {
 
-inline float exponential(float z) {
-    z = z < -87.0f ? -87.0f : z;  // comparisons that are false for NaN, which passes
-    z = z > 88.0f ? 88.0f : z;
-    const float n = __builtin_rintf(z * 1.44269504088896341f);
-    float r = z - n * 0.693359375f;  // ln 2 in two parts
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-    float power_of_two;
-    std::memcpy(&power_of_two, &bits, sizeof bits);
-    return p * power_of_two;
-}
-
-inline double exponential(double z) { return std::exp(z); }
-
-// log(1 + e) for e in [0, 1]: 2 artanh(s), s = e / (2 + e) <= 1/3, by its series.
-inline float log1p_of_unit(float e) {
-    const float s = e / (2.0f + e), q = s * s;
-    float p = 1.0f / 15;
-    p = p * q + 1.0f / 13;
-    p = p * q + 1.0f / 11;
-    p = p * q + 1.0f / 9;
-    p = p * q + 1.0f / 7;
-    p = p * q + 1.0f / 5;
-    p = p * q + 1.0f / 3;
-    p = p * q + 1.0f;
-    return 2.0f * s * p;
-}
-
-inline double log1p_of_unit(double e) { return std::log1p(e); }
-
-
 // alpha_base, beta, its derivative by b, gate: the gains of one element.
 template <typename T> struct Gains {
     T base, beta, slope, gate;
 };
-
-template <typename T> inline T sigmoid(T z) { return T(1) / (T(1) + exponential(-z)); }
 
 template <typename T> inline Gains<T> gains(T a, T b, T g, T beta_max) {
     const T e = exponential(-std::fabs(b));
@@ -140,8 +92,6 @@ template <typename T> inline T derivative(int64_t kind, T u) {
 
 // What one call needs everywhere, typed.
 template <typename T> struct Layer {
-    using Gemm = void (*)(const char *, const char *, const int *, const int *, const int *, const T *, const T *,
-                          const int *, const T *, const int *, const T *, T *, const int *);
     const Call &call;
     int64_t dim, width, groups, iterations;
     T stride, kappa, beta_max, power;
@@ -153,14 +103,10 @@ template <typename T> struct Layer {
           kappa(T(c.kappa)), beta_max(T(c.beta_max)), power(T(c.power)), inner((const T *)c.inner),
           outer((const T *)c.outer), bias((const T *)c.bias), mu((const T *)c.mu), zeros(c.dim, T(0)) {}
 
-    // out (m, n) = beta out + op(left) (m, k) op(right) (k, n). The library's matrices are column-major: the transposes.
+    // out (m, n) = beta out + op(left) (m, k) op(right) (k, n)
     void product(bool left_t, bool right_t, int64_t m, int64_t n, int64_t k, const T *left, int64_t left_step,
                  const T *right, int64_t right_step, T beta, T *out, int64_t out_step) const {
-        const int rows = int(n), columns = int(m), depth = int(k);
-        const int first = int(right_step), second = int(left_step), third = int(out_step);
-        const T one = 1;
-        reinterpret_cast<Gemm>(call.gemm)(right_t ? "T" : "N", left_t ? "T" : "N", &rows, &columns, &depth, &one, right,
-                                          &first, left, &second, &beta, out, &third);
+        ::product<T>(call.blas, left_t, right_t, m, n, k, left, left_step, right, right_step, beta, out, out_step);
     }
 
     const T *forcing(int64_t t) const { return (const T *)call.forcing + t * dim; }
@@ -279,13 +225,6 @@ template <typename T> struct Layer {
     }
 };
 
-// Memory that nobody has cleared: every element is written before it is read.
-template <typename T> struct Scratch {
-    std::unique_ptr<T[]> place;
-    explicit Scratch(int64_t size) : place(new T[size]) {}
-    T *data() { return place.get(); }
-};
-
 // f(first row, rows) for the tiles of this thread's share.
 template <typename F> void for_tiles(const Call &call, F f) {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
@@ -297,33 +236,13 @@ template <typename F> void for_tiles(const Call &call, F f) {
 
 inline int64_t tile_rows(const Call &call) { return std::min(call.tile, call.rows); }
 
-// The BLAS library's products in one thread, those of this parallel region.
-class OneThreadEach {
-    using Set = int (*)(int);
-    Set set;
-    int before = 0;
-
-  public:
-    explicit OneThreadEach(const Call &call) : set(reinterpret_cast<Set>(call.set_threads)) { before = set(1); }
-    ~OneThreadEach() { set(before); }
-};
-
-// f(), which no exception may leave: it runs in a thread of its own.
-template <typename F> void unless_out_of_memory(std::atomic<bool> &failed, F f) {
-    try {
-        f();
-    } catch (const std::bad_alloc &) {
-        failed = true;
-    }
-}
-
 template <typename T> bool forward(const Call &call) {
     const Layer<T> layer(call);
     const int64_t dim = call.dim, width = call.width;
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(call.threads)
     unless_out_of_memory(failed, [&] {
-        const OneThreadEach products(call);
+        const OneThreadEach products(call.blas);
         const int64_t most = tile_rows(call);
         Scratch<T> o(most * call.groups * dim), u(most * width), activated(most * width);
         Scratch<T> whole(call.fraction ? 2 * most * dim : 0);
@@ -526,7 +445,7 @@ template <typename T> bool backward(const Call &call) {
 #pragma omp parallel num_threads(call.threads)
     {
         unless_out_of_memory(failed, [&] {
-            const OneThreadEach products(call);
+            const OneThreadEach products(call.blas);
             Sums<T> &own = *(sums[omp_get_thread_num()] = std::make_unique<Sums<T>>(call));
             Back<T> back(layer, own);
             for_tiles(call, [&](int64_t start, int64_t n) { back.tile(start, n); });
@@ -546,18 +465,10 @@ template <typename T> bool backward(const Call &call) {
     return !failed;
 }
 
-template <bool pass(const Call &)> int completed(const Call *call) {
-    try {
-        return pass(*call);
-    } catch (const std::bad_alloc &) {
-        return 0;
-    }
-}
-
 }  // namespace
 
 // 1, or 0 when there was not the memory.
-extern "C" int forward_float32(const Call *call) { return completed<forward<float>>(call); }
-extern "C" int forward_float64(const Call *call) { return completed<forward<double>>(call); }
-extern "C" int backward_float32(const Call *call) { return completed<backward<float>>(call); }
-extern "C" int backward_float64(const Call *call) { return completed<backward<double>>(call); }
+extern "C" int forward_float32(const Call *call) { return completed<Call, forward<float>>(call); }
+extern "C" int forward_float64(const Call *call) { return completed<Call, forward<double>>(call); }
+extern "C" int backward_float32(const Call *call) { return completed<Call, backward<float>>(call); }
+extern "C" int backward_float64(const Call *call) { return completed<Call, backward<double>>(call); }

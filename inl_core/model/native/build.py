@@ -1,6 +1,6 @@
-"""The C++ loop (native_loop.cpp) as a library: compiled by this machine's compiler on first use, then kept.
+"""The operations in C++ (*.cpp) as one library: compiled by this machine's compiler on first use, then kept.
 
-- A second or two, once for each source and processor: the file's name tells them apart, so machines that share a home
+- Some seconds, once for each source and processor: the file's name tells them apart, so machines that share a home
   directory but not a processor each get their own, and a node without a compiler takes what another one compiled. Kept
   in $XDG_CACHE_HOME/inl, else ~/.cache/inl, or for the process alone where that cannot be used.
 - Needed: a compiler; GNU's OpenMP in torch and in the library, for threads of another kind would compete with torch's
@@ -22,19 +22,36 @@ from typing import Any, NamedTuple
 
 import torch
 
-_SOURCE = Path(__file__).with_name("native_loop.cpp")
+_SOURCES = Path(__file__).parent
+"""The directory of *.cpp and *.h."""
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _LONGEST_BUILD = 120  # seconds
 
 
-class Library(NamedTuple):
-    """The loop, and by address the functions of MKL that it calls."""
+NAMES = {torch.float32: "float32", torch.float64: "float64"}
+"""The precisions there are, as the library's functions name them."""
 
-    loop: ctypes.CDLL
-    gemm: dict[str, int]
-    """sgemm and dgemm, by the precision's name"""
-    set_threads: int
-    """how many threads this thread's products take -> how many it was"""
+
+class Blas(ctypes.Structure):
+    """By address the functions of MKL that the library calls; the same fields in the same order as common.h's Blas."""
+
+    _fields_ = (("gemm", ctypes.c_void_p), ("set_threads", ctypes.c_void_p))
+
+
+class Library(NamedTuple):
+    """The compiled operations, and what they call."""
+
+    code: ctypes.CDLL
+    blas: dict[torch.dtype, Blas]
+
+    def run(self, name: str, call: ctypes.Structure, dtype: torch.dtype, what: str) -> None:
+        """One operation in one precision.
+
+        Raises:
+            MemoryError: it had not the memory for `what`.
+        """
+        if not getattr(self.code, f"{name}_{NAMES[dtype]}")(ctypes.byref(call)):
+            raise MemoryError(f"no memory for {what}")
 
 
 class Unusable(Exception):
@@ -43,19 +60,20 @@ class Unusable(Exception):
 
 @lru_cache(maxsize=1)
 def library() -> Library | None:
-    """The compiled loop, or None where this machine cannot have it."""
+    """The compiled operations, or None where this machine cannot have them."""
     blas = _mkl()
     if blas is None or not _threads_are_gnu():
         return None
     try:
-        loop = _kept() or _compiled(find_compilers())
+        code = _kept() or _compiled(find_compilers())
     except Unusable as error:
-        warnings.warn(f"model.integrator.backend native is not there: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"the operations in C++ are not there: {error}", RuntimeWarning, stacklevel=2)
         return None
-    if loop is None:
+    if code is None:
         return None
-    gemm = {"float32": _address(blas.sgemm_), "float64": _address(blas.dgemm_)}
-    return Library(loop, gemm, _address(blas.MKL_Set_Num_Threads_Local))
+    gemm = {torch.float32: blas.sgemm_, torch.float64: blas.dgemm_}
+    set_threads = _address(blas.MKL_Set_Num_Threads_Local)
+    return Library(code, {dtype: Blas(_address(function), set_threads) for dtype, function in gemm.items()})
 
 
 def find_compilers() -> list[str]:
@@ -105,7 +123,7 @@ def _compiled(compilers: list[str]) -> ctypes.CDLL | None:
     for compiler in compilers:
         try:
             with tempfile.TemporaryDirectory(prefix="inl-") as directory:
-                built = _build(compiler, Path(directory) / "loop.so")
+                built = _build(compiler, Path(directory) / "native.so")
                 _keep(built)
                 return _kept() or _load(built)  # stays in memory when its file is gone
         except Unusable as error:
@@ -117,8 +135,12 @@ def _compiled(compilers: list[str]) -> ctypes.CDLL | None:
     return None
 
 
+def _sources(*endings: str) -> list[Path]:
+    return sorted(path for path in _SOURCES.iterdir() if path.suffix in endings)
+
+
 def _build(compiler: str, target: Path) -> Path:
-    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(target)]
+    command = [compiler, *_FLAGS, *(str(path) for path in _sources(".cpp")), "-o", str(target)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=_LONGEST_BUILD)
     except subprocess.SubprocessError as error:
@@ -157,11 +179,11 @@ def _cache_file() -> Path:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
         raise OSError(str(error)) from error
-    return home / "inl" / f"loop-{_fingerprint()}.so"
+    return home / "inl" / f"native-{_fingerprint()}.so"
 
 
 def _fingerprint() -> str:
-    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), _processor())
+    parts = (*(path.read_bytes() for path in _sources(".cpp", ".h")), " ".join(_FLAGS).encode(), _processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

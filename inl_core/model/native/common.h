@@ -1,0 +1,114 @@
+// What the operations in C++ share: products by the BLAS library, polynomials for exp and log, scratch memory, shares
+// of the threads.
+//
+// - exp and log1p are polynomials so that the compiler makes vectors of them, within 2 units of the last place; NaN stays
+//   NaN. In double precision, which tests use, they are the library's.
+// - Matrices are row-major.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <omp.h>
+
+namespace {
+
+inline float exponential(float z) {
+    z = z < -87.0f ? -87.0f : z;  // comparisons that are false for NaN, which passes
+    z = z > 88.0f ? 88.0f : z;
+    const float n = __builtin_rintf(z * 1.44269504088896341f);
+    float r = z - n * 0.693359375f;  // ln 2 in two parts
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+    float power_of_two;
+    std::memcpy(&power_of_two, &bits, sizeof bits);
+    return p * power_of_two;
+}
+
+inline double exponential(double z) { return std::exp(z); }
+
+// log(1 + e) for e in [0, 1]: 2 artanh(s), s = e / (2 + e) <= 1/3, by its series.
+inline float log1p_of_unit(float e) {
+    const float s = e / (2.0f + e), q = s * s;
+    float p = 1.0f / 15;
+    p = p * q + 1.0f / 13;
+    p = p * q + 1.0f / 11;
+    p = p * q + 1.0f / 9;
+    p = p * q + 1.0f / 7;
+    p = p * q + 1.0f / 5;
+    p = p * q + 1.0f / 3;
+    p = p * q + 1.0f;
+    return 2.0f * s * p;
+}
+
+inline double log1p_of_unit(double e) { return std::log1p(e); }
+
+template <typename T> inline T sigmoid(T z) { return T(1) / (T(1) + exponential(-z)); }
+
+// The BLAS library's functions, by address: its product, and how many threads this thread's products take.
+struct Blas {
+    void *gemm, *set_threads;
+};
+
+// out (m, n) = scale op(left) (m, k) op(right) (k, n) + beta out. The library's matrices are column-major: the transposes.
+template <typename T>
+inline void product(const Blas &blas, bool left_t, bool right_t, int64_t m, int64_t n, int64_t k, const T *left,
+                    int64_t left_step, const T *right, int64_t right_step, T beta, T *out, int64_t out_step) {
+    using Gemm = void (*)(const char *, const char *, const int *, const int *, const int *, const T *, const T *,
+                          const int *, const T *, const int *, const T *, T *, const int *);
+    const int rows = int(n), columns = int(m), depth = int(k);
+    const int first = int(right_step), second = int(left_step), third = int(out_step);
+    const T one = 1;
+    reinterpret_cast<Gemm>(blas.gemm)(right_t ? "T" : "N", left_t ? "T" : "N", &rows, &columns, &depth, &one, right,
+                                      &first, left, &second, &beta, out, &third);
+}
+
+// The BLAS library's products in one thread, those of this parallel region.
+class OneThreadEach {
+    using Set = int (*)(int);
+    Set set;
+    int before = 0;
+
+  public:
+    explicit OneThreadEach(const Blas &blas) : set(reinterpret_cast<Set>(blas.set_threads)) { before = set(1); }
+    ~OneThreadEach() { set(before); }
+};
+
+// Memory that nobody has cleared: every element is written before it is read.
+template <typename T> struct Scratch {
+    std::unique_ptr<T[]> place;
+    explicit Scratch(int64_t size) : place(new T[size]) {}
+    T *data() { return place.get(); }
+};
+
+// f(), which no exception may leave: it runs in a thread of its own.
+template <typename F> void unless_out_of_memory(std::atomic<bool> &failed, F f) {
+    try {
+        f();
+    } catch (const std::bad_alloc &) {
+        failed = true;
+    }
+}
+
+// pass(call): 1, or 0 when there was not the memory.
+template <typename Call, bool pass(const Call &)> int completed(const Call *call) {
+    try {
+        return pass(*call);
+    } catch (const std::bad_alloc &) {
+        return 0;
+    }
+}
+
+}  // namespace
