@@ -161,7 +161,7 @@ class Attention(nn.Module):
             if plan.is_native
             else self._attend(packed, plan, rotary, cache, layer)
         )
-        return self.output(mixed)
+        return normed_linear(None, self.output, mixed)
 
     def _attend_native(self, packed: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """[queries | keys | values] (B, S, ...) -> (B, S, D), by the loop in C++."""

@@ -36,6 +36,8 @@ def _ceiling(count: int, parts: int) -> int:
 def matrix_dtype(x: Tensor) -> torch.dtype:
     """The precision of the matrix products: autocast's where it is on, else the state's."""
     kind = x.device.type
+    if x.is_meta:  # has no autocast
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import IntegratorConfig
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
@@ -40,7 +41,12 @@ class Controller(nn.Module):
 
     def hoist(self, h: Tensor) -> Tensor:
         """h W_h + b_h, (B, S, D) -> (B, S, C)."""
-        return self.context(h)
+        return normed_linear(None, self.context, h)
+
+    @property
+    def context_layer(self) -> tuple[Tensor, Tensor]:
+        """W_h (C, K) and b_h (C,)."""
+        return self.context.weight, self.context.bias
 
     def hidden(self, hoisted: Tensor, x: Tensor, v: Tensor | None) -> Tensor:
         """u, (B, S, C); `v` None is a velocity of zeros."""

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.by_rows import add_product, matrix_dtype, row_chunks
+from inl_core.model.native.feed_forward import Given, feed_forward, supports
 from inl_core.model.normed_linear import normed_linear
+from inl_core.model.norms import RMSNorm
 from inl_core.recipe import ModelConfig
 
 _CHUNK_BYTES = 4 * 2**20
@@ -26,10 +28,24 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, 2 * hidden if self.gated else hidden, bias=config.bias)
         self.down = nn.Linear(hidden, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """down(silu(gate x) * up x), or down(gelu(up x)); of norm(x) with a norm."""
-        up = self.up(x) if norm is None else normed_linear(norm, self.up, x)
-        return gated_down(up, self.down) if self.gated else self.down(F.gelu(up))
+    def forward(
+        self, x: Tensor, norm: nn.Module | None = None, *, wants_norm: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """down(silu(gate x) * up x), or down(gelu(up x)); of norm(x) with a norm, and norm(x) where it is wanted."""
+        given = self._native_form(x, norm)
+        if given is not None and supports(given):
+            product, normed = feed_forward(given, wants_norm=wants_norm)
+            return product.view_as(x), None if normed is None else normed.view_as(x)
+        normed = norm(x) if norm is not None and wants_norm else None
+        up = normed_linear(norm, self.up, x) if normed is None else normed_linear(None, self.up, normed)
+        return gated_down(up, self.down) if self.gated else self.down(F.gelu(up)), normed
+
+    def _native_form(self, x: Tensor, norm: nn.Module | None) -> Given | None:
+        """What the loop in C++ is given if it has this: gated, without biases, an RMS norm before it at most."""
+        if not self.gated or self.up.bias is not None or not isinstance(norm, RMSNorm | None):
+            return None
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return None if eps is None else Given(x.flatten(0, -2), weight, self.up.weight, self.down.weight, eps)
 
 
 def gated_down(gate_up: Tensor, down: nn.Linear) -> Tensor:

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inl_core.model.backends.rule import Inputs, Result, Rule, speed_weights
-from inl_core.model.backends.select import backend_name, find_backend
+from inl_core.model.backends.rule import Around, Inputs, Result, Rule, speed_weights
+from inl_core.model.backends.select import backend_name, find_backend, run_around, takes_around
 from inl_core.model.controller import Controller, Head, Modulation, num_groups
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
@@ -97,6 +97,8 @@ class IntegratorOutput:
     energy: Tensor | None = None
     trajectory: Trajectory | None = None
     routing: Routing | None = None
+    stream: Tensor | None = None
+    """The read-out, (B, S, D), where the caller asked for it and the backend does it."""
 
 
 class Integrator(nn.Module):
@@ -200,6 +202,8 @@ class Integrator(nn.Module):
         energy_power: float | None = None,
         keep_trajectory: bool = False,
         early_stopping: bool = True,
+        stream: Tensor | None = None,
+        gain: Tensor | None = None,
     ) -> IntegratorOutput:
         """Run T iterations from x_0 = `state`, v_0 = `velocity` (None is zeros), all (B, S, D).
 
@@ -214,6 +218,7 @@ class Integrator(nn.Module):
             energy_power: p; when given, the terms of the speed and energy losses are returned.
             keep_trajectory: return every iteration.
             early_stopping: False runs all T iterations also where the configuration would stop early.
+            stream, gain: (B, S, D) and (D,); a backend that can gives stream + gain (s_T - s_0) with the rest.
         """
         config = self.config
         total = num_iterations or config.num_iterations
@@ -227,7 +232,7 @@ class Integrator(nn.Module):
         if run is not None and isinstance(controller, Controller):
             rule = self.rule(total, energy_power)
             return self._run_flat(
-                run, rule, controller, h, _Start(state, velocity, candidate, mu, forcing, last_fraction)
+                run, rule, controller, h, _Start(state, velocity, candidate, mu, forcing, last_fraction), stream, gain
             )
         advance = self.advance(controller, h, candidate, routing)
         stopping = _EarlyStopping(config, state) if stops else None
@@ -280,18 +285,36 @@ class Integrator(nn.Module):
         controller: Controller,
         h: Tensor,
         start: "_Start",
+        stream: Tensor | None,
+        gain: Tensor | None,
     ) -> IntegratorOutput:
         """All iterations by a backend, which sees tokens in one row and no controller but its matrices."""
         shape, head = start.state.shape, self.modulation.fold(controller)
         tokens = [None if value is None else value.expand(shape).reshape(-1, shape[-1]) for value in start[:3]]
         x, v, candidate = tokens
         assert x is not None
-        hoisted = controller.hoist(h).reshape(x.shape[0], -1)
         inner = controller.state_velocity.weight
         fraction = None if start.last_fraction is None else start.last_fraction.to(x.dtype)
-        rest = (start.mu, start.forcing, fraction)
-        result = run(rule, Inputs(x, v, hoisted, candidate, inner, head.weight, head.bias, *rest))
+        inputs = Inputs(
+            x,
+            v,
+            x.new_empty(0, len(inner)),
+            candidate,
+            inner,
+            head.weight,
+            head.bias,
+            start.mu,
+            start.forcing,
+            fraction,
+        )
+        read_out = (None, None) if stream is None or gain is None else (stream.expand(shape).reshape(x.shape), gain)
+        around = Around(h.expand(*shape[:-1], -1).reshape(x.shape[0], -1), *controller.context_layer, *read_out)
+        if takes_around(run, inputs, around):
+            result = run_around(rule, inputs, around)
+        else:
+            result = run(rule, inputs._replace(hoisted=controller.hoist(h).reshape(x.shape[0], -1)))
         output = IntegratorOutput(result.x.view(shape), result.v.view(shape), rule.num_iterations)
+        output.stream = None if result.stream is None else result.stream.view(shape)
         if result.speed is not None and result.energy is not None:
             output.speed, output.energy = result.speed.view(shape[:-1]), result.energy.view(shape[:-1])
         return output

@@ -102,24 +102,36 @@ class Block(nn.Module):
         output = None
         if self.integrator is not None:
             assert self.norm_state is not None
-            start = self.norm_state(x)
+            candidate = None
+            if self.feeds_candidate:
+                candidate, start = self.feed_forward(x, self.norm_state, wants_norm=True)
+            else:
+                start = self.norm_state(x)
             output = self.integrator(
                 h,
                 start,
                 velocity,
                 amplitude=amplitude,
-                candidate=self.feed_forward(start) if self.feeds_candidate else None,
+                candidate=candidate,
                 controller=controller,
                 num_iterations=budget.num_iterations if budget else options.iterations_of(self.layer),
                 last_fraction=budget.last_fraction if budget else None,
                 energy_power=options.energy_power,
                 keep_trajectory=options.keep_trajectory,
                 early_stopping=options.early_stopping,
+                stream=x,
+                gain=self.layer_gain,
             )
-            x = x + (output.state if self.layer_gain is None else self.layer_gain * (output.state - start))
+            x = self._read_out(x, start, output)
         if self.norm_feed_forward is not None:
-            x = x + self.feed_forward(x, self.norm_feed_forward)
+            x = x + self.feed_forward(x, self.norm_feed_forward)[0]
         return x, output
+
+    def _read_out(self, x: Tensor, start: Tensor, output: IntegratorOutput) -> Tensor:
+        """x + layer_gain * (s_T - s_0), or x + s_T."""
+        if output.stream is not None:
+            return output.stream
+        return x + (output.state if self.layer_gain is None else self.layer_gain * (output.state - start))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Norms over the model's width D.
 
-- On a CPU the library's layer norm is one operation, and its RMS norm a row of them whose tensors autograd keeps: five
-  times the time (docs/performance.md). `FusedRMS` therefore takes the layer norm's backward pass and corrects it.
+- On a CPU the library's RMS norm is a row of operations whose tensors autograd keeps. `FusedRMS` is one pass in C++
+  (native/rows.cpp); without a compiler it takes the library's layer norm backward and corrects it.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from inl_core.model.native import rows
 from inl_core.recipe import ModelConfig
 
 
@@ -34,34 +35,45 @@ class RMSNorm(nn.RMSNorm):
 
 
 class FusedRMS(torch.autograd.Function):
-    """(x (..., D), weight (D,), eps) -> (..., D); keeps x and one number a row."""
+    """(x (..., D), weight (D,), eps) -> (..., D); keeps x, and without C++ one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The norm."""
         normed, scale = rms_forward(x, weight, eps)
         ctx.save_for_backward(x, scale, weight)
+        ctx.eps = eps
         return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of x and of the weight."""
-        return *rms_backward(grad, *ctx.saved_tensors), None
+        x, scale, weight = ctx.saved_tensors
+        return *rms_backward(grad, x, scale, weight, ctx.eps), None
 
 
-def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x * scale * weight (..., D) and scale = 1 / sqrt(mean x^2 + eps), (..., 1)."""
+def rms_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """x * scale * weight (..., D), and scale = 1 / sqrt(mean x^2 + eps), (..., 1), for a backward pass without C++."""
+    if rows.supports(x, weight):
+        return rows.norm(x, weight, eps), None
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * scale).mul_(weight), scale
 
 
-def rms_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def rms_again(x: Tensor, scale: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """The norm once more."""
+    return rows.norm(x, weight, eps) if scale is None else (x * scale).mul_(weight)
+
+
+def rms_backward(grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Gradients of x (..., D) and weight (D,).
 
-    The layer norm's gradient at mean 0, less what its mean would take from x's: scale * mean(grad * weight).
+    Without C++: the layer norm's at mean 0, less what its mean would take from x's, scale * mean(grad * weight).
     """
+    if scale is None:
+        return rows.norm_back(grad, x, weight, eps)
     dim = x.shape[-1]
     grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
         grad, x, [dim], torch.zeros_like(scale), scale, weight, None, [True, True, False]

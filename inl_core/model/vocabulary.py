@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.by_rows import matrix_dtype
+from inl_core.model.native import head, rows
 
 IGNORED = -100
 """The target of a token that does not count."""
@@ -38,10 +39,10 @@ def cross_entropy_sum(z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Args:
         z: (N, R).  weight: W (V, R).  targets: (N,).
     """
-    rows = logit_rows(weight.shape[0], z.device)
+    most = logit_rows(weight.shape[0], z.device)
     if z.device.type == "cpu" and z.dtype == weight.dtype == matrix_dtype(z) and z.dtype.itemsize >= 4:
-        return ChunkedCrossEntropy.apply(z, weight, targets, rows, torch.is_grad_enabled())
-    options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        return ChunkedCrossEntropy.apply(z, weight, targets, most, torch.is_grad_enabled())
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=most)
     return F.linear_cross_entropy(z, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
 
 
@@ -52,25 +53,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, targets: Tensor, rows: int, differentiate: bool) -> Tensor:
+    def forward(ctx: Any, z: Tensor, weight: Tensor, targets: Tensor, most: int, differentiate: bool) -> Tensor:
         """The loss; keeps the gradients, (N, R) and (V, R), where they are asked for."""
         wants_z, wants_weight = (differentiate and wanted for wanted in ctx.needs_input_grad[:2])
         grad_z = torch.empty_like(z) if wants_z else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
-        buffer = z.new_empty(min(rows, len(z)), len(weight))
-        loss = z.new_zeros(())
-        for start in range(0, len(z), rows):
-            where = slice(start, start + rows)
-            counted = (targets[where] != IGNORED).unsqueeze(1)  # (n, 1)
-            target = targets[where].clamp(min=0).unsqueeze(1)
-            logits = torch.mm(z[where], weight.T, out=buffer[: len(target)])
-            loss += (_softmax(logits, target) * counted).sum()
-            logits.scatter_add_(1, target, logits.new_full((1, 1), -1.0).expand(len(target), 1))  # p - onehot
-            if grad_z is not None:
-                torch.mm(logits, weight, out=grad_z[where]).mul_(counted)
-            if grad_weight is not None:
-                grad_weight.addmm_(logits.T, z[where] * counted)
         ctx.grad_z, ctx.grad_weight = grad_z, grad_weight
+        if head.supports(z, weight):
+            return head.losses(z, weight, targets, grad_z, grad_weight).sum()
+        ctx.grad_z, ctx.grad_weight = grad_z, grad_weight
+        if head.supports(z, weight):
+            return head.losses(z, weight, targets, grad_z, grad_weight).sum()
+        buffer = z.new_empty(min(most, len(z)), len(weight))
+        loss = z.new_zeros(())
+        targets, is_native = targets.contiguous(), rows.supports(z, weight)
+        for start in range(0, len(z), most):
+            where = slice(start, start + most)
+            target = targets[where]
+            logits = torch.mm(z[where], weight.T, out=buffer[: len(target)])
+            loss += (rows.entropy(logits, target) if is_native else _entropy(logits, target)).sum()
+            if grad_z is not None:
+                torch.mm(logits, weight, out=grad_z[where])
+            if grad_weight is not None:
+                grad_weight.addmm_(logits.T, z[where])
         return loss
 
     @staticmethod
@@ -84,13 +89,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_z, grad_weight, None, None, None
 
 
-def _softmax(logits: Tensor, target: Tensor) -> Tensor:
-    """Logits (n, V) become probabilities in place; the cross-entropy of target (n, 1) comes back, (n, 1).
+def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """`rows.entropy` without C++: the cross-entropy of targets (n,); logits (n, V) become its gradient.
 
     log sum exp is the largest logit less the logarithm of its probability, which is never below 1/V: a target's own
     probability may be zero in this precision, and its logarithm infinite.
     """
+    counted, target = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
     largest = logits.amax(-1, keepdim=True)
     of_target = logits.gather(1, target)
     torch.softmax(logits, -1, out=logits)
-    return largest - logits.amax(-1, keepdim=True).log_() - of_target
+    losses = largest - logits.amax(-1, keepdim=True).log_() - of_target
+    logits.scatter_add_(1, target, logits.new_full((1, 1), -1.0).expand(len(target), 1)).mul_(counted)
+    return (losses * counted).squeeze(1)

@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from inl_core.analysis.planning.activations import recompute, saved_activations
 from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.recipe import ModelConfig
+from tests.plain_loop import without_native
 
 ROWS, LENGTH = 5, 64
 KEYS = {"d_model": 64, "num_heads": 4, "vocab_size": 700, "max_seq_len": LENGTH}
@@ -56,16 +57,14 @@ def cases() -> Iterator[tuple[str, str, dict]]:
 
 
 @pytest.mark.parametrize(("preset", "mode", "circumstances"), list(cases()))
-def test_the_plan_is_what_autograd_keeps(
-    preset: str, mode: str, circumstances: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_plan_is_what_autograd_keeps(preset: str, mode: str, circumstances: dict) -> None:
+    """Without the operations in C++; with them it is some percent less."""
     config = ModelConfig.model_validate({"preset": preset, "num_layers": 3} | KEYS)
     named = {"document_mask" if key == "documents" else key: value for key, value in circumstances.items()}
     planned = saved_activations(config, LENGTH, recomputation=mode, **named).bytes(ROWS)
-    assert real_bytes(config, mode, **circumstances) <= 1.02 * planned
-    # With documents the plan is the library's attention's, which keeps a mask; the loop in C++ has none.
-    monkeypatch.setattr("inl_core.model.attention.has_native", lambda: not circumstances.get("documents"))
-    assert planned == pytest.approx(real_bytes(config, mode, **circumstances), rel=0.02)
+    assert 0.75 * planned <= real_bytes(config, mode, **circumstances) <= 1.02 * planned
+    with without_native():
+        assert planned == pytest.approx(real_bytes(config, mode, **circumstances), rel=0.02)
 
 
 @pytest.mark.parametrize("preset", ["v2", "v4", "transformer"])
@@ -76,7 +75,8 @@ def test_more_layers_and_iterations_are_extrapolated_exactly(preset: str) -> Non
     config = ModelConfig.model_validate(keys)
     for mode in ("none", "block"):
         planned = saved_activations(config, LENGTH, recomputation=mode)
-        assert planned.bytes(ROWS) == pytest.approx(real_bytes(config, mode), rel=0.02)
+        with without_native():
+            assert planned.bytes(ROWS) == pytest.approx(real_bytes(config, mode), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,8 @@ def test_mixtures_and_budgets_are_planned_as_if_even(integrator: dict) -> None:
     config = ModelConfig.model_validate(keys)
     for mode in ("none", "integrator"):
         planned = saved_activations(config, LENGTH, recomputation=mode).bytes(ROWS)
-        assert planned == pytest.approx(real_bytes(config, mode), rel=0.03)
+        with without_native():
+            assert planned == pytest.approx(real_bytes(config, mode), rel=0.03)
 
 
 def test_what_does_not_grow_with_the_batch_is_the_heads_gradient_and_under_autocast_the_converted_weights() -> None:

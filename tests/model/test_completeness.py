@@ -11,6 +11,7 @@ from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import IntegratorConfig, ModelConfig
 from inl_core.recipe.presets import merge
 from tests.model.test_language_model import PRESETS, VOCAB, build, some_ids
+from tests.plain_loop import the_plain_loop
 
 BASE = {"d_model": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "max_seq_len": 64}
 
@@ -199,9 +200,9 @@ def _fits(model: IntegratorLanguageModel, name: str, value: torch.Tensor) -> boo
 
 def test_a_shared_controller_is_called_by_every_layer_and_modulated_by_each():
     model, ids = build("v2"), some_ids()
-    calls = []
-    model.controller.context.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
+    calls, hoist = [], model.controller.hoist
+    model.controller.hoist = lambda h: (calls.append(1), hoist(h))[1]
+    with torch.no_grad(), the_plain_loop():
         before = model(ids).layers[2].state
         assert len(calls) == 3
         model.blocks[2].integrator.modulation.scale.mul_(1.5)

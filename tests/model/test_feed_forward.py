@@ -7,6 +7,7 @@ from torch import nn
 from inl_core.analysis.planning.activations import saved_bytes
 from inl_core.model import by_rows, feed_forward
 from inl_core.model.feed_forward import FeedForward, gated_down, plain_gated_down
+from inl_core.model.norms import RMSNorm
 from inl_core.recipe import ModelConfig
 from tests.plain_loop import the_plain_loop
 
@@ -25,6 +26,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda gate_up, *_: gated_down(gate_up, down), (gate_up, *down.parameters()))
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_numbers_are_those_of_the_plain_operations(bias: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,8 +36,10 @@ def test_the_numbers_are_those_of_the_plain_operations(bias: bool, bf16: bool, m
     found = []
     for function in (gated_down, plain_gated_down):
         monkeypatch.setattr(feed_forward, "gated_down", function)
+        if function is plain_gated_down:
+            monkeypatch.setattr(feed_forward, "supports", lambda _: False)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            out = network(x)
+            out, _ = network(x)
         found.append((out, *torch.autograd.grad(out.float().square().sum(), (x, *network.parameters()))))
     tolerance = {"atol": 0.02, "rtol": 0.02} if bf16 else {"atol": 1e-5, "rtol": 1e-5}
     for ours, plain in zip(*found, strict=True):
@@ -53,3 +57,23 @@ def test_only_gate_and_up_are_kept() -> None:
     assert kept() == gate_up.numel() * 4
     with the_plain_loop():
         assert kept() == 2 * gate_up.numel() * 4
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("wants_norm", [False, True])
+def test_with_a_norm_it_is_the_norm_and_then_the_feed_forward(wants_norm: bool) -> None:
+    """Both results, and gradients that come back from both."""
+    torch.manual_seed(0)
+    network = FeedForward(ModelConfig.model_validate({"preset": "v4", "d_model": 32, "num_heads": 2}))
+    norm, x = RMSNorm(32, eps=1e-6), torch.randn(2, 150, 32, requires_grad=True)
+    nn.init.normal_(norm.weight, 1.0, 0.3)
+    upstream, found = torch.randn(2, 2, 150, 32), []
+    for together in (True, False):
+        product, normed = network(x, norm, wants_norm=wants_norm) if together else (network(norm(x))[0], norm(x))
+        assert (normed is not None) == (wants_norm or not together)
+        total = (product * upstream[0]).sum()
+        if wants_norm:
+            total = total + (normed * upstream[1]).sum()
+        found.append((product, *torch.autograd.grad(total, (x, norm.weight, *network.parameters()))))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-4)

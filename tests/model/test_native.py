@@ -13,7 +13,7 @@ import torch
 
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.backends import fused, native
-from inl_core.model.backends.rule import Inputs, Rule
+from inl_core.model.backends.rule import Around, Inputs, Rule
 from inl_core.model.native import build as native_build
 from inl_core.recipe import ModelConfig
 
@@ -209,11 +209,20 @@ def test_sums_over_many_tokens_keep_their_precision():
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, and a process that has not looked for the library yet."""
+    """An empty cache, and a process that has not looked for the library yet, which is a small one: a part of it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native_build, "_SOURCES", small_library(tmp_path))
     native_build.library.cache_clear()
     yield tmp_path / "cache" / "inl"
     native_build.library.cache_clear()
+
+
+def small_library(directory: Path) -> Path:
+    sources = directory / "sources"
+    sources.mkdir()
+    for name in ("common.h", "entropy.h", "norm.h", "tiles.h", "products.cpp", "rows.cpp"):
+        (sources / name).write_bytes((native_build._SOURCES / name).read_bytes())
+    return sources
 
 
 def compiler_script(path: Path, body: str) -> str:
@@ -228,8 +237,10 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
 
 
-def test_the_library_is_compiled_once_and_kept(cache):
+def test_the_library_is_compiled_once_and_kept(cache, monkeypatch):
+    monkeypatch.setattr(native_build, "_SOURCES", Path(native_build.__file__).parent)  # all of it
     assert native_build.library() is not None
+    assert native.run(RULE, flat_inputs()).x.isfinite().all()
     (kept,) = cache.iterdir()
     native_build.library.cache_clear()
     with patch.object(native_build, "_build", side_effect=AssertionError("compiled again")):
@@ -321,9 +332,11 @@ def test_a_cache_that_cannot_be_used_costs_a_compilation_and_nothing_else(cache,
 
 
 def test_processes_that_start_together_do_not_disturb_each_other(tmp_path):
-    code = "from inl_core.model.backends import native\nimport torch\nassert native.is_available()"
+    code = "import sys, pathlib\nfrom inl_core.model.native import build\nbuild._SOURCES = pathlib.Path(sys.argv[1])\n"
+    code += "assert build.library() is not None"
     environment = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    sources = str(small_library(tmp_path))
+    started = [subprocess.Popen([sys.executable, "-c", code, sources], env=environment) for _ in range(3)]
     assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
     assert len(list((tmp_path / "inl").iterdir())) == 1
 
@@ -340,3 +353,93 @@ def test_threads_that_call_it_together_get_their_own_results():
     for thread in threads:
         thread.join()
     assert all(torch.equal(found[0].x, found[index].x) for index in (1, 2))
+
+
+# What lies around the iterations.
+
+
+def around(num_tokens: int = 33, dim: int = 19, context: int = 7, dtype: torch.dtype = torch.float64) -> Around:
+    shapes = [(num_tokens, context), (5, context), (5,), (num_tokens, dim), (dim,)]
+    return Around(*(draw(*shape, dtype=dtype, seed=10 + i).requires_grad_() for i, shape in enumerate(shapes)))
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("reads", ["all", "context", "stream"])
+def test_context_and_read_out_are_those_of_the_operations_one_by_one(iterations, reads):
+    rule, given = RULE._replace(num_iterations=iterations), around()
+    inputs = flat_inputs(dtype=torch.float64)._replace(forcing=draw(iterations, 19, dtype=torch.float64, seed=9))
+    inputs = Inputs(*(None if value is None else value.requires_grad_() for value in inputs))
+    context, weight, bias, stream, gain = given
+    if reads == "context":
+        given = given._replace(stream=None, gain=None)
+    elif reads == "stream":
+        given = Around(stream=stream, gain=gain)
+    found = []
+    for together in (True, False):
+        hoisted = inputs.hoisted if reads == "stream" else context @ weight.T + bias
+        if together:
+            empty = inputs.hoisted.new_empty(0, 5)
+            result = native.run_around(rule, inputs if reads == "stream" else inputs._replace(hoisted=empty), given)
+            read = result.stream
+        else:
+            result = fused.run(rule, inputs._replace(hoisted=hoisted))
+            read = None if reads == "context" else stream + gain * (result.x - inputs.x)
+        total = result.x.square().sum() + result.v.sum() + (0 if read is None else read.pow(3).sum())
+        wanted = [value for value in (*inputs, *given) if value is not None]
+        wanted = [value for value in wanted if reads == "stream" or value is not inputs.hoisted]
+        found.append((result.x, *(() if read is None else (read,)), *torch.autograd.grad(total, wanted)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_stream_that_nobody_reads_changes_nothing():
+    inputs = Inputs(*(None if value is None else value.requires_grad_() for value in flat_inputs(dtype=torch.float64)))
+    stream, gain = around()[3:]
+    wanted = [value for value in inputs if value is not None]
+    with_stream = native.run_around(RULE, inputs, Around(stream=stream, gain=gain))
+    ours = torch.autograd.grad(with_stream.x.sum(), wanted)
+    theirs = torch.autograd.grad(native.run(RULE, inputs).x.sum(), wanted)
+    assert all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", Around._fields)
+def test_what_lies_around_must_fit_too(name):
+    given = around(dtype=torch.float32)
+    bad = given._replace(**{name: getattr(given, name)[1:].contiguous()})
+    with pytest.raises(ValueError, match=r"integrator: .* must be"):
+        native.forward(RULE, flat_inputs()._replace(hoisted=torch.empty(0, 5)), bad, keep=False)
+
+
+# The libraries' products.
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+def test_products_are_the_same_by_either_library():
+    """A model's loss and gradients by oneDNN's kernel and by MKL's; nothing remembers which it was."""
+    found = []
+    for enabled in (True, False, True):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            assert native_build.library().has_brgemm(torch.float32) in (enabled, False)
+            config = ModelConfig.model_validate(
+                {"preset": "v4", "d_model": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 50, "max_seq_len": 40}
+            )
+            model = IntegratorLanguageModel(config)
+            model.initialise(0)
+            ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
+            loss = model.loss_sum(model.train()(ids).hidden, ids)
+            loss.backward()
+            found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for ours, theirs, again in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours, again)
+
+
+def test_without_onednns_kernel_the_other_is_taken(monkeypatch):
+    monkeypatch.setattr(native_build, "_BRGEMM", "no_such_function")
+    native_build.library.cache_clear()
+    try:
+        assert native_build.library() is not None
+        assert not native_build.library().has_brgemm(torch.float32)
+        test_a_model_trains_alike_by_either_way()
+    finally:
+        native_build.library.cache_clear()

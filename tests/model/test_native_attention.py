@@ -112,6 +112,13 @@ def test_tables_of_each_row():
     torch.testing.assert_close(attend(own), textbook(own), rtol=1e-10, atol=1e-12)
 
 
+def test_it_is_a_proper_operation_of_a_compiled_graph():
+    own = case(2, 20, 4, 2, 8, documents=0.1)
+    own.packed.requires_grad_()
+    found = torch.library.opcheck(torch.ops.inl.attend, tuple(own))
+    assert set(found.values()) == {"SUCCESS"}
+
+
 def test_gradcheck():
     own = case(2, 7, 4, 2, 4, documents=0.3)
     own.packed.requires_grad_()

@@ -26,6 +26,7 @@ def test_gradients_are_those_of_finite_differences():
     )
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_numbers_are_those_of_the_two_modules(bias, bf16):
@@ -44,19 +45,20 @@ def test_the_numbers_are_those_of_the_two_modules(bias, bf16):
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance * size)
 
 
-def test_the_norm_s_output_is_not_kept():
+def test_the_norm_s_output_is_not_kept(either_way):
     norm, linear = build()
     x = torch.randn(10, 16, requires_grad=True)
-    both = nn.ModuleList((norm, linear))
-    assert sum(saved_bytes(both, lambda: normed_linear(norm, linear, x))) == (10 * 16 + 10) * 4
-    assert sum(saved_bytes(both, lambda: linear(norm(x)))) == (2 * 10 * 16 + 10) * 4
+    both, scales = nn.ModuleList((norm, linear)), 0 if either_way else 10
+    assert sum(saved_bytes(both, lambda: normed_linear(norm, linear, x))) == (10 * 16 + scales) * 4
+    assert sum(saved_bytes(both, lambda: linear(norm(x)))) == (2 * 10 * 16 + scales) * 4
 
 
-def test_under_autocast_the_two_modules_run():
+def test_under_autocast_the_two_modules_run(either_way):
     norm, linear = build()
+    together = "ProjectedBackward" if either_way else "NormedLinearBackward"
     with torch.autocast("cpu", torch.bfloat16):
-        assert "NormedLinearBackward" not in _history(normed_linear(norm, linear, torch.randn(3, 16)).grad_fn)
-    assert "NormedLinearBackward" in _history(normed_linear(norm, linear, torch.randn(3, 16)).grad_fn)
+        assert together not in _history(normed_linear(norm, linear, torch.randn(3, 16)).grad_fn)
+    assert together in _history(normed_linear(norm, linear, torch.randn(3, 16)).grad_fn)
 
 
 def _history(node) -> set[str]:
@@ -64,7 +66,10 @@ def _history(node) -> set[str]:
     return set() if node is None else {node.name()}.union(*(_history(parent) for parent, _ in node.next_functions))
 
 
-def test_another_norm_is_applied_as_it_is():
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("shape", [(3, 16), (2, 0, 16)])
+def test_another_norm_is_applied_as_it_is_and_none_is_none(shape):
     _, linear = build()
-    norm, x = nn.LayerNorm(16), torch.randn(3, 16)
-    assert torch.equal(normed_linear(norm, linear, x), linear(norm(x)))
+    norm, x = nn.LayerNorm(16), torch.randn(shape)
+    torch.testing.assert_close(normed_linear(norm, linear, x), linear(norm(x)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(normed_linear(None, linear, x), linear(x), rtol=1e-6, atol=1e-6)

@@ -11,7 +11,8 @@
 - The batch is a large prime: a storage whose size it divides grows with the batch, any other does not.
 - Kernels of a GPU save the same tensors; its autocast keeps a few operations in float32 that a CPU's does not, and
   without autocast it keeps the outputs of norms too, D or 2 D numbers a token and block.
-  `training.compile` saves less than counted here, and so does attention in C++ (a CPU's), which has no document mask.
+  `training.compile` saves less than counted here, and so do a CPU's operations in C++, which keep no document mask, and
+  of a norm and of the context's projection nothing.
 """
 
 import sys

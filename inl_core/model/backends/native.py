@@ -7,16 +7,17 @@
 
 import ctypes
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.backends import fused
-from inl_core.model.backends.rule import Inputs, Result, Rule, speed_weights
-from inl_core.model.by_rows import matrix_dtype
-from inl_core.model.native.build import NAMES, Blas, library
+from inl_core.model.backends.rule import Around, Inputs, Result, Rule, speed_weights
+from inl_core.model.native import calls
+from inl_core.model.native.build import Blas, library
 
 _ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 _TILE_BYTES = 128 * 1024
@@ -24,13 +25,14 @@ _TILE_BYTES = 128 * 1024
 _MOST_TILES = 4
 """From T = 4 on a tile shrinks, as the backward pass holds its iterations side by side: memory must not grow with T."""
 _FEWEST_ROWS = 32
-_NUMBERS = ("threads", "rows", "dim", "width", "groups", "iterations", "kept", "activation", "tile")
+_NUMBERS = ("threads", "rows", "dim", "width", "groups", "iterations", "kept", "activation", "tile", "context_dim")
 _POINTERS = (
-    *("x", "v", "hoisted", "candidate", "inner", "outer", "bias", "mu", "forcing", "fraction", "hidden"),
-    *("x_out", "v_out", "speed", "energy"),
-    *("grad_x_out", "grad_v_out", "grad_speed", "grad_energy"),
+    *("x", "v", "hoisted", "candidate", "inner", "outer", "bias", "mu", "forcing", "fraction"),
+    *("context", "context_weight", "context_bias", "stream", "gain", "hidden"),
+    *("x_out", "v_out", "speed", "energy", "stream_out"),
+    *("grad_x_out", "grad_v_out", "grad_speed", "grad_energy", "grad_stream_out"),
     *("grad_x", "grad_v", "grad_hoisted", "grad_candidate", "grad_inner", "grad_outer", "grad_bias", "grad_mu"),
-    *("grad_forcing", "grad_fraction"),
+    *("grad_forcing", "grad_fraction", "grad_context", "grad_context_weight", "grad_context_bias", "grad_gain"),
 )
 
 
@@ -51,64 +53,83 @@ def is_available() -> bool:
     return library() is not None
 
 
-def supports(inputs: Inputs) -> bool:
+def supports(inputs: Inputs, around: Around = Around()) -> bool:
     """Whether the tensors can be handed over: real memory of a CPU, in single or double precision throughout."""
-    dtype = inputs.x.dtype
-    return (
-        dtype in NAMES
-        and all(
-            type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == dtype
-            for tensor in inputs
-            if tensor is not None
-        )
-        and matrix_dtype(inputs.x) == dtype
-    )
+    return calls.takes(*inputs, *around)
 
 
 def run(rule: Rule, inputs: Inputs) -> Result:
     """T iterations on N tokens, all tensors flat."""
     if not supports(inputs):
         return fused.run(rule, inputs)
-    return Result(*Loop.apply(rule, *(None if tensor is None else tensor.contiguous() for tensor in inputs)))
+    return run_around(rule, inputs, Around())
+
+
+def run_around(rule: Rule, inputs: Inputs, around: Around) -> Result:
+    """T iterations on N tokens, all tensors flat, and what lies around them; of what `supports` says yes to."""
+    given = (None if tensor is None else tensor.contiguous() for tensor in (*inputs, *around))
+    return Result(*Loop.apply(rule, *given))
 
 
 class Loop(torch.autograd.Function):
-    """(rule, *Inputs) -> Result."""
+    """(rule, *Inputs, *Around) -> Result."""
 
     @staticmethod
     def forward(ctx: Any, rule: Rule, *tensors: Any) -> tuple[Tensor | None, ...]:
         """Run the iterations; the inputs are kept, and u of the first ones."""
-        inputs = Inputs(*tensors)
+        inputs, around = _divided(tensors)
         ctx.set_materialize_grads(False)
         ctx.rule = rule
-        result, hidden = forward(rule, inputs, keep=any(ctx.needs_input_grad))
+        result, hidden = forward(rule, inputs, around, keep=any(ctx.needs_input_grad))
         # mu's moving average may move it in place before the backward pass, which needs the mu of this pass.
-        ctx.save_for_backward(*inputs._replace(mu=inputs.mu.clone()), hidden)
+        inputs = inputs._replace(mu=inputs.mu.clone())
+        # Of the stream itself the backward pass needs nothing but that it was there: x_T stands for it.
+        around = around._replace(stream=None if around.stream is None else result.x)
+        ctx.save_for_backward(*inputs, *around, hidden)
         return tuple(result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of every input."""
-        *inputs, hidden = ctx.saved_tensors
-        return None, *backward(ctx.rule, Inputs(*inputs), hidden, Result(*grads))  # type: ignore[arg-type]
+        *tensors, hidden = ctx.saved_tensors
+        found, of_around = backward(ctx.rule, *_divided(tensors), hidden, Result(*grads))  # type: ignore[arg-type]
+        return None, *found, *of_around
 
 
-def forward(rule: Rule, inputs: Inputs, *, keep: bool) -> tuple[Result, Tensor]:
+def _divided(tensors: Sequence[Any]) -> tuple[Inputs, Around]:
+    count = len(Inputs._fields)
+    return Inputs(*tensors[:count]), Around(*tensors[count:])
+
+
+def forward(rule: Rule, inputs: Inputs, around: Around = Around(), *, keep: bool) -> tuple[Result, Tensor]:
     """The iterations, and what the backward pass wants besides the inputs: u of the first ones, (0 to 2, N, C)."""
     result, hidden = results(rule, inputs), new_hidden(rule, inputs, keep=keep)
-    _call("forward", rule, inputs, hidden, x_out=result.x, v_out=result.v, speed=result.speed, energy=result.energy)
+    if around.stream is not None:
+        result = result._replace(stream=torch.empty_like(inputs.x))
+    written = {"x_out": result.x, "v_out": result.v, "stream_out": result.stream}
+    _call("iterate", rule, inputs, around, hidden, **written, speed=result.speed, energy=result.energy)
     return result, hidden
 
 
-def backward(rule: Rule, inputs: Inputs, hidden: Tensor, grads: Result) -> Inputs:
-    """Gradients of the inputs from those of the results, any of which may be None."""
+def backward(rule: Rule, inputs: Inputs, around: Around, hidden: Tensor, grads: Result) -> tuple[Inputs, Around]:
+    """Gradients of the inputs from those of the results, any of which may be None.
+
+    Args:
+        around: as it was, but with x_T for the stream.
+    """
+    state = around.stream
+    if grads.stream is None:  # nobody reads it
+        around = around._replace(stream=None, gain=None)
     dense = (None if grad is None else grad.contiguous() for grad in grads)
-    given = dict(zip(("grad_x_out", "grad_v_out", "grad_speed", "grad_energy"), dense, strict=True))
-    found = gradients(inputs)
+    names = ("grad_x_out", "grad_v_out", "grad_speed", "grad_energy", "grad_stream_out")
+    given = dict(zip(names, dense, strict=True))
+    found, of_around = gradients(inputs), Around(*(None if t is None else torch.zeros_like(t) for t in around))
+    of_around = of_around._replace(stream=None)
     written = {f"grad_{_FIELDS.get(name, name)}": gradient for name, gradient in found._asdict().items()}
-    _call("backward", rule, inputs, hidden, **given, **written)
-    return found._replace(outer=found.outer.T)
+    written |= {f"grad_{name}": gradient for name, gradient in of_around._asdict().items() if name != "stream"}
+    _call("iterate_back", rule, inputs, around, hidden, x_out=state, **given, **written)
+    return found._replace(outer=found.outer.T), of_around._replace(stream=grads.stream)
 
 
 def results(rule: Rule, inputs: Inputs) -> Result:
@@ -120,7 +141,7 @@ def results(rule: Rule, inputs: Inputs) -> Result:
 def new_hidden(rule: Rule, inputs: Inputs, *, keep: bool) -> Tensor:
     """Room for u of the first iterations, (0 to 2, N, C)."""
     count = min(fused.KEPT_ITERATIONS, rule.num_iterations) if keep else 0
-    return inputs.hoisted.new_empty(count, *inputs.hoisted.shape)
+    return inputs.x.new_empty(count, inputs.x.shape[0], inputs.inner.shape[0])
 
 
 def gradients(inputs: Inputs) -> Inputs:
@@ -129,7 +150,7 @@ def gradients(inputs: Inputs) -> Inputs:
         torch.empty_like(inputs.x),
         None if inputs.v is None else torch.empty_like(inputs.v),
         torch.empty_like(inputs.hoisted),
-        None if inputs.candidate is None else torch.zeros_like(inputs.candidate),
+        None if inputs.candidate is None else torch.empty_like(inputs.candidate),
         torch.zeros_like(inputs.inner),
         inputs.outer.new_zeros(inputs.outer.shape[::-1]),  # the faster way round
         torch.zeros_like(inputs.bias),
@@ -139,36 +160,42 @@ def gradients(inputs: Inputs) -> Inputs:
     )
 
 
-def _call(name: str, rule: Rule, inputs: Inputs, hidden: Tensor, **others: Tensor | None) -> None:
-    found = library()
-    assert found is not None
-    _check(rule, inputs)
+def _call(name: str, rule: Rule, inputs: Inputs, around: Around, hidden: Tensor, **others: Tensor | None) -> None:
+    _check(rule, inputs, around)
     if inputs.x.shape[0] == 0:
         return
-    dtype = inputs.x.dtype
     call = _described(rule, inputs, hidden)
-    call.blas = found.blas[dtype]
+    call.context_dim = 0 if around.context is None else around.context.shape[1]
     weights = (ctypes.c_double * rule.num_iterations)(*speed_weights(rule.num_iterations))
     call.speed_weights = ctypes.addressof(weights)
-    for field, tensor in (inputs._asdict() | {"hidden": hidden} | others).items():
-        if tensor is not None:
-            assert tensor.is_contiguous()
-            setattr(call, _FIELDS.get(field, field), tensor.data_ptr())
-    found.run(name, call, dtype, f"the integrator's {name} pass over {inputs.x.shape[0]:,} tokens")
+    tensors = ((_FIELDS.get(field, field), tensor) for field, tensor in inputs._asdict().items())
+    what = f"the integrator ({name}) over {inputs.x.shape[0]:,} tokens"
+    calls.run(name, call, [*tensors, *around._asdict().items(), ("hidden", hidden), *others.items()], what)
 
 
 _FIELDS = {"last_fraction": "fraction"}
 
 
-def _check(rule: Rule, inputs: Inputs) -> None:
+def _check(rule: Rule, inputs: Inputs, around: Around) -> None:
     """ValueError for what the loop, which trusts the sizes it is told, would read beyond its end or misread."""
-    (rows, dim), width = inputs.x.shape, inputs.hoisted.shape[-1]
+    (rows, dim), width = inputs.x.shape, inputs.inner.shape[0]
     groups = 4 if inputs.bias.shape == (4 * dim,) and inputs.candidate is None else 3
     token, output = (rows, dim), groups * dim
-    wanted = {"x": token, "v": token, "candidate": token, "hoisted": (rows, width), "mu": (dim,), "last_fraction": ()}
+    wanted = {
+        "x": token,
+        "v": token,
+        "candidate": token,
+        "hoisted": (rows if around.context is None else 0, width),
+        "mu": (dim,),
+        "last_fraction": (),
+    }
     wanted |= {"inner": (width, 2 * dim), "outer": (output, width), "bias": (output,)}
-    wanted |= {"forcing": (rule.num_iterations, dim)}
-    for name, tensor in inputs._asdict().items():
+    wanted |= {"forcing": (rule.num_iterations, dim), "stream": token, "gain": (dim,)}
+    if around.context is not None:
+        inputs_of_context = around.context.shape[-1]
+        wanted |= {"context": (rows, inputs_of_context), "context_weight": (width, inputs_of_context)}
+        wanted |= {"context_bias": (width,)}
+    for name, tensor in (inputs._asdict() | around._asdict()).items():
         if tensor is None:
             continue
         shape = wanted[name]
@@ -185,10 +212,10 @@ def _described(rule: Rule, inputs: Inputs, hidden: Tensor) -> Call:
     rows, dim = inputs.x.shape
     shrink = min(1.0, _MOST_TILES / rule.num_iterations)
     return Call(
-        threads=min(torch.get_num_threads(), max(1, rows // _FEWEST_ROWS)),
+        threads=calls.num_threads(rows, _FEWEST_ROWS),
         rows=rows,
         dim=dim,
-        width=inputs.hoisted.shape[1],
+        width=inputs.inner.shape[0],
         groups=inputs.bias.shape[0] // dim,
         iterations=rule.num_iterations,
         kept=hidden.shape[0],

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from inl_core.model.backends import native
-from inl_core.model.backends.rule import Inputs, Result, Rule
+from inl_core.model.backends.rule import Around, Inputs, Result, Rule
 
 
 def run(rule: Rule, inputs: Inputs) -> Result:
@@ -34,14 +34,14 @@ def iterate(*arguments) -> list[Tensor]:
     """(*Inputs, *Rule, keep) -> x_T, v_T, the terms of the speed and energy losses, u of the first iterations."""
     inputs, rule = _unpacked(arguments)
     result, hidden = native.forward(rule, inputs, keep=arguments[-1])
-    return [*_there(result, inputs.x), hidden]
+    return [*_there(result[:4], inputs.x), hidden]
 
 
 @iterate.register_fake
 def _(*arguments) -> list[Tensor]:
     inputs, rule = _unpacked(arguments)
     hidden = native.new_hidden(rule, inputs, keep=arguments[-1])
-    return [*_there(native.results(rule, inputs), inputs.x), hidden]
+    return [*_there(native.results(rule, inputs)[:4], inputs.x), hidden]
 
 
 @torch.library.custom_op(
@@ -51,7 +51,7 @@ def iterate_backward(grads, *arguments) -> list[Tensor]:
     """(gradients of x_T, v_T, speed, energy; *Inputs, *Rule, u) -> gradients of the inputs."""
     inputs, rule = _unpacked(arguments)
     given = Result(*(grad if grad.numel() else None for grad in grads))  # type: ignore[arg-type]
-    found = native.backward(rule, inputs, arguments[-1], given)
+    found, _ = native.backward(rule, inputs, Around(), arguments[-1], given)
     return _there(found._replace(outer=found.outer.contiguous()), inputs.x)
 
 

@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     v: Tensor | None
     """v_0 (N, D); None is zeros."""
     hoisted: Tensor
-    """h W_h + b_h, (N, C)"""
+    """h W_h + b_h, (N, C); (0, C) where a backend is given the context itself."""
     candidate: Tensor | None
     """v_cand (N, D); None when the controller gives it, or there is none."""
     inner: Tensor
@@ -49,13 +49,29 @@ class Inputs(NamedTuple):
     """How much of the last step counts, 0-dim; None is all of it."""
 
 
+class Around(NamedTuple):
+    """What lies around the iterations and a backend may do with them, token by token; none of it, for most."""
+
+    context: Tensor | None = None
+    """h (N, K), in the place of `Inputs.hoisted`: what the context adds to u is h W_h^T + b_h."""
+    context_weight: Tensor | None = None
+    """W_h, (C, K)"""
+    context_bias: Tensor | None = None
+    """b_h, (C,)"""
+    stream: Tensor | None = None
+    """(N, D), to which stream + gain (x_T - x_0) is read out."""
+    gain: Tensor | None = None
+    """(D,)"""
+
+
 class Result(NamedTuple):
-    """x_T, v_T (N, D), and the terms of the speed and energy losses (N,) where they are wanted."""
+    """x_T, v_T (N, D), the terms of the speed and energy losses (N,) where they are wanted, and the stream (N, D)."""
 
     x: Tensor
     v: Tensor
     speed: Tensor | None
     energy: Tensor | None
+    stream: Tensor | None = None
 
 
 def speed_weights(num_iterations: int) -> list[float]:

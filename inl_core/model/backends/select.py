@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from inl_core.model.backends.rule import Inputs, Result, Rule
+from inl_core.model.backends.rule import Around, Inputs, Result, Rule
 from inl_core.model.by_rows import matrix_dtype
 from inl_core.recipe import IntegratorConfig
 
@@ -85,6 +85,22 @@ def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | N
     is_low = state.dtype not in (torch.float32, torch.float64) or matrix_dtype(state) != state.dtype
     name = backend_name(config, state.device, is_compiled=is_compiled, is_low_precision=is_low)
     return None if name == "plain" or state.dtype != mu.dtype else _runner(name, is_compiled=is_compiled)
+
+
+def takes_around(run: Run, inputs: Inputs, around: Around) -> bool:
+    """Whether a backend that was found also does what lies around the iterations: the loop in C++, of such tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    from inl_core.model.backends import native
+
+    return run is native.run and native.supports(inputs, around)
+
+
+def run_around(rule: Rule, inputs: Inputs, around: Around) -> Result:
+    """The loop in C++ with what lies around it."""
+    from inl_core.model.backends import native
+
+    return native.run_around(rule, inputs, around)
 
 
 def _runner(name: str, *, is_compiled: bool) -> Run:

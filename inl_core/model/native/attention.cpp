@@ -32,6 +32,10 @@ struct Attention {
 namespace {
 
 constexpr int64_t BLOCK = 64, CHUNK = 512, LANES = 16;
+constexpr int64_t STEP = CHUNK + LANES;  // of rows of scores: steps of a power of two would share a few places of the cache
+
+inline int64_t down(int64_t i) { return i / LANES * LANES; }
+inline int64_t up(int64_t i) { return (i + LANES - 1) / LANES * LANES; }
 
 template <typename T> struct Heads {
     const Attention &call;
@@ -86,54 +90,63 @@ template <typename T> struct Heads {
         }
     }
 
-    // left (m, F) right (n, F)^T
-    void scores(int64_t m, int64_t n, const T *left, int64_t left_step, const T *right, int64_t right_step, T *out) const {
-        product<T>(call.blas, false, true, m, n, size, left, left_step, right, right_step, 0, out, CHUNK);
+    // The step of what is kept transposed, (F, S).
+    int64_t across() const { return length + LANES; }
+
+    // The first key that the block of queries from `start` on meets: a few widths of chunks, for a kernel is made for each.
+    int64_t meets(int64_t b, int64_t start) const { return down(first(b, start)); }
+
+    // The products of vectors (m, F) with those that are kept transposed, (F, n).
+    void scores(int64_t m, int64_t n, const T *left, int64_t left_step, const T *right, T *out) const {
+        product<T>(call.blas, m, n, size, left, left_step, right, across(), false, out, STEP);
     }
 };
-
-inline int64_t down(int64_t i) { return i / LANES * LANES; }
-inline int64_t up(int64_t i) { return (i + LANES - 1) / LANES * LANES; }
-
-// s[j] = exp(s[j] - shift) for begin <= j < end and 0 elsewhere in [0, width); the sum comes back.
-template <typename T> inline T exponentials(T *s, int64_t begin, int64_t end, int64_t width, T shift) {
-    const int64_t from = down(begin), to = up(end);  // whole vectors; a row has room for them
-#pragma omp simd
-    for (int64_t j = from; j < to; j++) s[j] = exponential(s[j] - shift);
-    std::fill(s, s + begin, T(0));
-    std::fill(s + end, s + std::max(to, width), T(0));
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = from; j < to; j++) sum += s[j];
-    return sum;
-}
 
 // The keys of a chunk [start, start + width) that query i sees, counted from the chunk's start; may be none.
 struct Seen {
     int64_t begin, end;
     Seen(int64_t first, int64_t i, int64_t start, int64_t width)
-        : begin(std::max<int64_t>(first - start, 0)), end(std::min(i + 1 - start, width)) {}
-    bool none() const { return begin >= end; }
+        : begin(std::max<int64_t>(first - start, 0)), end(std::min(i + 1 - start, width)) {
+        if (begin > end) begin = end = 0;
+    }
+    bool none() const { return begin == end; }
 };
+
+// Whole vectors of LANES numbers, which a row has room for: a loop over fewer is slower than one over all of them.
+template <typename F> inline void for_vectors(int64_t begin, int64_t end, F f) {
+    for (int64_t at = down(begin); at < end; at += LANES)
+#pragma omp simd
+        for (int64_t j = at; j < at + LANES; j++) f(j);
+}
+
+// Zeros outside of what is seen, up to the chunk's width.
+template <typename T> inline void clear_unseen(T *s, const Seen &seen, int64_t width) {
+    const int64_t before = down(seen.begin), after = up(seen.end);
+    for_vectors(0, before, [&](int64_t j) { s[j] = 0; });
+    for (int64_t j = before; j < seen.begin; j++) s[j] = 0;
+    for (int64_t j = seen.end; j < after; j++) s[j] = 0;
+    for_vectors(after, width, [&](int64_t j) { s[j] = 0; });
+}
 
 template <typename T> struct Forward {
     const Heads<T> &heads;
-    Scratch<T> keys, queries, scores, mixed;
+    Scratch<T> turned_keys, queries, scores, mixed;
     T largest[BLOCK], sums[BLOCK];
 
     explicit Forward(const Heads<T> &h)
-        : heads(h), keys(h.length * h.size), queries(BLOCK * h.size), scores(BLOCK * CHUNK), mixed(BLOCK * h.size) {}
+        : heads(h), turned_keys(h.size * h.across()), queries(BLOCK * h.size), scores(BLOCK * STEP),
+          mixed(BLOCK * h.size) {}
 
     void head(int64_t b, int64_t h) {
         const int64_t size = heads.size, k = h / (heads.call.heads / heads.call.key_heads);
-        heads.rotate(b, 0, heads.length, heads.key(b, k), heads.width, T(1), keys.data());
+        take_keys(b, k);
         for (int64_t start = 0; start < heads.length; start += BLOCK) {
             const int64_t n = std::min(BLOCK, heads.length - start), end = start + n;
             heads.rotate(b, start, n, heads.query(b, h) + start * heads.width, heads.width, heads.scale, queries.data());
             std::fill(largest, largest + n, -std::numeric_limits<T>::infinity());
             std::fill(sums, sums + n, T(0));
             std::fill(mixed.data(), mixed.data() + n * size, T(0));
-            for (int64_t from = heads.first(b, start); from < end; from += CHUNK)
+            for (int64_t from = heads.meets(b, start); from < end; from += CHUNK)
                 chunk(b, k, start, n, from, std::min(CHUNK, end - from));
             T *out = (T *)heads.call.out + (b * heads.length + start) * heads.out_width() + h * size;
             for (int64_t i = 0; i < n; i++) {
@@ -145,95 +158,119 @@ template <typename T> struct Forward {
     }
 
   private:
+    int64_t taken = -1;  // the key-value head whose keys are here: heads that share it follow one another
+
+    void take_keys(int64_t b, int64_t k) {
+        if (taken == b * heads.call.key_heads + k) return;
+        taken = b * heads.call.key_heads + k;
+        for (int64_t start = 0; start < heads.length; start += BLOCK) {  // in the queries' room, until they come
+            const int64_t n = std::min(BLOCK, heads.length - start);
+            heads.rotate(b, start, n, heads.key(b, k) + start * heads.width, heads.width, T(1), queries.data());
+            transpose(n, heads.size, queries.data(), heads.size, turned_keys.data() + start, heads.across());
+        }
+    }
+
     // n queries from `start` on meet the keys [from, from + width).
     void chunk(int64_t b, int64_t k, int64_t start, int64_t n, int64_t from, int64_t width) {
         const int64_t size = heads.size;
-        heads.scores(n, width, queries.data(), size, keys.data() + from * size, size, scores.data());
+        heads.scores(n, width, queries.data(), size, turned_keys.data() + from, scores.data());
         for (int64_t i = 0; i < n; i++) {
-            T *s = scores.data() + i * CHUNK;
+            T *s = scores.data() + i * STEP;
             const Seen seen(heads.first(b, start + i), start + i, from, width);
             if (seen.none()) {
-                std::fill(s, s + width, T(0));
+                clear_unseen(s, seen, width);
                 continue;
             }
             T most = largest[i];
 #pragma omp simd reduction(max : most)
             for (int64_t j = seen.begin; j < seen.end; j++) most = s[j] > most ? s[j] : most;
             const T fade = sums[i] == 0 ? T(0) : std::exp(largest[i] - most);
-            sums[i] = sums[i] * fade + exponentials(s, seen.begin, seen.end, width, most);
+            for_vectors(seen.begin, seen.end, [&](int64_t j) { s[j] = exponential(s[j] - most); });
+            clear_unseen(s, seen, width);
+            T sum = 0;
+            const int64_t to = up(seen.end);
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = down(seen.begin); j < to; j++) sum += s[j];
+            sums[i] = sums[i] * fade + sum;
             if (fade != 1)
                 for (int64_t j = 0; j < size; j++) mixed.data()[i * size + j] *= fade;
             largest[i] = most;
         }
-        product<T>(heads.call.blas, false, false, n, size, width, scores.data(), CHUNK,
-                   heads.value(b, k) + from * heads.width, heads.width, 1, mixed.data(), size);
+        product<T>(heads.call.blas, n, size, width, scores.data(), STEP, heads.value(b, k) + from * heads.width,
+                   heads.width, true, mixed.data(), size);
     }
 };
 
 template <typename T> struct Backward {
     const Heads<T> &heads;
-    Scratch<T> keys, grad_keys, grad_values, queries, grad_queries, weights, grads;
+    // (S, F) and, transposed, (F, S) of a key-value head; (n, F) and (F, n) of a block of queries; (n, W) of a chunk
+    Scratch<T> keys, turned_keys, turned_values, grad_keys, grad_values;
+    Scratch<T> queries, turned_queries, turned_grads, grad_queries;
+    Scratch<T> weights, grads;
     T inner[BLOCK];  // of an output and its gradient
 
     explicit Backward(const Heads<T> &h)
-        : heads(h), keys(h.length * h.size), grad_keys(h.length * h.size), grad_values(h.length * h.size),
-          queries(BLOCK * h.size), grad_queries(BLOCK * h.size), weights(BLOCK * CHUNK), grads(BLOCK * CHUNK) {}
+        : heads(h), keys(h.length * h.size), turned_keys(h.size * h.across()), turned_values(h.size * h.across()),
+          grad_keys(h.size * h.across()), grad_values(h.size * h.across()), queries(BLOCK * h.size),
+          turned_queries(BLOCK * h.size), turned_grads(BLOCK * h.size), grad_queries(BLOCK * h.size),
+          weights(BLOCK * STEP), grads(BLOCK * STEP) {}
 
     void key_head(int64_t b, int64_t k) {
-        const int64_t size = heads.size, whole = heads.length * size, group = heads.call.heads / heads.call.key_heads;
-        heads.rotate(b, 0, heads.length, heads.key(b, k), heads.width, T(1), keys.data());
-        std::fill(grad_keys.data(), grad_keys.data() + whole, T(0));
-        std::fill(grad_values.data(), grad_values.data() + whole, T(0));
+        const int64_t length = heads.length, size = heads.size, across = heads.across();
+        const int64_t group = heads.call.heads / heads.call.key_heads;
+        heads.rotate(b, 0, length, heads.key(b, k), heads.width, T(1), keys.data());
+        transpose(length, size, keys.data(), size, turned_keys.data(), across);
+        transpose(length, size, heads.value(b, k), heads.width, turned_values.data(), across);
+        std::fill(grad_keys.data(), grad_keys.data() + size * across, T(0));
+        std::fill(grad_values.data(), grad_values.data() + size * across, T(0));
         for (int64_t h = k * group; h < (k + 1) * group; h++)
-            for (int64_t start = 0; start < heads.length; start += BLOCK)
-                block(b, h, k, start, std::min(BLOCK, heads.length - start));
-        heads.rotate_back(b, 0, heads.length, grad_keys.data(), T(1), heads.grad_query(b, heads.call.heads + k), heads.width);
+            for (int64_t start = 0; start < length; start += BLOCK) block(b, h, start, std::min(BLOCK, length - start));
+        transpose(size, length, grad_keys.data(), across, keys.data(), size);
+        heads.rotate_back(b, 0, length, keys.data(), T(1), heads.grad_query(b, heads.call.heads + k), heads.width);
         T *of_values = heads.grad_query(b, heads.call.heads + heads.call.key_heads + k);
-        for (int64_t i = 0; i < heads.length; i++)
-            std::copy(grad_values.data() + i * size, grad_values.data() + (i + 1) * size, of_values + i * heads.width);
+        transpose(size, length, grad_values.data(), across, of_values, heads.width);
     }
 
   private:
-    void block(int64_t b, int64_t h, int64_t k, int64_t start, int64_t n) {
+    void block(int64_t b, int64_t h, int64_t start, int64_t n) {
         const int64_t size = heads.size, wide = heads.out_width(), at = (b * heads.length + start) * wide + h * size;
         const T *out = (const T *)heads.call.out + at, *grad_out = (const T *)heads.call.grad_out + at;
         for (int64_t i = 0; i < n; i++) {
             T sum = 0;
+#pragma omp simd reduction(+ : sum)
             for (int64_t j = 0; j < size; j++) sum += out[i * wide + j] * grad_out[i * wide + j];
             inner[i] = sum;
         }
         heads.rotate(b, start, n, heads.query(b, h) + start * heads.width, heads.width, heads.scale, queries.data());
+        transpose(n, size, queries.data(), size, turned_queries.data(), BLOCK);
+        transpose(n, size, grad_out, wide, turned_grads.data(), BLOCK);
         std::fill(grad_queries.data(), grad_queries.data() + n * size, T(0));
-        for (int64_t from = heads.first(b, start); from < start + n; from += CHUNK)
-            chunk(b, h, k, start, n, from, std::min(CHUNK, start + n - from), grad_out);
+        for (int64_t from = heads.meets(b, start); from < start + n; from += CHUNK)
+            chunk(b, h, start, n, from, std::min(CHUNK, start + n - from), grad_out);
         heads.rotate_back(b, start, n, grad_queries.data(), heads.scale,
                           heads.grad_query(b, h) + start * heads.width, heads.width);
     }
 
-    void chunk(int64_t b, int64_t h, int64_t k, int64_t start, int64_t n, int64_t from, int64_t width, const T *grad_out) {
-        const int64_t size = heads.size, wide = heads.out_width();
+    void chunk(int64_t b, int64_t h, int64_t start, int64_t n, int64_t from, int64_t width, const T *grad_out) {
+        const int64_t size = heads.size, wide = heads.out_width(), across = heads.across();
         const Blas &blas = heads.call.blas;
         T *p = weights.data(), *g = grads.data();
-        heads.scores(n, width, queries.data(), size, keys.data() + from * size, size, p);
-        heads.scores(n, width, grad_out, wide, heads.value(b, k) + from * heads.width, heads.width, g);
+        heads.scores(n, width, queries.data(), size, turned_keys.data() + from, p);
+        heads.scores(n, width, grad_out, wide, turned_values.data() + from, g);
         for (int64_t i = 0; i < n; i++) {
-            T *pi = p + i * CHUNK, *gi = g + i * CHUNK;
+            T *pi = p + i * STEP, *gi = g + i * STEP;
             const Seen seen(heads.first(b, start + i), start + i, from, width);
-            if (seen.none()) {
-                std::fill(pi, pi + width, T(0));
-                std::fill(gi, gi + width, T(0));
-                continue;
-            }
-            exponentials(pi, seen.begin, seen.end, width, heads.log_sums(b, h)[start + i]);
-            const T less = inner[i];
-#pragma omp simd
-            for (int64_t j = seen.begin; j < seen.end; j++) gi[j] = pi[j] * (gi[j] - less);
-            std::fill(gi, gi + seen.begin, T(0));
-            std::fill(gi + seen.end, gi + width, T(0));
+            const T less = inner[i], shift = heads.log_sums(b, h)[start + i];
+            for_vectors(seen.begin, seen.end, [&](int64_t j) {
+                pi[j] = exponential(pi[j] - shift);
+                gi[j] = pi[j] * (gi[j] - less);
+            });
+            clear_unseen(pi, seen, width);
+            clear_unseen(gi, seen, width);
         }
-        product<T>(blas, true, false, width, size, n, p, CHUNK, grad_out, wide, 1, grad_values.data() + from * size, size);
-        product<T>(blas, true, false, width, size, n, g, CHUNK, queries.data(), size, 1, grad_keys.data() + from * size, size);
-        product<T>(blas, false, false, n, size, width, g, CHUNK, keys.data() + from * size, size, 1, grad_queries.data(), size);
+        product<T>(blas, size, width, n, turned_grads.data(), BLOCK, p, STEP, true, grad_values.data() + from, across);
+        product<T>(blas, size, width, n, turned_queries.data(), BLOCK, g, STEP, true, grad_keys.data() + from, across);
+        product<T>(blas, n, size, width, g, STEP, keys.data() + from * size, size, true, grad_queries.data(), size);
     }
 };
 
@@ -261,7 +298,5 @@ template <typename T> bool attend_back(const Attention &call) {
 
 }  // namespace
 
-extern "C" int attend_float32(const Attention *call) { return completed<Attention, attend<float>>(call); }
-extern "C" int attend_float64(const Attention *call) { return completed<Attention, attend<double>>(call); }
-extern "C" int attend_back_float32(const Attention *call) { return completed<Attention, attend_back<float>>(call); }
-extern "C" int attend_back_float64(const Attention *call) { return completed<Attention, attend_back<double>>(call); }
+IN_BOTH_PRECISIONS(attend, attend, Attention)
+IN_BOTH_PRECISIONS(attend_back, attend_back, Attention)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from inl_core.model.native.build import Blas, library
+from inl_core.model.native import calls
+from inl_core.model.native.build import Blas
 
 _NUMBERS = ("threads", "batch", "length", "heads", "key_heads", "size", "tables")
 _POINTERS = ("packed", "cosines", "sines", "first", "out", "log_sums", "grad_out", "grad_packed")
@@ -93,8 +94,6 @@ def backward(given: Given, out: Tensor, log_sums: Tensor, grad: Tensor) -> Tenso
 
 
 def _call(name: str, given: Given, **others: Tensor) -> None:
-    found = library()
-    assert found is not None
     _check(given)
     batch, length, width = given.packed.shape
     size = width // (given.heads + 2 * given.key_heads)
@@ -109,13 +108,9 @@ def _call(name: str, given: Given, **others: Tensor) -> None:
         size=size,
         tables=0 if given.cosines is None else given.cosines.shape[0],
         scale=1 / math.sqrt(size),
-        blas=found.blas[given.packed.dtype],
     )
-    for field, tensor in (given._asdict() | others).items():
-        if isinstance(tensor, Tensor):
-            assert tensor.is_contiguous()
-            setattr(call, field, tensor.data_ptr())
-    found.run(name, call, given.packed.dtype, f"attention over {batch:,} x {length:,} tokens")
+    tensors = zip(Given._fields[:4], given[:4], strict=True)
+    calls.run(name, call, [*tensors, *others.items()], f"attention over {batch:,} x {length:,} tokens")
 
 
 def _check(given: Given) -> None:

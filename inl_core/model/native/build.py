@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ import torch
 
 _SOURCES = Path(__file__).parent
 """The directory of *.cpp and *.h."""
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _LONGEST_BUILD = 120  # seconds
+_BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
+"""at::native::cpublas::brgemm(M, N, K, steps of A, B and C, whether to add, A, B, C, false), float32."""
 
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -33,25 +36,25 @@ NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 
 class Blas(ctypes.Structure):
-    """By address the functions of MKL that the library calls; the same fields in the same order as common.h's Blas."""
+    """By address the functions that the library calls, MKL's and oneDNN's; as common.h's Blas has them."""
 
-    _fields_ = (("gemm", ctypes.c_void_p), ("set_threads", ctypes.c_void_p))
+    _fields_ = (("gemm", ctypes.c_void_p), ("set_threads", ctypes.c_void_p), ("brgemm", ctypes.c_void_p))
 
 
 class Library(NamedTuple):
     """The compiled operations, and what they call."""
 
     code: ctypes.CDLL
-    blas: dict[torch.dtype, Blas]
+    with_brgemm: dict[torch.dtype, Blas]
+    without: dict[torch.dtype, Blas]
 
-    def run(self, name: str, call: ctypes.Structure, dtype: torch.dtype, what: str) -> None:
-        """One operation in one precision.
+    def blas(self, dtype: torch.dtype) -> Blas:
+        """What the operations call in this precision; torch.backends.mkldnn may have been switched off since."""
+        return (self.with_brgemm if torch._C._get_mkldnn_enabled() else self.without)[dtype]
 
-        Raises:
-            MemoryError: it had not the memory for `what`.
-        """
-        if not getattr(self.code, f"{name}_{NAMES[dtype]}")(ctypes.byref(call)):
-            raise MemoryError(f"no memory for {what}")
+    def has_brgemm(self, dtype: torch.dtype) -> bool:
+        """Whether products are oneDNN's."""
+        return self.blas(dtype).brgemm is not None
 
 
 class Unusable(Exception):
@@ -73,7 +76,20 @@ def library() -> Library | None:
         return None
     gemm = {torch.float32: blas.sgemm_, torch.float64: blas.dgemm_}
     set_threads = _address(blas.MKL_Set_Num_Threads_Local)
-    return Library(code, {dtype: Blas(_address(function), set_threads) for dtype, function in gemm.items()})
+    without = {dtype: Blas(_address(function), set_threads, None) for dtype, function in gemm.items()}
+    return Library(code, without | _with_brgemm(code, blas, without[torch.float32]), without)
+
+
+def _with_brgemm(code: ctypes.CDLL, blas: ctypes.CDLL, known: Blas) -> dict[torch.dtype, Blas]:
+    """Products by oneDNN's kernel in single precision, where torch has it and it works here.
+
+    It is what the code that torch.compile writes for a CPU calls; not every build of torch or processor has it.
+    """
+    function = getattr(blas, _BRGEMM, None)
+    if function is None:
+        return {}
+    found = Blas(known.gemm, known.set_threads, _address(function))
+    return {torch.float32: found} if code.brgemm_works(ctypes.byref(found)) else {}
 
 
 def find_compilers() -> list[str]:
@@ -140,14 +156,23 @@ def _sources(*endings: str) -> list[Path]:
 
 
 def _build(compiler: str, target: Path) -> Path:
-    command = [compiler, *_FLAGS, *(str(path) for path in _sources(".cpp")), "-o", str(target)]
+    """Each source by a process of its own, then all as one library."""
+    sources = _sources(".cpp")
+    objects = [target.with_name(f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: _run(compiler, "-c", pair[0], "-o", pair[1]), zip(sources, objects, strict=True)))
+    _run(compiler, "-shared", *objects, "-o", target)
+    return target
+
+
+def _run(compiler: str, *arguments: str | Path) -> None:
+    command = [compiler, *_FLAGS, *(str(argument) for argument in arguments)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=_LONGEST_BUILD)
     except subprocess.SubprocessError as error:
         said = getattr(error, "stderr", None) or b""
         reason = said.decode(errors="replace").strip().partition("\n")[0] or error
         raise Unusable(f"{compiler}: {reason}") from error
-    return target
 
 
 def _keep(built: Path) -> None:

@@ -1,5 +1,4 @@
-// What the operations in C++ share: products by the BLAS library, polynomials for exp and log, scratch memory, shares
-// of the threads.
+// What the operations in C++ share: matrix products, polynomials for exp and log, scratch memory, shares of the threads.
 //
 // - exp and log1p are polynomials so that the compiler makes vectors of them, within 2 units of the last place; NaN stays
 //   NaN. In double precision, which tests use, they are the library's.
@@ -15,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <omp.h>
+#include <type_traits>
 
 namespace {
 
@@ -40,8 +40,8 @@ inline float exponential(float z) {
 inline double exponential(double z) { return std::exp(z); }
 
 // log(1 + e) for e in [0, 1]: 2 artanh(s), s = e / (2 + e) <= 1/3, by its series.
-inline float log1p_of_unit(float e) {
-    const float s = e / (2.0f + e), q = s * s;
+inline float log1p_by_quotient(float, float s) {
+    const float q = s * s;
     float p = 1.0f / 15;
     p = p * q + 1.0f / 13;
     p = p * q + 1.0f / 11;
@@ -53,26 +53,58 @@ inline float log1p_of_unit(float e) {
     return 2.0f * s * p;
 }
 
-inline double log1p_of_unit(double e) { return std::log1p(e); }
+inline double log1p_by_quotient(double e, double) { return std::log1p(e); }
 
 template <typename T> inline T sigmoid(T z) { return T(1) / (T(1) + exponential(-z)); }
 
-// The BLAS library's functions, by address: its product, and how many threads this thread's products take.
+// The libraries' functions, by address: MKL's product, how many threads this thread's products of MKL take, and oneDNN's
+// product in single precision, which may be missing.
 struct Blas {
-    void *gemm, *set_threads;
+    void *gemm, *set_threads, *brgemm;
 };
 
-// out (m, n) = scale op(left) (m, k) op(right) (k, n) + beta out. The library's matrices are column-major: the transposes.
+constexpr int64_t WHOLE_BYTES = 256 * 1024, COLUMNS = 64;
+
+// out (m, n) = left (m, k) right (k, n), added to what is there or not; a matrix's rows lie `step` apart. oneDNN's kernel is
+// made for one set of sizes and steps, so there should be few; it is the faster by 10 to 30% (docs/performance.md).
 template <typename T>
-inline void product(const Blas &blas, bool left_t, bool right_t, int64_t m, int64_t n, int64_t k, const T *left,
-                    int64_t left_step, const T *right, int64_t right_step, T beta, T *out, int64_t out_step) {
+inline void product(const Blas &blas, int64_t m, int64_t n, int64_t k, const T *left, int64_t left_step, const T *right,
+                    int64_t right_step, bool add, T *out, int64_t out_step) {
+    if constexpr (std::is_same_v<T, float>) {
+        using Brgemm = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float *, const float *,
+                                float *, bool);
+        if (blas.brgemm) {
+            const int64_t columns = k * n * int64_t(sizeof(T)) <= WHOLE_BYTES ? n : COLUMNS;  // of `right` at a time
+            for (int64_t j = 0; j < n; j += columns)
+                reinterpret_cast<Brgemm>(blas.brgemm)(m, std::min(columns, n - j), k, left_step, right_step, out_step, add,
+                                                      left, right + j, out + j, false);
+            return;
+        }
+    }
     using Gemm = void (*)(const char *, const char *, const int *, const int *, const int *, const T *, const T *,
                           const int *, const T *, const int *, const T *, T *, const int *);
-    const int rows = int(n), columns = int(m), depth = int(k);
+    const int rows = int(n), columns = int(m), depth = int(k);  // column-major: of the transposes
     const int first = int(right_step), second = int(left_step), third = int(out_step);
-    const T one = 1;
-    reinterpret_cast<Gemm>(blas.gemm)(right_t ? "T" : "N", left_t ? "T" : "N", &rows, &columns, &depth, &one, right,
-                                      &first, left, &second, &beta, out, &third);
+    const T one = 1, beta = add ? 1 : 0;
+    reinterpret_cast<Gemm>(blas.gemm)("N", "N", &rows, &columns, &depth, &one, right, &first, left, &second, &beta, out,
+                                      &third);
+}
+
+// to (n, m) = from (m, n) transposed, in blocks that stay in the first cache.
+template <typename T>
+inline void transpose(int64_t m, int64_t n, const T *from, int64_t from_step, T *to, int64_t to_step) {
+    constexpr int64_t SIDE = 16;
+    for (int64_t i = 0; i < m; i += SIDE)
+        for (int64_t j = 0; j < n; j += SIDE)
+            for (int64_t b = j; b < std::min(j + SIDE, n); b++)
+                for (int64_t a = i; a < std::min(i + SIDE, m); a++) to[b * to_step + a] = from[a * from_step + b];
+}
+
+// The same by all threads of a parallel region, a share of the rows each.
+template <typename T> inline void transpose_share(int64_t m, int64_t n, const T *from, T *to) {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t begin = m * me / threads, end = m * (me + 1) / threads;
+    transpose(end - begin, n, from + begin * n, n, to + begin, m);
 }
 
 // The BLAS library's products in one thread, those of this parallel region.
@@ -112,3 +144,8 @@ template <typename Call, bool pass(const Call &)> int completed(const Call *call
 }
 
 }  // namespace
+
+// pass<T>(call) for the Python side, in both precisions: 1, or 0 when there was not the memory.
+#define IN_BOTH_PRECISIONS(name, pass, Call)                                                                            \
+    extern "C" int name##_float32(const Call *call) { return completed<Call, pass<float>>(call); }                     \
+    extern "C" int name##_float64(const Call *call) { return completed<Call, pass<double>>(call); }

@@ -4,21 +4,17 @@
 //   v_new = alpha (v - c) + c + beta (mu - x) + forcing        alpha = sigmoid(a) (1 - exp(-kappa rms(x - mu)))
 //   x_new = x + stride gate v_new                              beta = min(softplus(b), beta_max), gate = sigmoid(g)
 //
-// - Each thread takes an even share of the tokens, a tile at a time, so that what lies between two operations stays in its
-//   own cache. The matrix products are the BLAS library's, called for one tile in one thread; the rest is one pass.
+// - A tile of tokens goes through all iterations in its thread's own cache. The matrix products are a library's, called for
+//   one tile in one thread; the rest is one pass.
 // - The backward pass computes the iterations again, as fused.py does; u of the first `kept` iterations is kept.
-// - Every thread sums the weights' gradients for itself, and the sums are added in the threads' order: with the same
-//   number of threads, the same bits. Sums over tokens are of some rows first, then in double precision.
 // - A missing v or c is a row of zeros: the same arithmetic, one instance for all.
 // - Legend: N tokens, n rows of a tile, D dim, C width, G groups, T iterations; matrices are row-major.
 
-#include <vector>
-
-#include "common.h"
+#include "tiles.h"
 
 // The same fields in the same order as native.py's Call.
 struct Call {
-    int64_t threads, rows, dim, width, groups, iterations, kept, activation, tile;
+    int64_t threads, rows, dim, width, groups, iterations, kept, activation, tile, context_dim;
     double stride;
     double kappa;     // < 0: no dynamic alpha
     double beta_max;  // may be infinite
@@ -27,28 +23,45 @@ struct Call {
     Blas blas;
     // inputs
     const void *x, *v, *hoisted, *candidate, *inner, *outer, *bias, *mu, *forcing, *fraction;
-    void *hidden;  // (kept, N, C): u before its activation
+    const void *context, *context_weight, *context_bias;  // (N, K), (C, K), (C,): in the place of `hoisted`, or null
+    const void *stream, *gain;                            // (N, D), (D,): what is read out to, or null
+    void *hidden;                                         // (kept, N, C): u before its activation
     // results
     void *x_out, *v_out, *speed, *energy;
+    void *stream_out;  // stream + gain (x_T - x_0)
     // gradients of the results, null for none
-    const void *grad_x_out, *grad_v_out, *grad_speed, *grad_energy;
-    // gradients of the inputs; those of the weights are added to
+    const void *grad_x_out, *grad_v_out, *grad_speed, *grad_energy, *grad_stream_out;
+    // gradients of the inputs
     void *grad_x, *grad_v, *grad_hoisted, *grad_candidate, *grad_inner, *grad_outer, *grad_bias, *grad_mu, *grad_forcing,
         *grad_fraction;
+    void *grad_context, *grad_context_weight, *grad_context_bias, *grad_gain;
 };
 
 namespace {
 
-// alpha_base, beta, its derivative by b, gate: the gains of one element.
-template <typename T> struct Gains {
-    T base, beta, slope, gate;
+// beta and its derivative by b.
+template <typename T> struct Pull {
+    T beta, slope;
 };
 
-template <typename T> inline Gains<T> gains(T a, T b, T g, T beta_max) {
+template <typename T> inline Pull<T> pull(T b, T beta_max) {
     const T e = exponential(-std::fabs(b));
-    const T beta = (b > 0 ? b : T(0)) + log1p_of_unit(e);
-    const T slope = (b > 0 ? T(1) : e) / (T(1) + e);
-    return {sigmoid(a), beta > beta_max ? beta_max : beta, beta < beta_max ? slope : T(0), sigmoid(g)};
+    const T share = T(1) / ((T(1) + e) * (T(2) + e));  // one division for both quotients
+    const T beta = (b > 0 ? b : T(0)) + log1p_by_quotient(e, e * (T(1) + e) * share);
+    const T slope = (b > 0 ? T(1) : e) * (T(2) + e) * share;
+    return {beta > beta_max ? beta_max : beta, beta < beta_max ? slope : T(0)};
+}
+
+// sigmoid(a) and sigmoid(g) by one division. Below -40 it is 4e-18, so that the product of both denominators is finite.
+template <typename T> struct Pair {
+    T base, gate;
+};
+
+template <typename T> inline Pair<T> sigmoids(T a, T g) {
+    a = a < T(-40) ? T(-40) : a;  // comparisons that are false for NaN, which passes
+    g = g < T(-40) ? T(-40) : g;
+    const T one = T(1) + exponential(-a), other = T(1) + exponential(-g), share = T(1) / (one * other);
+    return {other * share, one * share};
 }
 
 template <typename T> inline T rms(const T *x, const T *mu, int64_t dim) {
@@ -61,7 +74,7 @@ template <typename T> inline T rms(const T *x, const T *mu, int64_t dim) {
     return std::sqrt(squares / dim);
 }
 
-enum Activation { RELU, GELU, SILU, TANH };
+enum Activation { RELU, GELU, SILU, TANH };  // as native.py counts them
 
 template <typename T> inline T activate(int64_t kind, T u) {
     switch (kind) {
@@ -90,87 +103,139 @@ template <typename T> inline T derivative(int64_t kind, T u) {
     }
 }
 
+// f(kind) with the kind as a constant, so that loops inside it become vectors.
+template <typename F> inline void with_activation(int64_t kind, F f) {
+    switch (kind) {
+    case RELU: return f(std::integral_constant<int64_t, RELU>());
+    case GELU: return f(std::integral_constant<int64_t, GELU>());
+    case SILU: return f(std::integral_constant<int64_t, SILU>());
+    default: return f(std::integral_constant<int64_t, TANH>());
+    }
+}
+
 // What one call needs everywhere, typed.
 template <typename T> struct Layer {
     const Call &call;
     int64_t dim, width, groups, iterations;
     T stride, kappa, beta_max, power;
     const T *inner, *outer, *bias, *mu;
-    std::vector<T> zeros;
+    std::vector<T> zeros, inner_turned, outer_turned, context_turned;  // (D,), (2 D, C), (C, G D), (K, C)
 
     explicit Layer(const Call &c)
         : call(c), dim(c.dim), width(c.width), groups(c.groups), iterations(c.iterations), stride(T(c.stride)),
           kappa(T(c.kappa)), beta_max(T(c.beta_max)), power(T(c.power)), inner((const T *)c.inner),
-          outer((const T *)c.outer), bias((const T *)c.bias), mu((const T *)c.mu), zeros(c.dim, T(0)) {}
+          outer((const T *)c.outer), bias((const T *)c.bias), mu((const T *)c.mu), zeros(c.dim, T(0)),
+          inner_turned(2 * dim * width), outer_turned(width * groups * dim),
+          context_turned(c.context ? c.context_dim * width : 0) {
+        if (c.context) transpose(width, c.context_dim, (const T *)c.context_weight, c.context_dim, context_turned.data(), width);
+        transpose(width, 2 * dim, inner, 2 * dim, inner_turned.data(), width);
+        transpose(groups * dim, width, outer, width, outer_turned.data(), groups * dim);
+    }
 
-    // out (m, n) = beta out + op(left) (m, k) op(right) (k, n)
-    void product(bool left_t, bool right_t, int64_t m, int64_t n, int64_t k, const T *left, int64_t left_step,
-                 const T *right, int64_t right_step, T beta, T *out, int64_t out_step) const {
-        ::product<T>(call.blas, left_t, right_t, m, n, k, left, left_step, right, right_step, beta, out, out_step);
+    // out (m, n) = left (m, k) right (k, n), added to what is there or not
+    void product(int64_t m, int64_t n, int64_t k, const T *left, int64_t left_step, const T *right, int64_t right_step,
+                 bool add, T *out, int64_t out_step) const {
+        ::product<T>(call.blas, m, n, k, left, left_step, right, right_step, add, out, out_step);
     }
 
     const T *forcing(int64_t t) const { return (const T *)call.forcing + t * dim; }
     T fraction() const { return *(const T *)call.fraction; }
     bool is_partial(int64_t t) const { return call.fraction && t + 1 == iterations; }
 
+    // What the context adds to u of the n rows from `start` on, given or computed in `room`.
+    const T *hoisted(int64_t start, int64_t n, T *room) const {
+        if (!call.context) return (const T *)call.hoisted + start * width;
+        const T *given = (const T *)call.context_bias;
+        for (int64_t i = 0; i < n; i++) std::copy(given, given + width, room + i * width);
+        product(n, width, call.context_dim, (const T *)call.context + start * call.context_dim, call.context_dim,
+                context_turned.data(), width, true, room, width);
+        return room;
+    }
+
     // u (n, C) before its activation.
     void hidden(int64_t n, const T *hoisted, const T *x, const T *v, T *u) const {
-        std::copy(hoisted, hoisted + n * width, u);
-        product(false, true, n, width, dim, x, dim, inner, 2 * dim, 1, u, width);
-        if (v) product(false, true, n, width, dim, v, dim, inner + dim, 2 * dim, 1, u, width);
+        product(n, width, dim, x, dim, inner_turned.data(), width, false, u, width);
+        if (v) product(n, width, dim, v, dim, inner_turned.data() + dim * width, width, true, u, width);
+#pragma omp simd
+        for (int64_t i = 0; i < n * width; i++) u[i] += hoisted[i];
     }
 
-    // The controller's output (n, GD) of u; `activated` (n, C) is left for the backward pass.
+    // The controller's output (n, GD) of u, without its bias; `activated` (n, C) is left for the backward pass.
     void outputs(int64_t n, const T *u, T *activated, T *o) const {
-        for (int64_t i = 0; i < n * width; i++) activated[i] = activate(call.activation, u[i]);
-        for (int64_t i = 0; i < n; i++) std::copy(bias, bias + groups * dim, o + i * groups * dim);
-        product(false, true, n, groups * dim, width, activated, width, outer, width, 1, o, groups * dim);
+        with_activation(call.activation, [&](auto kind) {
+#pragma omp simd
+            for (int64_t i = 0; i < n * width; i++) activated[i] = activate(kind, u[i]);
+        });
+        product(n, groups * dim, width, activated, width, outer_turned.data(), groups * dim, false, o, groups * dim);
     }
 
-    // x_new and v_new of n rows; they may be x and v themselves.
-    void step(int64_t n, const T *o, const T *xs, const T *vs, const T *candidates, const T *f, T *x_new, T *v_new) const {
-        for (int64_t i = 0; i < n; i++) {
-            const T *x = xs + i * dim, *v = vs ? vs + i * dim : zeros.data();
-            const T *c = groups == 4 ? o + 3 * dim : candidates ? candidates + i * dim : zeros.data();
-            T *to_x = x_new + i * dim, *to_v = v_new + i * dim;
-            const T m = kappa < 0 ? T(1) : -std::expm1(-kappa * rms(x, mu, dim));
+    // The gains of n rows of the controller's output, in its place: alpha_base, beta, gate and, where G = 4, c; beta's
+    // derivative to `slopes` (n, D).
+    void gains(int64_t n, T *o, T *slopes) const {
+        for (int64_t i = 0; i < n; i++, o += groups * dim, slopes += dim) {
 #pragma omp simd
             for (int64_t j = 0; j < dim; j++) {
-                const Gains<T> s = gains(o[j], o[dim + j], o[2 * dim + j], beta_max);
-                const T xj = x[j], w = s.base * m * (v[j] - c[j]) + c[j] + f[j] + s.beta * (mu[j] - xj);
-                to_v[j] = w;
-                to_x[j] = xj + stride * s.gate * w;
+                const Pull<T> p = pull(o[dim + j] + bias[dim + j], beta_max);
+                const Pair<T> s = sigmoids(o[j] + bias[j], o[2 * dim + j] + bias[2 * dim + j]);
+                o[j] = s.base;
+                o[dim + j] = p.beta;
+                slopes[j] = p.slope;
+                o[2 * dim + j] = s.gate;
             }
-            o += groups * dim;
+            if (groups == 4)
+                for (int64_t j = 3 * dim; j < 4 * dim; j++) o[j] += bias[j];
         }
     }
 
-    // Gradients of n rows of one step: `o` becomes that of the controller's output, gv that of v; gx gains that of x past
-    // the controller; gcs (or null) and the sums over rows are added to.
-    void step_back(int64_t n, T *o, const T *xs, const T *vs, const T *candidates, const T *f, T *gxs, T *gvs, T *gcs,
+    // 1 - exp(-kappa rms(x - mu)), or 1 without the dynamic alpha, of a size that is rms(x - mu).
+    T dynamic(T size) const { return kappa < 0 ? T(1) : -std::expm1(-kappa * size); }
+
+    // x_new and v_new of n rows; they may be x and v themselves. Of the controller's output, or of the gains made of it.
+    template <bool are_gains>
+    void step(int64_t n, const T *o, const T *xs, const T *vs, const T *candidates, const T *f, T *x_new, T *v_new) const {
+        const T *of_b = bias + dim, *of_g = bias + 2 * dim, *of_c = groups == 4 && !are_gains ? bias + 3 * dim : zeros.data();
+        for (int64_t i = 0; i < n; i++, o += groups * dim) {
+            const T *x = xs + i * dim, *v = vs ? vs + i * dim : zeros.data();
+            const T *cs = groups == 4 ? o + 3 * dim : candidates ? candidates + i * dim : zeros.data();
+            T *to_x = x_new + i * dim, *to_v = v_new + i * dim;
+            const T m = dynamic(kappa < 0 ? T(0) : rms(x, mu, dim));
+#pragma omp simd
+            for (int64_t j = 0; j < dim; j++) {
+                const T beta = are_gains ? o[dim + j] : pull(o[dim + j] + of_b[j], beta_max).beta;
+                const Pair<T> s = are_gains ? Pair<T>{o[j], o[2 * dim + j]} : sigmoids(o[j] + bias[j], o[2 * dim + j] + of_g[j]);
+                const T xj = x[j], c = cs[j] + of_c[j], w = s.base * m * (v[j] - c) + c + f[j] + beta * (mu[j] - xj);
+                to_v[j] = w;
+                to_x[j] = xj + stride * s.gate * w;
+            }
+        }
+    }
+
+    // Gradients of n rows of one step: `o`, the gains, becomes that of the controller's output, gv that of v; gx gains that
+    // of x past the controller; gcs (or null) is written by the `first` step, and added to like the sums over rows.
+    void step_back(bool first, int64_t n, T *o, const T *slopes, const T *xs, const T *vs, const T *candidates, const T *f, T *gxs, T *gvs, T *gcs,
                    T *of_bias, T *of_mu, T *of_forcing, T *of_x, T *of_candidate) const {
         for (int64_t i = 0; i < n; i++) {
             const T *x = xs + i * dim, *v = vs ? vs + i * dim : zeros.data();
             const T *c = groups == 4 ? o + 3 * dim : candidates ? candidates + i * dim : zeros.data();
             T *gx = gxs + i * dim, *gv = gvs + i * dim, *gc = groups == 4 ? o + 3 * dim : of_candidate;
-            const T size = rms(x, mu, dim), m = kappa < 0 ? T(1) : -std::expm1(-kappa * size);
+            const T size = rms(x, mu, dim), m = dynamic(size);
             T total = 0;  // what reaches m, times m's own factor
 #pragma omp simd reduction(+ : total)
             for (int64_t j = 0; j < dim; j++) {
-                const Gains<T> s = gains(o[j], o[dim + j], o[2 * dim + j], beta_max);
+                const T base = o[j], beta = o[dim + j], gate = o[2 * dim + j];
                 const T away = mu[j] - x[j], lead = v[j] - c[j];
-                const T w = s.base * m * lead + c[j] + f[j] + s.beta * away;
-                const T gw = gv[j] + stride * s.gate * gx[j];  // the gradient of v_new, all told
-                const T of_alpha = gw * lead * s.base, carried = gw * s.base * m;
-                const T of_a = of_alpha * m * (T(1) - s.base), of_b = gw * away * s.slope;
-                const T of_g = stride * gx[j] * w * s.gate * (T(1) - s.gate);
+                const T w = base * m * lead + c[j] + f[j] + beta * away;
+                const T gw = gv[j] + stride * gate * gx[j];  // the gradient of v_new, all told
+                const T of_alpha = gw * lead * base, carried = gw * base * m;
+                const T of_a = of_alpha * m * (T(1) - base), of_b = gw * away * slopes[j];
+                const T of_g = stride * gx[j] * w * gate * (T(1) - gate);
                 total += of_alpha;
                 o[j] = of_a;
                 o[dim + j] = of_b;
                 o[2 * dim + j] = of_g;
                 gv[j] = carried;
                 gc[j] = gw - carried;
-                of_x[j] = -gw * s.beta;
+                of_x[j] = -gw * beta;
                 of_bias[j] += of_a;
                 of_bias[dim + j] += of_b;
                 of_bias[2 * dim + j] += of_g;
@@ -185,11 +250,22 @@ template <typename T> struct Layer {
                 of_mu[j] -= p;
             }
             T *add_to = groups == 4 ? of_bias + 3 * dim : gcs ? gcs + i * dim : nullptr;
-            if (add_to)
+            if (add_to && first && groups == 3)
+                std::copy(gc, gc + dim, add_to);
+            else if (add_to)
 #pragma omp simd
                 for (int64_t j = 0; j < dim; j++) add_to[j] += gc[j];
             o += groups * dim;
+            slopes += dim;
         }
+    }
+
+    // to (n, D) = stream + gain (end - start)
+    void read_out(int64_t n, const T *stream, const T *start, const T *end, T *to) const {
+        const T *gain = (const T *)call.gain;
+        for (int64_t i = 0; i < n * dim; i += dim)
+#pragma omp simd
+            for (int64_t j = 0; j < dim; j++) to[i + j] = stream[i + j] + gain[j] * (end[i + j] - start[i + j]);
     }
 
     // Add the terms of the speed and energy losses of n rows at the end of step t.
@@ -225,15 +301,6 @@ template <typename T> struct Layer {
     }
 };
 
-// f(first row, rows) for the tiles of this thread's share.
-template <typename F> void for_tiles(const Call &call, F f) {
-    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    const int64_t begin = call.rows * me / threads, end = call.rows * (me + 1) / threads;
-    if (begin == end) return;
-    const int64_t tiles = (end - begin + call.tile - 1) / call.tile, size = (end - begin + tiles - 1) / tiles;
-    for (int64_t start = begin; start < end; start += size) f(start, std::min(size, end - start));
-}
-
 inline int64_t tile_rows(const Call &call) { return std::min(call.tile, call.rows); }
 
 template <typename T> bool forward(const Call &call) {
@@ -245,36 +312,37 @@ template <typename T> bool forward(const Call &call) {
         const OneThreadEach products(call.blas);
         const int64_t most = tile_rows(call);
         Scratch<T> o(most * call.groups * dim), u(most * width), activated(most * width);
+        Scratch<T> room(call.context ? most * width : 0);
         Scratch<T> whole(call.fraction ? 2 * most * dim : 0);
-        for_tiles(call, [&](int64_t start, int64_t n) {
+        for_tiles(call.rows, tile_rows(call), [&](int64_t start, int64_t n) {
             const T *x = (const T *)call.x + start * dim, *v = call.v ? (const T *)call.v + start * dim : nullptr;
             const T *c = call.candidate ? (const T *)call.candidate + start * dim : nullptr;
             T *x_out = (T *)call.x_out + start * dim, *v_out = (T *)call.v_out + start * dim;
+            const T *x0 = x, *hoisted = layer.hoisted(start, n, room.data());
             for (int64_t t = 0; t < call.iterations; t++) {
                 T *here = t < call.kept ? (T *)call.hidden + (t * call.rows + start) * width : u.data();
-                layer.hidden(n, (const T *)call.hoisted + start * width, x, v, here);
+                layer.hidden(n, hoisted, x, v, here);
                 layer.outputs(n, here, activated.data(), o.data());
                 if (layer.is_partial(t)) {
                     T *wx = whole.data(), *wv = wx + most * dim, f = layer.fraction();
-                    layer.step(n, o.data(), x, v, c, layer.forcing(t), wx, wv);
+                    layer.template step<false>(n, o.data(), x, v, c, layer.forcing(t), wx, wv);
                     for (int64_t i = 0; i < n * dim; i++) {
                         const T from = v ? v[i] : T(0);
                         x_out[i] = x[i] + f * (wx[i] - x[i]);
                         v_out[i] = from + f * (wv[i] - from);
                     }
                 } else {
-                    layer.step(n, o.data(), x, v, c, layer.forcing(t), x_out, v_out);
+                    layer.template step<false>(n, o.data(), x, v, c, layer.forcing(t), x_out, v_out);
                 }
                 x = x_out;
                 v = v_out;
                 if (call.speed) layer.add_losses(n, t, x, v, (T *)call.speed + start, (T *)call.energy + start);
             }
+            if (call.stream) layer.read_out(n, (const T *)call.stream + start * dim, x0, x, (T *)call.stream_out + start * dim);
         });
     });
     return !failed;
 }
-
-constexpr int64_t SUMMED_ROWS = 64;  // at most these are summed in the state's own precision
 
 // Sums over tokens of the gradients of rows: bias, mu and one step's forcing.
 template <typename T> struct RowSums {
@@ -284,12 +352,15 @@ template <typename T> struct RowSums {
 
 // One thread's sums of the gradients that all tokens share. Those of rows are double: their terms are many and small.
 template <typename T> struct Sums {
+    std::vector<T> context;  // (C, K)
+    RowSum<T> context_bias, gain;
     std::vector<T> inner, outer;
     std::vector<double> bias, mu, forcing;
     double fraction = 0;
 
     explicit Sums(const Call &c)
-        : inner(c.width * 2 * c.dim), outer(c.width * c.groups * c.dim), bias(c.groups * c.dim), mu(c.dim),
+        : context(c.context ? c.width * c.context_dim : 0), context_bias(c.context ? c.width : 0),
+          gain(c.stream ? c.dim : 0), inner(c.width * 2 * c.dim), outer(c.width * c.groups * c.dim), bias(c.groups * c.dim), mu(c.dim),
           forcing(c.iterations * c.dim) {}
 
     // Take the sums of one tile's step t, and leave zeros.
@@ -306,16 +377,6 @@ template <typename T> struct Sums {
     }
 };
 
-// Add this thread's share of the elements of one gradient: the threads' sums, in their order.
-template <typename T, typename Parts, typename P> void add_share(void *to, const Parts &parts, P part) {
-    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), size = ((*parts[0]).*part).size();
-    const int64_t begin = size * me / threads, end = size * (me + 1) / threads;
-    T *sum = (T *)to;
-    for (const auto &one : parts)
-        if (one)
-            for (int64_t i = begin; i < end; i++) sum[i] += T(((*one).*part)[i]);
-}
-
 // One thread's backward pass over its tiles.
 template <typename T> struct Back {
     const Layer<T> &layer;
@@ -324,28 +385,35 @@ template <typename T> struct Back {
     bool reads_last;
     Sums<T> &sums;
     RowSums<T> of_rows;
-    Scratch<T> states, velocities, outputs, us, activated, grad_u, scratch_v, rest, of_x, of_candidate;
+    Scratch<T> states, velocities, outputs, slopes, us, activated, grad_u, turned, room, scratch_v, rest, of_x, of_candidate;
 
     Back(const Layer<T> &l, Sums<T> &s)
         : layer(l), call(l.call), dim(l.dim), width(l.width), iterations(l.iterations), most(tile_rows(l.call)),
           reads_last(call.fraction || call.power != 0), sums(s), of_rows(l.call), states((iterations - !reads_last) * most * dim),
-          velocities((iterations - !reads_last) * most * dim), outputs(iterations * most * l.groups * dim), us(iterations * most * width),
-          activated(iterations * most * width), grad_u(most * width), scratch_v(call.grad_v ? 0 : most * dim),
+          velocities((iterations - !reads_last) * most * dim), outputs(iterations * most * l.groups * dim),
+          slopes(iterations * most * dim), us((iterations - call.kept) * most * width),
+          activated(iterations * most * width), grad_u(most * width), turned(width * most), room(l.call.context ? most * width : 0), scratch_v(call.grad_v ? 0 : most * dim),
           rest(call.fraction ? 2 * most * dim : 0), of_x(dim), of_candidate(dim) {}
 
     // x_{t+1} and v_{t+1} of the tile.
     T *after(Scratch<T> &kept, int64_t t) { return kept.data() + t * most * dim; }
     T *output(int64_t t) { return outputs.data() + t * most * layer.groups * dim; }
+    T *slope(int64_t t) { return slopes.data() + t * most * dim; }
+    // u of the tile before its activation, as it was kept or to be computed again.
+    T *hidden(int64_t start, int64_t t) {
+        return t < call.kept ? (T *)call.hidden + (t * call.rows + start) * width : us.data() + (t - call.kept) * most * width;
+    }
 
     void tile(int64_t start, int64_t n) {
         const T *x0 = (const T *)call.x + start * dim, *v0 = call.v ? (const T *)call.v + start * dim : nullptr;
         const T *c = call.candidate ? (const T *)call.candidate + start * dim : nullptr;
         again(start, n, x0, v0, c);
-        T *gx = (T *)call.grad_x + start * dim;
+        T *gx = (T *)call.grad_x + start * dim, *g_hoisted = hoisted_grads(start);
         T *gv = call.grad_v ? (T *)call.grad_v + start * dim : scratch_v.data();
         T *gc = call.grad_candidate ? (T *)call.grad_candidate + start * dim : nullptr;
         fetch(call.grad_x_out, start, n, gx);
         fetch(call.grad_v_out, start, n, gv);
+        if (call.stream) into_end(start, n, x0, gx);
         for (int64_t t = iterations - 1; t >= 0; t--) {
             const T *x = t ? after(states, t - 1) : x0, *v = t ? after(velocities, t - 1) : v0;
             if (layer.is_partial(t))
@@ -354,34 +422,70 @@ template <typename T> struct Back {
                 layer.losses_back(start, n, t, after(states, t), after(velocities, t), gx, gv, of_rows.mu.data());
             for (int64_t i = 0; i < n; i += SUMMED_ROWS) {
                 const int64_t at = i * dim;
-                layer.step_back(std::min(SUMMED_ROWS, n - i), output(t) + at * layer.groups, x + at, v ? v + at : nullptr,
+                layer.step_back(t + 1 == iterations, std::min(SUMMED_ROWS, n - i), output(t) + at * layer.groups, slope(t) + at, x + at, v ? v + at : nullptr,
                                 c ? c + at : nullptr, layer.forcing(t), gx + at, gv + at, gc ? gc + at : nullptr,
                                 of_rows.bias.data(), of_rows.mu.data(), of_rows.forcing.data(), of_x.data(),
                                 of_candidate.data());
                 sums.take(of_rows, t);
             }
-            through_controller(start, n, t, x, v, gx, gv);
+            through_controller(start, n, t, x, v, gx, gv, g_hoisted);
             if (layer.is_partial(t))
                 for (int64_t i = 0; i < n * dim; i++) {
                     gx[i] += rest.data()[i];
                     gv[i] += rest.data()[most * dim + i];
                 }
         }
+        if (call.stream) into_start(start, n, gx);
+        if (call.context) into_context(start, n, g_hoisted);
     }
 
-    // The iterations again: the controller's outputs, and the states where they are read.
-    void again(int64_t start, int64_t n, const T *x, const T *v, const T *c) {
-        for (int64_t t = 0; t < iterations; t++) {
-            T *u = us.data() + t * most * width;
-            if (t < call.kept) {
-                const T *kept = (const T *)call.hidden + (t * call.rows + start) * width;
-                std::copy(kept, kept + n * width, u);
-            } else {
-                layer.hidden(n, (const T *)call.hoisted + start * width, x, v, u);
+    // Where the gradient of what the context adds to u goes, (n, C).
+    T *hoisted_grads(int64_t start) { return call.context ? room.data() : (T *)call.grad_hoisted + start * width; }
+
+    // Add what the read-out sends to x_T to its gradient, and what it sends to the gain.
+    void into_end(int64_t start, int64_t n, const T *x0, T *gx) {
+        const T *gain = (const T *)call.gain, *g = (const T *)call.grad_stream_out + start * dim;
+        const T *end = (const T *)call.x_out + start * dim;
+        T *of_gain = sums.gain.few.data();
+        for (int64_t i = 0; i < n; i++) {
+#pragma omp simd
+            for (int64_t j = 0; j < dim; j++) {
+                const int64_t at = i * dim + j;
+                gx[at] += gain[j] * g[at];
+                of_gain[j] += g[at] * (end[at] - x0[at]);
             }
+            if (i + 1 == n || (i + 1) % SUMMED_ROWS == 0) sums.gain.take();
+        }
+    }
+
+    // Take what it sends to x_0 from the gradient of that.
+    void into_start(int64_t start, int64_t n, T *gx) {
+        const T *gain = (const T *)call.gain, *g = (const T *)call.grad_stream_out + start * dim;
+        for (int64_t i = 0; i < n * dim; i += dim)
+#pragma omp simd
+            for (int64_t j = 0; j < dim; j++) gx[i + j] -= gain[j] * g[i + j];
+    }
+
+    void into_context(int64_t start, int64_t n, const T *g_hoisted) {
+        const int64_t inputs = call.context_dim;
+        const T *given = (const T *)call.context + start * inputs;
+        transpose(n, width, g_hoisted, width, turned.data(), n);
+        layer.product(width, inputs, n, turned.data(), n, given, inputs, true, sums.context.data(), inputs);
+        sums.context_bias.add(n, g_hoisted);
+        layer.product(n, inputs, width, g_hoisted, width, (const T *)call.context_weight, inputs, false,
+                      (T *)call.grad_context + start * inputs, inputs);
+    }
+
+    // The iterations again: the gains, and the states where they are read.
+    void again(int64_t start, int64_t n, const T *x, const T *v, const T *c) {
+        const T *hoisted = call.kept < iterations ? layer.hoisted(start, n, room.data()) : nullptr;
+        for (int64_t t = 0; t < iterations; t++) {
+            T *u = hidden(start, t);
+            if (t >= call.kept) layer.hidden(n, hoisted, x, v, u);
             layer.outputs(n, u, activated.data() + t * most * width, output(t));
+            layer.gains(n, output(t), slope(t));
             if (t + 1 < iterations || reads_last) {
-                layer.step(n, output(t), x, v, c, layer.forcing(t), after(states, t), after(velocities, t));
+                layer.template step<true>(n, output(t), x, v, c, layer.forcing(t), after(states, t), after(velocities, t));
                 x = after(states, t);
                 v = after(velocities, t);
             }
@@ -418,29 +522,33 @@ template <typename T> struct Back {
     }
 
     // Add what goes through the controller to the gradients of x, v, the context's projection and the weights.
-    void through_controller(int64_t start, int64_t n, int64_t t, const T *x, const T *v, T *gx, T *gv) {
+    void through_controller(int64_t start, int64_t n, int64_t t, const T *x, const T *v, T *gx, T *gv, T *g_hoisted) {
         const int64_t wide = layer.groups * dim;
-        const T *o = output(t), *u = us.data() + t * most * width, *a = activated.data() + t * most * width;
+        const T *o = output(t), *u = hidden(start, t), *a = activated.data() + t * most * width;
         T *gu = grad_u.data(), *g_inner = sums.inner.data();
-        layer.product(true, false, width, wide, n, a, width, o, wide, 1, sums.outer.data(), wide);
-        layer.product(false, false, n, width, wide, o, wide, layer.outer, width, 0, gu, width);
-        T *g_hoisted = (T *)call.grad_hoisted + start * width;
-        const bool first = t + 1 == iterations;
-        for (int64_t i = 0; i < n * width; i++) {
-            gu[i] *= derivative(call.activation, u[i]);
-            g_hoisted[i] = first ? gu[i] : g_hoisted[i] + gu[i];
-        }
-        layer.product(true, false, width, dim, n, gu, width, x, dim, 1, g_inner, 2 * dim);
-        layer.product(false, false, n, dim, width, gu, width, layer.inner, 2 * dim, 1, gx, dim);
+        transpose(n, width, a, width, turned.data(), n);
+        layer.product(width, wide, n, turned.data(), n, o, wide, true, sums.outer.data(), wide);
+        layer.product(n, width, wide, o, wide, layer.outer, width, false, gu, width);
+        with_activation(call.activation, [&](auto kind) {
+#pragma omp simd
+            for (int64_t i = 0; i < n * width; i++) gu[i] *= derivative(kind, u[i]);
+        });
+        if (t + 1 == iterations)
+            std::copy(gu, gu + n * width, g_hoisted);
+        else
+            for (int64_t i = 0; i < n * width; i++) g_hoisted[i] += gu[i];
+        transpose(n, width, gu, width, turned.data(), n);
+        layer.product(width, dim, n, turned.data(), n, x, dim, true, g_inner, 2 * dim);
+        layer.product(n, dim, width, gu, width, layer.inner, 2 * dim, true, gx, dim);
         if (!v) return;
-        layer.product(true, false, width, dim, n, gu, width, v, dim, 1, g_inner + dim, 2 * dim);
-        layer.product(false, false, n, dim, width, gu, width, layer.inner + dim, 2 * dim, 1, gv, dim);
+        layer.product(width, dim, n, turned.data(), n, v, dim, true, g_inner + dim, 2 * dim);
+        layer.product(n, dim, width, gu, width, layer.inner + dim, 2 * dim, true, gv, dim);
     }
 };
 
 template <typename T> bool backward(const Call &call) {
     const Layer<T> layer(call);
-    std::vector<std::unique_ptr<Sums<T>>> sums(call.threads);  // each made, and so first touched, by its own thread
+    Parts<Sums<T>> sums(call.threads);
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(call.threads)
     {
@@ -448,15 +556,20 @@ template <typename T> bool backward(const Call &call) {
             const OneThreadEach products(call.blas);
             Sums<T> &own = *(sums[omp_get_thread_num()] = std::make_unique<Sums<T>>(call));
             Back<T> back(layer, own);
-            for_tiles(call, [&](int64_t start, int64_t n) { back.tile(start, n); });
+            for_tiles(call.rows, tile_rows(call), [&](int64_t start, int64_t n) { back.tile(start, n); });
         });
 #pragma omp barrier
         if (!failed) {
-            add_share<T>(call.grad_inner, sums, &Sums<T>::inner);
-            add_share<T>(call.grad_outer, sums, &Sums<T>::outer);
-            add_share<T>(call.grad_bias, sums, &Sums<T>::bias);
-            add_share<T>(call.grad_mu, sums, &Sums<T>::mu);
-            add_share<T>(call.grad_forcing, sums, &Sums<T>::forcing);
+            write_share<T>(call.grad_inner, sums, [](const Sums<T> &s) -> auto & { return s.inner; });
+            write_share<T>(call.grad_outer, sums, [](const Sums<T> &s) -> auto & { return s.outer; });
+            write_share<T>(call.grad_bias, sums, [](const Sums<T> &s) -> auto & { return s.bias; });
+            write_share<T>(call.grad_mu, sums, [](const Sums<T> &s) -> auto & { return s.mu; });
+            write_share<T>(call.grad_forcing, sums, [](const Sums<T> &s) -> auto & { return s.forcing; });
+            if (call.context) {
+                write_share<T>(call.grad_context_weight, sums, [](const Sums<T> &s) -> auto & { return s.context; });
+                write_share<T>(call.grad_context_bias, sums, [](const Sums<T> &s) -> auto & { return s.context_bias.all; });
+            }
+            if (call.stream) write_share<T>(call.grad_gain, sums, [](const Sums<T> &s) -> auto & { return s.gain.all; });
         }
     }
     if (call.fraction)
@@ -467,8 +580,5 @@ template <typename T> bool backward(const Call &call) {
 
 }  // namespace
 
-// 1, or 0 when there was not the memory.
-extern "C" int forward_float32(const Call *call) { return completed<Call, forward<float>>(call); }
-extern "C" int forward_float64(const Call *call) { return completed<Call, forward<double>>(call); }
-extern "C" int backward_float32(const Call *call) { return completed<Call, backward<float>>(call); }
-extern "C" int backward_float64(const Call *call) { return completed<Call, backward<double>>(call); }
+IN_BOTH_PRECISIONS(iterate, forward, Call)
+IN_BOTH_PRECISIONS(iterate_back, backward, Call)
