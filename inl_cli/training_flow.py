@@ -12,7 +12,7 @@ from inl_cli.console import Console
 from inl_cli.progress import amount
 from inl_cli.training_view import TrainingView, show_plan
 from inl_core.analysis.planning import plan_recipe
-from inl_core.analysis.planning.plan import plans_backend
+from inl_core.analysis.planning.plan import describe_operations, plans_backend
 from inl_core.corpus.loader import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import read_json
@@ -146,6 +146,8 @@ def _show(console: Console, recipe: Recipe, data: RunData, trainer: Trainer, dir
     }
     if backend:
         facts["integrator"] = backend
+    if operations := describe_operations(recipe, world.device):
+        facts["operations"] = operations
     show_plan(console, plan, trainer.optimizers.assignments, facts)
     free = shutil.disk_usage(directory).free
     if free < plan.disk_bytes:

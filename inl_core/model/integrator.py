@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inl_core.model.backends.rule import Around, Inputs, Result, Rule, speed_weights
+from inl_core.model.backends.rule import Around, Inputs, Result, Rule
 from inl_core.model.backends.select import backend_name, find_backend, run_around, takes_around
 from inl_core.model.controller import Controller, Head, Modulation, num_groups
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
+from inl_core.model.loss_terms import LossTerms
 from inl_core.model.mixture import Experts, Router, Routing, Share, build_controller, shares
 from inl_core.recipe import IntegratorConfig
 
@@ -98,7 +99,7 @@ class IntegratorOutput:
     trajectory: Trajectory | None = None
     routing: Routing | None = None
     stream: Tensor | None = None
-    """The read-out, (B, S, D), where the caller asked for it and the backend does it."""
+    """The read-out of this state, (B, S, D), where it was asked for and the backend does it: void for another state."""
 
 
 class Integrator(nn.Module):
@@ -237,7 +238,7 @@ class Integrator(nn.Module):
         advance = self.advance(controller, h, candidate, routing)
         stopping = _EarlyStopping(config, state) if stops else None
         recorder = _Recorder(state, velocity) if keep_trajectory else None
-        losses = _LossTerms(total, energy_power) if energy_power is not None else None
+        losses = LossTerms(total, energy_power) if energy_power is not None else None
 
         x, v = state, velocity
         for t in range(total):
@@ -295,24 +296,15 @@ class Integrator(nn.Module):
         assert x is not None
         inner = controller.state_velocity.weight
         fraction = None if start.last_fraction is None else start.last_fraction.to(x.dtype)
-        inputs = Inputs(
-            x,
-            v,
-            x.new_empty(0, len(inner)),
-            candidate,
-            inner,
-            head.weight,
-            head.bias,
-            start.mu,
-            start.forcing,
-            fraction,
-        )
+        rest = (inner, head.weight, head.bias, start.mu, start.forcing, fraction)
+        inputs = Inputs(x, v, x.new_empty(0, len(inner)), candidate, *rest)
+        context = h.expand(*shape[:-1], -1).reshape(x.shape[0], h.shape[-1])
         read_out = (None, None) if stream is None or gain is None else (stream.expand(shape).reshape(x.shape), gain)
-        around = Around(h.expand(*shape[:-1], -1).reshape(x.shape[0], -1), *controller.context_layer, *read_out)
+        around = Around(context, *controller.context_layer, *read_out)
         if takes_around(run, inputs, around):
             result = run_around(rule, inputs, around)
         else:
-            result = run(rule, inputs._replace(hoisted=controller.hoist(h).reshape(x.shape[0], -1)))
+            result = run(rule, inputs._replace(hoisted=controller.hoist(context)))
         output = IntegratorOutput(result.x.view(shape), result.v.view(shape), rule.num_iterations)
         output.stream = None if result.stream is None else result.stream.view(shape)
         if result.speed is not None and result.energy is not None:
@@ -374,22 +366,6 @@ class _EarlyStopping:
             self.active = self.active & (moved >= self.threshold)
             self.all_stopped = not bool(self.active.any())
         return new_x, new_v
-
-
-class _LossTerms:
-    """Running terms of the speed and energy losses, (B, S) each."""
-
-    def __init__(self, num_iterations: int, power: float) -> None:
-        self.weights, self.power = speed_weights(num_iterations), power
-        self.speed: Tensor | None = None
-        self.energy: Tensor | None = None
-
-    def add(self, t: int, error: Tensor, v: Tensor) -> None:
-        speed = self.weights[t] * error.abs().mean(-1)
-        size = v.square() if self.power == 2.0 else v.abs().pow(self.power)
-        energy = size.mean(-1) / len(self.weights)
-        self.speed = speed if self.speed is None else self.speed + speed
-        self.energy = energy if self.energy is None else self.energy + energy
 
 
 class _Recorder:

@@ -40,7 +40,7 @@ def normed_linear(norm: nn.Module | None, linear: nn.Linear, x: Tensor) -> Tenso
 
 
 class NormedLinear(torch.autograd.Function):
-    """(x (N, D), the RMS norm's weight (D,) and eps, W (O, D)) -> norm(x) W^T, (N, O); keeps x and one number a row."""
+    """(x (N, D), the RMS norm's weight (D,) and eps, W (O, D)) -> norm(x) W^T, (N, O); keeps x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_weight: Tensor, eps: float, weight: Tensor) -> Tensor:

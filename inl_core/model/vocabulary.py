@@ -38,7 +38,12 @@ def cross_entropy_sum(z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         z: (N, R).  weight: W (V, R).  targets: (N,).
+
+    Raises:
+        ValueError: there is not one target for each row of z.
     """
+    if targets.shape != z.shape[:1]:
+        raise ValueError(f"targets are {tuple(targets.shape)}, and must be {tuple(z.shape[:1])}: one for each row")
     most = logit_rows(weight.shape[0], z.device)
     if z.device.type == "cpu" and z.dtype == weight.dtype == matrix_dtype(z) and z.dtype.itemsize >= 4:
         return ChunkedCrossEntropy.apply(z, weight, targets, most, torch.is_grad_enabled())
@@ -56,11 +61,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, weight: Tensor, targets: Tensor, most: int, differentiate: bool) -> Tensor:
         """The loss; keeps the gradients, (N, R) and (V, R), where they are asked for."""
         wants_z, wants_weight = (differentiate and wanted for wanted in ctx.needs_input_grad[:2])
+        z, weight = z.contiguous(), weight.contiguous()
         grad_z = torch.empty_like(z) if wants_z else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
-        ctx.grad_z, ctx.grad_weight = grad_z, grad_weight
-        if head.supports(z, weight):
-            return head.losses(z, weight, targets, grad_z, grad_weight).sum()
         ctx.grad_z, ctx.grad_weight = grad_z, grad_weight
         if head.supports(z, weight):
             return head.losses(z, weight, targets, grad_z, grad_weight).sum()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inl_core.model import IntegratorOutput
-from inl_core.model.integrator import speed_weights
+from inl_core.model.backends.rule import speed_weights
 from inl_core.recipe import LossSettings
 from inl_core.seeds.arguments import validated
 from inl_core.training.cycles import annealed

@@ -22,6 +22,7 @@ from inl_core.inference.evaluate import evaluate
 from inl_core.inference.texts import open_split
 from inl_core.model import IntegratorLanguageModel, Options
 from tests.inference.tiny import tiny_model
+from tests.plain_loop import the_plain_loop
 
 FOLLOWED = 5
 
@@ -180,6 +181,19 @@ def test_a_skipped_layer_hands_on_what_it_was_given(preset: str) -> None:
         assert not torch.equal(output.layers[0].state, output.layers[0].trajectory.states[0])
         assert not torch.equal(output.hidden, plain)
     assert torch.equal(model(ids).hidden, plain)
+
+
+@pytest.mark.parametrize("layers", [None, [0], [1]])
+def test_a_skipped_layer_is_skipped_however_its_iterations_are_computed(layers: list[int] | None) -> None:
+    """The backend that reads out by itself has done so when the layer is skipped."""
+    model, ids = tiny_model("v4").eval(), torch.arange(40)[None] % 12
+    with torch.no_grad(), skipped(model, layers):
+        found = model(ids).hidden
+        with the_plain_loop():
+            plain = model(ids).hidden
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(model(ids).hidden, found, rtol=1e-3, atol=1e-3)
 
 
 def test_the_points_of_a_long_curve_are_few_and_hold_the_models_own() -> None:

@@ -32,7 +32,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_the_numbers_are_those_of_the_plain_operations(bias: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = FeedForward(ModelConfig.model_validate({"preset": "v4", "d_model": 32, "num_heads": 2, "bias": bias}))
-    x = torch.randn(2, 25, 32, requires_grad=True)
+    x = torch.randn(2, 35, 32, requires_grad=True)
     found = []
     for function in (gated_down, plain_gated_down):
         monkeypatch.setattr(feed_forward, "gated_down", function)

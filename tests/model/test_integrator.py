@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from inl_core.model.backends.rule import speed_weights
 from inl_core.model.controller import Controller
-from inl_core.model.integrator import Integrator, rms, speed_weights
+from inl_core.model.integrator import Integrator, rms
 from inl_core.recipe import IntegratorConfig
 
 DIM, WIDTH, BATCH, LENGTH = 8, 5, 2, 3

@@ -217,6 +217,7 @@ def test_who_attends_where():
         ({"sines": torch.zeros(1, 10, 4)}, "sines is torch.float32"),
         ({"first": torch.zeros(2, 9, dtype=torch.int64)}, "first is"),
         ({"first": torch.zeros(2, 10)}, "first is torch.float32"),
+        ({"packed": torch.zeros(2, 10, 4 * 7, dtype=torch.float64)}, "heads of 7 numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_read(change, message):

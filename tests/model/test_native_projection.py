@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from inl_core.model.backends import native
 from inl_core.model.native.feed_forward import Given as FeedForwardGiven
 from inl_core.model.native.feed_forward import feed_forward
+from inl_core.model.native.feed_forward import supports as feed_forward_supports
 from inl_core.model.native.projection import Given, project, supports
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no compiler here, or torch has other threads")
@@ -77,7 +78,40 @@ def test_no_rows_at_all():
 
 
 def test_a_product_whose_sums_would_be_large_is_the_librarys(monkeypatch):
-    x, weight = drawn((8, 4), (3, 4), seed=0, dtype=torch.float32)
+    x, weight = drawn((80, 4), (3, 4), seed=0, dtype=torch.float32)
     assert supports(Given(x, None, weight, None))
     monkeypatch.setattr("inl_core.model.native.calls.MOST_SUMS_BYTES", torch.get_num_threads() * weight.nbytes - 1)
     assert not supports(Given(x, None, weight, None))
+
+
+def test_a_few_rows_are_the_librarys():
+    """A token at a time, turning the whole weight would cost more than the product."""
+    x, weight, up, down = drawn((63, 4), (3, 4), (6, 4), (4, 3), seed=0, dtype=torch.float32)
+    assert not supports(Given(x, None, weight, None))
+    assert not feed_forward_supports(FeedForwardGiven(x, None, up, down))
+    (more,) = drawn((64, 4), seed=0, dtype=torch.float32)
+    assert supports(Given(more, None, weight, None))
+    assert feed_forward_supports(FeedForwardGiven(more, None, up, down))
+
+
+def test_without_gradients_nothing_is_kept_for_them(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "inl_core.model.native.calls.run", lambda name, call, tensors, what: found.append(dict(tensors))
+    )
+    given = FeedForwardGiven(*drawn((64, 4), None, (6, 4), (4, 3), seed=0))
+    with torch.no_grad():
+        feed_forward(given)
+    feed_forward(given)
+    assert [tensors["gate_up"] is None for tensors in found] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["norm", "weight", "bias"])
+def test_tensors_of_other_sizes_are_refused_before_anything_is_read(name):
+    given = Given(*drawn((64, 4), (4,), (3, 4), (3,), seed=0))
+    bad = getattr(given, name)[..., 1:].contiguous()
+    with pytest.raises(ValueError, match=f"a product: {name} is"):
+        project(given._replace(**{name: bad}))
+    of_feed_forward = FeedForwardGiven(*drawn((64, 4), (5,), (6, 4), (4, 3), seed=0))
+    with pytest.raises(ValueError, match="a feed-forward: norm is"):
+        feed_forward(of_feed_forward)

@@ -140,3 +140,26 @@ def test_a_large_vocabulary_in_single_precision_is_the_plain_loss(monkeypatch):
         torch.testing.assert_close(loss.double(), plain, rtol=1e-6, atol=0.0)
         torch.testing.assert_close(own_z.grad.double(), plain_z.grad, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own_weight.grad.double(), plain_weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [lambda targets: targets.int(), lambda targets: targets[1:], lambda targets: targets[:, None].expand(-1, 2)],
+    ids=["precision", "fewer", "more"],
+)
+def test_targets_that_are_not_one_for_each_row_are_refused(change, is_small, monkeypatch):
+    if not is_small:
+        monkeypatch.setattr("inl_core.model.native.head.supports", lambda *_: False)
+    z, weight, targets = factors()
+    with pytest.raises((ValueError, RuntimeError)):
+        cross_entropy_sum(z, weight, change(targets))
+
+
+@pytest.mark.usefixtures("either_way")
+def test_factors_that_lie_otherwise_in_memory():
+    z, weight, targets = factors()
+    loss = cross_entropy_sum(z.T.contiguous().T, weight.T.contiguous().T, targets)
+    of_z, of_weight = torch.autograd.grad(loss, (z, weight))
+    plain = torch.autograd.grad(F.cross_entropy(z @ weight.T, targets, reduction="sum"), (z, weight))
+    torch.testing.assert_close((of_z, of_weight), plain, rtol=1e-12, atol=1e-12)

@@ -76,7 +76,8 @@ def skipped(model: IntegratorLanguageModel, layers: Iterable[int] | None = None)
 
     def skip(_: Integrator, args: tuple, kwargs: dict[str, Any], output: IntegratorOutput) -> IntegratorOutput:
         _, state, velocity = args
-        return replace(output, state=state, velocity=torch.zeros_like(state) if velocity is None else velocity)
+        handed_on = torch.zeros_like(state) if velocity is None else velocity
+        return replace(output, state=state, velocity=handed_on, stream=None)  # or the block would take that as it is
 
     integrators = model.integrators()
     chosen = range(len(integrators)) if layers is None else layers

@@ -187,6 +187,13 @@ def plans_backend(recipe: Recipe, device: "torch.device | None" = None) -> str |
     )
 
 
+def describe_operations(recipe: Recipe, device: "torch.device") -> str | None:
+    """What computes everything around the iterations on a CPU in one precision; None elsewhere, where it is torch."""
+    from inl_core.model.native.calls import describe
+
+    return None if device.type != "cpu" or uses_bf16(recipe, device) else describe(is_compiled=recipe.training.compile)
+
+
 def _planned_device(recipe: Recipe) -> "torch.device":
     import torch
 

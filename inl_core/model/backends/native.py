@@ -37,7 +37,7 @@ _POINTERS = (
 
 
 class Call(ctypes.Structure):
-    """The same fields in the same order as loop.cpp's Call."""
+    """The same fields in the same order as layer.h's Call."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _NUMBERS),
@@ -68,19 +68,19 @@ def run(rule: Rule, inputs: Inputs) -> Result:
 def run_around(rule: Rule, inputs: Inputs, around: Around) -> Result:
     """T iterations on N tokens, all tensors flat, and what lies around them; of what `supports` says yes to."""
     given = (None if tensor is None else tensor.contiguous() for tensor in (*inputs, *around))
-    return Result(*Loop.apply(rule, *given))
+    return Result(*Loop.apply(rule, torch.is_grad_enabled(), *given))
 
 
 class Loop(torch.autograd.Function):
-    """(rule, *Inputs, *Around) -> Result."""
+    """(rule, whether to differentiate, *Inputs, *Around) -> Result."""
 
     @staticmethod
-    def forward(ctx: Any, rule: Rule, *tensors: Any) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, rule: Rule, differentiate: bool, *tensors: Any) -> tuple[Tensor | None, ...]:
         """Run the iterations; the inputs are kept, and u of the first ones."""
         inputs, around = _divided(tensors)
         ctx.set_materialize_grads(False)
         ctx.rule = rule
-        result, hidden = forward(rule, inputs, around, keep=any(ctx.needs_input_grad))
+        result, hidden = forward(rule, inputs, around, keep=differentiate and any(ctx.needs_input_grad))
         # mu's moving average may move it in place before the backward pass, which needs the mu of this pass.
         inputs = inputs._replace(mu=inputs.mu.clone())
         # Of the stream itself the backward pass needs nothing but that it was there: x_T stands for it.
@@ -94,7 +94,7 @@ class Loop(torch.autograd.Function):
         """Gradients of every input."""
         *tensors, hidden = ctx.saved_tensors
         found, of_around = backward(ctx.rule, *_divided(tensors), hidden, Result(*grads))  # type: ignore[arg-type]
-        return None, *found, *of_around
+        return None, None, *found, *of_around
 
 
 def _divided(tensors: Sequence[Any]) -> tuple[Inputs, Around]:
@@ -124,8 +124,9 @@ def backward(rule: Rule, inputs: Inputs, around: Around, hidden: Tensor, grads: 
     dense = (None if grad is None else grad.contiguous() for grad in grads)
     names = ("grad_x_out", "grad_v_out", "grad_speed", "grad_energy", "grad_stream_out")
     given = dict(zip(names, dense, strict=True))
-    found, of_around = gradients(inputs), Around(*(None if t is None else torch.zeros_like(t) for t in around))
-    of_around = of_around._replace(stream=None)
+    make = torch.empty_like if inputs.x.shape[0] else torch.zeros_like
+    of_around = Around(*(None if tensor is None else make(tensor) for tensor in around._replace(stream=None)))
+    found = gradients(inputs)
     written = {f"grad_{_FIELDS.get(name, name)}": gradient for name, gradient in found._asdict().items()}
     written |= {f"grad_{name}": gradient for name, gradient in of_around._asdict().items() if name != "stream"}
     _call("iterate_back", rule, inputs, around, hidden, x_out=state, **given, **written)
@@ -212,7 +213,7 @@ def _described(rule: Rule, inputs: Inputs, hidden: Tensor) -> Call:
     rows, dim = inputs.x.shape
     shrink = min(1.0, _MOST_TILES / rule.num_iterations)
     return Call(
-        threads=calls.num_threads(rows, _FEWEST_ROWS),
+        threads=calls.num_threads(rows),
         rows=rows,
         dim=dim,
         width=inputs.inner.shape[0],

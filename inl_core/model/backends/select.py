@@ -14,6 +14,8 @@ from inl_core.model.backends.rule import Around, Inputs, Result, Rule
 from inl_core.model.by_rows import matrix_dtype
 from inl_core.recipe import IntegratorConfig
 
+_FEWEST_TOKENS = 16
+
 Run = Callable[[Rule, Inputs], Result]
 
 
@@ -84,6 +86,8 @@ def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | N
     is_compiled = torch.compiler.is_compiling()
     is_low = state.dtype not in (torch.float32, torch.float64) or matrix_dtype(state) != state.dtype
     name = backend_name(config, state.device, is_compiled=is_compiled, is_low_precision=is_low)
+    if name == "native" and not is_compiled and state.numel() < _FEWEST_TOKENS * state.shape[-1]:
+        name = "eager"  # native turns whole weights before it begins
     return None if name == "plain" or state.dtype != mu.dtype else _runner(name, is_compiled=is_compiled)
 
 

@@ -90,11 +90,21 @@ template <typename T> struct Heads {
         }
     }
 
-    // The step of what is kept transposed, (F, S).
-    int64_t across() const { return length + LANES; }
+    // Blocks and chunks are of whole LANES, the rest of them zeros, and steps of few sizes: a kernel is made for each.
+    int64_t padded() const { return up(length); }
+    int64_t across() const { return (length + 255) / 256 * 256 + LANES; }  // the step of what is kept transposed, (F, S)
 
-    // The first key that the block of queries from `start` on meets: a few widths of chunks, for a kernel is made for each.
+    // The first key that the block of queries from `start` on meets.
     int64_t meets(int64_t b, int64_t start) const { return down(first(b, start)); }
+
+    // to (up(n), F) = x (n, F), whose rows lie `step` apart, and zeros.
+    void copy(int64_t n, const T *x, int64_t step, T *to) const {
+        for (int64_t i = 0; i < n; i++) std::copy(x + i * step, x + i * step + size, to + i * size);
+        clear(n, to);
+    }
+
+    // Zeros behind n rows, up to whole LANES of them.
+    void clear(int64_t n, T *rows) const { std::fill(rows + n * size, rows + up(n) * size, T(0)); }
 
     // The products of vectors (m, F) with those that are kept transposed, (F, n).
     void scores(int64_t m, int64_t n, const T *left, int64_t left_step, const T *right, T *out) const {
@@ -130,12 +140,12 @@ template <typename T> inline void clear_unseen(T *s, const Seen &seen, int64_t w
 
 template <typename T> struct Forward {
     const Heads<T> &heads;
-    Scratch<T> turned_keys, queries, scores, mixed;
+    Scratch<T> turned_keys, values, queries, scores, mixed;
     T largest[BLOCK], sums[BLOCK];
 
     explicit Forward(const Heads<T> &h)
-        : heads(h), turned_keys(h.size * h.across()), queries(BLOCK * h.size), scores(BLOCK * STEP),
-          mixed(BLOCK * h.size) {}
+        : heads(h), turned_keys(h.size * h.across()), values(h.padded() * h.size), queries(BLOCK * h.size),
+          scores(BLOCK * STEP), mixed(BLOCK * h.size) {}
 
     void head(int64_t b, int64_t h) {
         const int64_t size = heads.size, k = h / (heads.call.heads / heads.call.key_heads);
@@ -143,11 +153,12 @@ template <typename T> struct Forward {
         for (int64_t start = 0; start < heads.length; start += BLOCK) {
             const int64_t n = std::min(BLOCK, heads.length - start), end = start + n;
             heads.rotate(b, start, n, heads.query(b, h) + start * heads.width, heads.width, heads.scale, queries.data());
+            heads.clear(n, queries.data());
             std::fill(largest, largest + n, -std::numeric_limits<T>::infinity());
             std::fill(sums, sums + n, T(0));
-            std::fill(mixed.data(), mixed.data() + n * size, T(0));
+            std::fill(mixed.data(), mixed.data() + up(n) * size, T(0));
             for (int64_t from = heads.meets(b, start); from < end; from += CHUNK)
-                chunk(b, k, start, n, from, std::min(CHUNK, end - from));
+                chunk(b, start, n, from, std::min(CHUNK, up(end) - from));
             T *out = (T *)heads.call.out + (b * heads.length + start) * heads.out_width() + h * size;
             for (int64_t i = 0; i < n; i++) {
                 const T share = T(1) / sums[i];
@@ -166,14 +177,16 @@ template <typename T> struct Forward {
         for (int64_t start = 0; start < heads.length; start += BLOCK) {  // in the queries' room, until they come
             const int64_t n = std::min(BLOCK, heads.length - start);
             heads.rotate(b, start, n, heads.key(b, k) + start * heads.width, heads.width, T(1), queries.data());
-            transpose(n, heads.size, queries.data(), heads.size, turned_keys.data() + start, heads.across());
+            heads.clear(n, queries.data());
+            transpose(up(n), heads.size, queries.data(), heads.size, turned_keys.data() + start, heads.across());
         }
+        heads.copy(heads.length, heads.value(b, k), heads.width, values.data());
     }
 
     // n queries from `start` on meet the keys [from, from + width).
-    void chunk(int64_t b, int64_t k, int64_t start, int64_t n, int64_t from, int64_t width) {
+    void chunk(int64_t b, int64_t start, int64_t n, int64_t from, int64_t width) {
         const int64_t size = heads.size;
-        heads.scores(n, width, queries.data(), size, turned_keys.data() + from, scores.data());
+        heads.scores(up(n), width, queries.data(), size, turned_keys.data() + from, scores.data());
         for (int64_t i = 0; i < n; i++) {
             T *s = scores.data() + i * STEP;
             const Seen seen(heads.first(b, start + i), start + i, from, width);
@@ -196,8 +209,8 @@ template <typename T> struct Forward {
                 for (int64_t j = 0; j < size; j++) mixed.data()[i * size + j] *= fade;
             largest[i] = most;
         }
-        product<T>(heads.call.blas, n, size, width, scores.data(), STEP, heads.value(b, k) + from * heads.width,
-                   heads.width, true, mixed.data(), size);
+        product<T>(heads.call.blas, up(n), size, width, scores.data(), STEP, values.data() + from * size, size, true,
+                   mixed.data(), size);
     }
 };
 
@@ -205,22 +218,23 @@ template <typename T> struct Backward {
     const Heads<T> &heads;
     // (S, F) and, transposed, (F, S) of a key-value head; (n, F) and (F, n) of a block of queries; (n, W) of a chunk
     Scratch<T> keys, turned_keys, turned_values, grad_keys, grad_values;
-    Scratch<T> queries, turned_queries, turned_grads, grad_queries;
+    Scratch<T> queries, turned_queries, out_grads, turned_grads, grad_queries;
     Scratch<T> weights, grads;
     T inner[BLOCK];  // of an output and its gradient
 
     explicit Backward(const Heads<T> &h)
-        : heads(h), keys(h.length * h.size), turned_keys(h.size * h.across()), turned_values(h.size * h.across()),
+        : heads(h), keys(h.padded() * h.size), turned_keys(h.size * h.across()), turned_values(h.size * h.across()),
           grad_keys(h.size * h.across()), grad_values(h.size * h.across()), queries(BLOCK * h.size),
-          turned_queries(BLOCK * h.size), turned_grads(BLOCK * h.size), grad_queries(BLOCK * h.size),
-          weights(BLOCK * STEP), grads(BLOCK * STEP) {}
+          turned_queries(BLOCK * h.size), out_grads(BLOCK * h.size), turned_grads(BLOCK * h.size),
+          grad_queries(BLOCK * h.size), weights(BLOCK * STEP), grads(BLOCK * STEP) {}
 
     void key_head(int64_t b, int64_t k) {
         const int64_t length = heads.length, size = heads.size, across = heads.across();
         const int64_t group = heads.call.heads / heads.call.key_heads;
+        heads.copy(length, heads.value(b, k), heads.width, keys.data());  // the values, until the keys come
+        transpose(heads.padded(), size, keys.data(), size, turned_values.data(), across);
         heads.rotate(b, 0, length, heads.key(b, k), heads.width, T(1), keys.data());
-        transpose(length, size, keys.data(), size, turned_keys.data(), across);
-        transpose(length, size, heads.value(b, k), heads.width, turned_values.data(), across);
+        transpose(heads.padded(), size, keys.data(), size, turned_keys.data(), across);
         std::fill(grad_keys.data(), grad_keys.data() + size * across, T(0));
         std::fill(grad_values.data(), grad_values.data() + size * across, T(0));
         for (int64_t h = k * group; h < (k + 1) * group; h++)
@@ -242,21 +256,23 @@ template <typename T> struct Backward {
             inner[i] = sum;
         }
         heads.rotate(b, start, n, heads.query(b, h) + start * heads.width, heads.width, heads.scale, queries.data());
-        transpose(n, size, queries.data(), size, turned_queries.data(), BLOCK);
-        transpose(n, size, grad_out, wide, turned_grads.data(), BLOCK);
-        std::fill(grad_queries.data(), grad_queries.data() + n * size, T(0));
+        heads.clear(n, queries.data());
+        heads.copy(n, grad_out, wide, out_grads.data());
+        transpose(up(n), size, queries.data(), size, turned_queries.data(), BLOCK);
+        transpose(up(n), size, out_grads.data(), size, turned_grads.data(), BLOCK);
+        std::fill(grad_queries.data(), grad_queries.data() + up(n) * size, T(0));
         for (int64_t from = heads.meets(b, start); from < start + n; from += CHUNK)
-            chunk(b, h, start, n, from, std::min(CHUNK, start + n - from), grad_out);
+            chunk(b, h, start, n, from, std::min(CHUNK, up(start + n) - from));
         heads.rotate_back(b, start, n, grad_queries.data(), heads.scale,
                           heads.grad_query(b, h) + start * heads.width, heads.width);
     }
 
-    void chunk(int64_t b, int64_t h, int64_t start, int64_t n, int64_t from, int64_t width, const T *grad_out) {
-        const int64_t size = heads.size, wide = heads.out_width(), across = heads.across();
+    void chunk(int64_t b, int64_t h, int64_t start, int64_t n, int64_t from, int64_t width) {
+        const int64_t size = heads.size, across = heads.across(), m = up(n);
         const Blas &blas = heads.call.blas;
         T *p = weights.data(), *g = grads.data();
-        heads.scores(n, width, queries.data(), size, turned_keys.data() + from, p);
-        heads.scores(n, width, grad_out, wide, turned_values.data() + from, g);
+        heads.scores(m, width, queries.data(), size, turned_keys.data() + from, p);
+        heads.scores(m, width, out_grads.data(), size, turned_values.data() + from, g);
         for (int64_t i = 0; i < n; i++) {
             T *pi = p + i * STEP, *gi = g + i * STEP;
             const Seen seen(heads.first(b, start + i), start + i, from, width);
@@ -268,9 +284,9 @@ template <typename T> struct Backward {
             clear_unseen(pi, seen, width);
             clear_unseen(gi, seen, width);
         }
-        product<T>(blas, size, width, n, turned_grads.data(), BLOCK, p, STEP, true, grad_values.data() + from, across);
-        product<T>(blas, size, width, n, turned_queries.data(), BLOCK, g, STEP, true, grad_keys.data() + from, across);
-        product<T>(blas, n, size, width, g, STEP, keys.data() + from * size, size, true, grad_queries.data(), size);
+        product<T>(blas, size, width, m, turned_grads.data(), BLOCK, p, STEP, true, grad_values.data() + from, across);
+        product<T>(blas, size, width, m, turned_queries.data(), BLOCK, g, STEP, true, grad_keys.data() + from, across);
+        product<T>(blas, m, size, width, g, STEP, keys.data() + from * size, size, true, grad_queries.data(), size);
     }
 };
 

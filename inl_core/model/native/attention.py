@@ -120,6 +120,8 @@ def _check(given: Given) -> None:
         raise ValueError(
             f"attention: {width} numbers a token are not {given.heads} queries and 2 x {given.key_heads} heads"
         )
+    if given.cosines is not None and width // heads % 2:
+        raise ValueError(f"attention: heads of {width // heads} numbers have no pairs to rotate")
     for name, tensor in (("cosines", given.cosines), ("sines", given.sines)):
         if tensor is None:
             continue

@@ -12,6 +12,10 @@ from inl_core.model.native.build import NAMES, library
 MOST_SUMS_BYTES = 64 * 2**20
 """At most this for all threads' own sums of weights' gradients; beyond it one product over all tokens is as fast."""
 
+FEWEST_ROWS = 64
+"""Fewer are for the library: an operation turns whole weights before it begins."""
+_FEW_ROWS = 32
+
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether all are real memory of a CPU, in one of the library's precisions and not under autocast; None counts not.
@@ -43,7 +47,7 @@ def run(name: str, call: ctypes.Structure, tensors: Iterable[tuple[str, Tensor |
     assert dtype is not None
     call.blas = found.blas(dtype)  # type: ignore[attr-defined]
     if not getattr(found.code, f"{name}_{NAMES[dtype]}")(ctypes.byref(call)):
-        raise MemoryError(f"no memory for {what}")
+        raise MemoryError(f"no memory, or no kernel of the library's, for {what}")
 
 
 def sums_bytes(*weights: Tensor) -> int:
@@ -51,12 +55,37 @@ def sums_bytes(*weights: Tensor) -> int:
     return torch.get_num_threads() * sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """IndexError for a token that the operations, which trust what they are told, would read beyond the logits for."""
-    if targets.numel() and int(targets.max()) >= vocabulary:
+def check_shapes(what: str, found: dict[str, Tensor | None], wanted: dict[str, tuple[int, ...]]) -> None:
+    """ValueError for what an operation, which trusts the sizes it is told, would read beyond its end."""
+    for name, tensor in found.items():
+        if tensor is not None and tuple(tensor.shape) != wanted[name]:
+            raise ValueError(f"{what}: {name} is {tuple(tensor.shape)}, and must be {wanted[name]}")
+
+
+def check_targets(targets: Tensor, rows: int, vocabulary: int) -> None:
+    """ValueError or IndexError for targets that are not a token of the vocabulary, or negative, for each row."""
+    if targets.dtype != torch.int64 or targets.device.type != "cpu" or tuple(targets.shape) != (rows,):
+        found = f"{targets.dtype} {tuple(targets.shape)} on {targets.device}"
+        raise ValueError(f"targets are {found}, and must be torch.int64 {(rows,)} on a CPU")
+    if rows and int(targets.max()) >= vocabulary:
         raise IndexError(f"target {int(targets.max())} is out of bounds for a vocabulary of {vocabulary}")
 
 
-def num_threads(rows: int, fewest: int = 32) -> int:
-    """Threads for so many rows of work: torch's, but each with something to do."""
-    return min(torch.get_num_threads(), max(1, rows // fewest))
+def describe(*, is_compiled: bool) -> str:
+    """What a plan says of this machine's operations.
+
+    Args:
+        is_compiled: blocks are compiled; of theirs, attention alone is in C++ then, and the integrator.
+    """
+    found = library()
+    if found is None:
+        return "torch's; those in C++ need a compiler, and a torch with MKL and GNU's OpenMP"
+    has_brgemm = found.has_brgemm(torch.float32)
+    products = "products, " if has_brgemm else ""
+    which = "attention and loss" if is_compiled else f"attention, {products}feed-forward, norms and loss"
+    return f"{which} in C++, by {'oneDNN' if has_brgemm else 'MKL'}'s product"
+
+
+def num_threads(rows: int) -> int:
+    """One for few rows of work, else torch's: a team of another size ends threads, and the kernels made for them."""
+    return torch.get_num_threads() if rows >= _FEW_ROWS else 1

@@ -16,6 +16,12 @@
 #include <omp.h>
 #include <type_traits>
 
+// The libraries' functions, by address: MKL's product, how many threads this thread's products of MKL take, and oneDNN's
+// product in single precision, which may be missing.
+struct Blas {
+    void *gemm, *set_threads, *brgemm;
+};
+
 namespace {
 
 inline float exponential(float z) {
@@ -56,12 +62,6 @@ inline float log1p_by_quotient(float, float s) {
 inline double log1p_by_quotient(double e, double) { return std::log1p(e); }
 
 template <typename T> inline T sigmoid(T z) { return T(1) / (T(1) + exponential(-z)); }
-
-// The libraries' functions, by address: MKL's product, how many threads this thread's products of MKL take, and oneDNN's
-// product in single precision, which may be missing.
-struct Blas {
-    void *gemm, *set_threads, *brgemm;
-};
 
 constexpr int64_t WHOLE_BYTES = 256 * 1024, COLUMNS = 64;
 
@@ -125,11 +125,11 @@ template <typename T> struct Scratch {
     T *data() { return place.get(); }
 };
 
-// f(), which no exception may leave: it runs in a thread of its own.
+// f(), which no exception may leave: it runs in a thread of its own. Memory may be missing, also for a kernel of oneDNN's.
 template <typename F> void unless_out_of_memory(std::atomic<bool> &failed, F f) {
     try {
         f();
-    } catch (const std::bad_alloc &) {
+    } catch (...) {
         failed = true;
     }
 }
@@ -138,7 +138,7 @@ template <typename F> void unless_out_of_memory(std::atomic<bool> &failed, F f) 
 template <typename Call, bool pass(const Call &)> int completed(const Call *call) {
     try {
         return pass(*call);
-    } catch (const std::bad_alloc &) {
+    } catch (...) {
         return 0;
     }
 }

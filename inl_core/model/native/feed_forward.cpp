@@ -92,8 +92,8 @@ template <typename T> void backward_of_share(const FeedForward &call, Weights<T>
                 to_gate[j] = g[j] * of_up[j] * (s + silu * (T(1) - s));
             }
         }
-        transpose(n, dim, grad, dim, turned.data(), n);
-        product<T>(call.blas, dim, hidden, n, turned.data(), n, mixed.data(), hidden, true, sums.down.data(), hidden);
+        transpose(n, dim, grad, dim, turned.data(), most);
+        product<T>(call.blas, dim, hidden, n, turned.data(), most, mixed.data(), hidden, true, sums.down.data(), hidden);
         sums.up.add(call.blas, n, input_of(call, n, x, normed.data()), of_both.data(), 2 * hidden);
         T *of_input = call.norm ? of_normed.data() : grad_x;
         product<T>(call.blas, n, dim, 2 * hidden, of_both.data(), 2 * hidden, up, dim, false, of_input, dim);

@@ -54,7 +54,7 @@ class Given(NamedTuple):
 
 def supports(given: Given) -> bool:
     """Whether the loop takes these tensors; the first call of a machine compiles it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or given.x.shape[0] < calls.FEWEST_ROWS:
         return False
     has_room = calls.sums_bytes(given.up, given.down) <= calls.MOST_SUMS_BYTES
     return has_room and calls.takes(given.x, given.norm, given.up, given.down) and library() is not None
@@ -63,20 +63,20 @@ def supports(given: Given) -> bool:
 def feed_forward(given: Given, *, wants_norm: bool = False) -> tuple[Tensor, Tensor | None]:
     """(silu(gate) * up) W_down^T of [gate | up] = norm(x) W_up^T, (N, D), and norm(x) where it is wanted."""
     assert given.norm is not None or not wants_norm
-    return GatedFeedForward.apply(wants_norm, *given)
+    return GatedFeedForward.apply(wants_norm, torch.is_grad_enabled(), *given)
 
 
 class GatedFeedForward(torch.autograd.Function):
-    """(whether the norm is wanted, *Given) -> (N, D), and norm(x) or None."""
+    """(whether the norm is wanted, whether to differentiate, *Given) -> (N, D), and norm(x) or None."""
 
     @staticmethod
-    def forward(ctx: Any, wants_norm: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, wants_norm: bool, differentiate: bool, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The product, and the norm."""
         ctx.set_materialize_grads(False)
         given = Given(*arguments)
-        given = given._replace(x=given.x.contiguous())
+        given = given._replace(x=given.x.contiguous(), up=given.up.contiguous(), down=given.down.contiguous())
         rows, hidden = given.x.shape[0], given.down.shape[1]
-        gate_up = given.x.new_empty(rows, 2 * hidden) if any(ctx.needs_input_grad) else None
+        gate_up = given.x.new_empty(rows, 2 * hidden) if differentiate and any(ctx.needs_input_grad) else None
         out, normed = torch.empty_like(given.x), torch.empty_like(given.x) if wants_norm else None
         _call("feed_forward", given, gate_up=gate_up, normed=normed, out=out)
         ctx.save_for_backward(*given[:4], gate_up)
@@ -91,18 +91,18 @@ class GatedFeedForward(torch.autograd.Function):
         given = Given(*saved, eps=ctx.eps)
         found = [None if tensor is None else torch.empty_like(tensor) for tensor in given[:4]]
         if given.x.shape[0] == 0:
-            return None, *(None if tensor is None else tensor.zero_() for tensor in found), None
+            return None, None, *(None if tensor is None else tensor.zero_() for tensor in found), None
         grad = torch.zeros_like(given.x) if grad is None else grad.contiguous()
         of_normed = None if of_normed is None else of_normed.contiguous()
         written = dict(zip(("grad_x", "grad_norm", "grad_up", "grad_down"), found, strict=True))
         _call("feed_back", given, gate_up=gate_up, grad_out=grad, grad_normed=of_normed, **written)
-        return None, *found, None
+        return None, None, *found, None
 
 
 def _call(name: str, given: Given, **others: Tensor | None) -> None:
     (rows, dim), hidden = given.x.shape, given.down.shape[1]
-    assert given.up.shape == (2 * hidden, dim)
-    assert given.down.shape == (dim, hidden)
+    wanted = {"norm": (dim,), "up": (2 * hidden, dim), "down": (dim, hidden)}
+    calls.check_shapes("a feed-forward", {name: getattr(given, name) for name in wanted}, wanted)
     if rows == 0:
         return
     tile = _TILE_BYTES // (4 * hidden * given.x.element_size())

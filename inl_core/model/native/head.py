@@ -46,7 +46,8 @@ def losses(z: Tensor, weight: Tensor, targets: Tensor, grad_z: Tensor | None, gr
     """
     z, weight, targets = z.contiguous(), weight.contiguous(), targets.contiguous()
     (rows, dim), vocabulary = z.shape, weight.shape[0]
-    calls.check_targets(targets, vocabulary)
+    calls.check_shapes("the loss", {"weight": weight}, {"weight": (vocabulary, dim)})
+    calls.check_targets(targets, rows, vocabulary)
     found = z.new_empty(rows)
     if rows == 0:
         return found

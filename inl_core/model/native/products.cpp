@@ -1,4 +1,4 @@
-// Whether oneDNN's product can be used: it throws where this processor or its settings have no kernel for it.
+// Whether oneDNN's product can be used: it may throw where this processor or its settings have no kernel for it.
 
 #include <vector>
 

@@ -47,7 +47,7 @@ class Given(NamedTuple):
 
 def supports(given: Given) -> bool:
     """Whether the loop takes these tensors; the first call of a machine compiles it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or given.x.shape[0] < calls.FEWEST_ROWS:
         return False
     has_room = calls.sums_bytes(given.weight) <= calls.MOST_SUMS_BYTES
     return has_room and calls.takes(*given[:4]) and (found := library()) is not None and found.has_brgemm(given.x.dtype)
@@ -86,7 +86,8 @@ class Projected(torch.autograd.Function):
 
 def _call(name: str, given: Given, **others: Tensor | None) -> None:
     (rows, inputs), outputs = given.x.shape, given.weight.shape[0]
-    assert given.weight.shape == (outputs, inputs)
+    wanted = {"norm": (inputs,), "weight": (outputs, inputs), "bias": (outputs,)}
+    calls.check_shapes("a product", {name: getattr(given, name) for name in wanted}, wanted)
     if rows == 0:
         return
     call = Call(

@@ -48,7 +48,7 @@ def norm_back(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tens
 
 def entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy in nats of each target (N,), 0 where that is negative; logits (N, V) become its gradient."""
-    calls.check_targets(targets, logits.shape[1])
+    calls.check_targets(targets, *logits.shape)
     losses = logits.new_empty(len(logits))
     _call("entropy", logits, grad_x=logits, out=losses, targets=targets)
     return losses

@@ -13,27 +13,26 @@ namespace {
 
 constexpr int64_t SUMMED_ROWS = 64;  // at most these are summed in the rows' own precision, the sums in double
 
-// f(first row, rows) for tiles of at most `most` of this thread's share of the rows, as even as can be.
+// f(first row, rows) for tiles of `most` of this thread's share of the rows, and one of the rest: few sizes, for a kernel is
+// made for each.
 template <typename F> void for_tiles(int64_t rows, int64_t most, F f) {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t begin = rows * me / threads, end = rows * (me + 1) / threads;
-    if (begin == end) return;
-    const int64_t tiles = (end - begin + most - 1) / most, size = (end - begin + tiles - 1) / tiles;
-    for (int64_t start = begin; start < end; start += size) f(start, std::min(size, end - start));
+    for (int64_t start = begin; start < end; start += most) f(start, std::min(most, end - start));
 }
 
 // The sum over tokens of input_i output_i^T, the gradient (O, K) of a matrix, kept transposed.
 template <typename T> struct MatrixSum {
-    int64_t inputs, outputs;
+    int64_t inputs, outputs, most;
     std::vector<T> sum;  // (K, O)
-    Scratch<T> turned;   // (K, n)
+    Scratch<T> turned;   // (K, most), of which n columns are used
 
-    MatrixSum(int64_t k, int64_t o, int64_t most) : inputs(k), outputs(o), sum(k * o), turned(k * most) {}
+    MatrixSum(int64_t k, int64_t o, int64_t rows) : inputs(k), outputs(o), most(rows), sum(k * o), turned(k * most) {}
 
     // Add n tokens; `input` (n, K) lies without gaps.
     void add(const Blas &blas, int64_t n, const T *input, const T *output, int64_t output_step) {
-        transpose(n, inputs, input, inputs, turned.data(), n);
-        product<T>(blas, inputs, outputs, n, turned.data(), n, output, output_step, true, sum.data(), outputs);
+        transpose(n, inputs, input, inputs, turned.data(), most);
+        product<T>(blas, inputs, outputs, n, turned.data(), most, output, output_step, true, sum.data(), outputs);
     }
 };
 
