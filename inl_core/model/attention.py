@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from inl_core.model.backends.select import has_native
 from inl_core.model.native.attention import Given, attend
-from inl_core.model.native.attention_traced import attend as attend_traced
 from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import ModelConfig
 
@@ -169,7 +168,12 @@ class Attention(nn.Module):
         if cos is not None and sin is not None:  # ((B,) S, 1, F/2) -> (1 or B, S, F/2)
             cos, sin = (table.to(packed.dtype).view(-1, packed.shape[1], self.head_dim // 2) for table in (cos, sin))
         given = Given(packed, cos, sin, plan.first, self.num_heads, self.num_kv_heads)
-        return attend_traced(given) if torch.compiler.is_compiling() else attend(given)
+        if torch.compiler.is_compiling():
+            # Imported here: an operation of a compiled graph brings the compiler with it.
+            from inl_core.model.native import attention_traced
+
+            return attention_traced.attend(given)
+        return attend(given)
 
     def _attend(
         self,

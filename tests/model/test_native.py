@@ -443,3 +443,9 @@ def test_without_onednns_kernel_the_other_is_taken(monkeypatch):
         test_a_model_trains_alike_by_either_way()
     finally:
         native_build.library.cache_clear()
+
+
+def test_the_model_is_there_without_the_compiler():
+    """torch._dynamo takes a second to import, and Triton with it; a command that compiles nothing does without."""
+    code = "import sys, inl_core.model; sys.exit(any(name in sys.modules for name in ('torch._dynamo', 'triton')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

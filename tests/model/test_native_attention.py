@@ -11,7 +11,7 @@ from torch import Tensor
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.attention import first_of_document, plan_attention, rotary_tables
 from inl_core.model.backends import native
-from inl_core.model.native import attention
+from inl_core.model.native import attention, attention_traced  # noqa: F401  # the operations exist once it is imported
 from inl_core.model.native.attention import Given, PackedAttention, attend
 from inl_core.recipe import ModelConfig
 

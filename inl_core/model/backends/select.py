@@ -73,12 +73,15 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
 def has_native() -> bool:
     """Whether the loop in C++ runs here; the first call of a machine compiles it."""
     from inl_core.model.backends import native
 
     return native.is_available()
+
+
+# What torch.compiler.assume_constant_result does, which imports the compiler: a second of every command's start.
+has_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | None:
