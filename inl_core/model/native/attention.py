@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.native import calls
-from inl_core.model.native.build import Blas
 
 _NUMBERS = ("threads", "batch", "length", "heads", "key_heads", "size", "tables")
 _POINTERS = ("packed", "cosines", "sines", "first", "out", "log_sums", "grad_out", "grad_packed")
@@ -24,12 +23,7 @@ _POINTERS = ("packed", "cosines", "sines", "first", "out", "log_sums", "grad_out
 class Call(ctypes.Structure):
     """The same fields in the same order as attention.cpp's Attention."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("scale", ctypes.c_double),
-        ("blas", Blas),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
+    _fields_ = calls.fields(_NUMBERS, ("scale",), _POINTERS)
 
 
 class Given(NamedTuple):

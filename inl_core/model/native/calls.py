@@ -1,13 +1,14 @@
 """Handing tensors to the operations in C++: which ones they take, and their addresses."""
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from inl_core.model.by_rows import matrix_dtype
-from inl_core.model.native.build import NAMES, library
+from inl_core.model.native.build import NAMES, Blas, library
 
 MOST_SUMS_BYTES = 64 * 2**20
 """At most this for all threads' own sums of weights' gradients; beyond it one product over all tokens is as fast."""
@@ -29,6 +30,12 @@ def takes(*tensors: Tensor | None) -> bool:
         for tensor in given
     )
     return are_real and dtype in NAMES and matrix_dtype(given[0]) == dtype
+
+
+def fields(numbers: Sequence[str], doubles: Sequence[str], pointers: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """The fields of a call's structure: numbers, doubles, what the products are made with, addresses."""
+    of_type = ((numbers, ctypes.c_int64), (doubles, ctypes.c_double), (("blas",), Blas), (pointers, ctypes.c_void_p))
+    return tuple((name, kind) for names, kind in of_type for name in names)
 
 
 def run(name: str, call: ctypes.Structure, tensors: Iterable[tuple[str, Tensor | None]], what: str) -> None:

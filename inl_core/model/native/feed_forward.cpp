@@ -7,7 +7,6 @@
 // - Legend: N tokens, n rows of a tile, D dim, H hidden width.
 
 #include "norm.h"
-#include "tiles.h"
 
 // The same fields in the same order as feed_forward.py's Call.
 struct FeedForward {
@@ -24,15 +23,13 @@ namespace {
 
 inline int64_t tile_rows(const FeedForward &call) { return std::min(call.tile, call.rows); }
 
-// What the first product reads: x (n, D), or its norm, in `room`.
-template <typename T> const T *input_of(const FeedForward &call, int64_t n, const T *x, T *room) {
-    if (!call.norm) return x;
-    norm_rows(n, call.dim, x, (const T *)call.norm, T(call.eps), room);
-    return room;
+template <typename T> NormBefore<T> norm_of(const FeedForward &call) {
+    return {call.dim, (const T *)call.norm, T(call.eps)};
 }
 
 template <typename T> bool forward(const FeedForward &call) {
     const int64_t dim = call.dim, hidden = call.hidden, most = tile_rows(call);
+    const NormBefore<T> norm = norm_of<T>(call);
     Scratch<T> up(dim * 2 * hidden), down(hidden * dim);  // transposed
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(call.threads)
@@ -46,7 +43,7 @@ template <typename T> bool forward(const FeedForward &call) {
             for_tiles(call.rows, most, [&](int64_t start, int64_t n) {
                 T *both = call.gate_up ? (T *)call.gate_up + start * 2 * hidden : own.data();
                 T *room = call.normed ? (T *)call.normed + start * dim : normed.data();
-                const T *x = input_of(call, n, (const T *)call.x + start * dim, room);
+                const T *x = norm.input(n, (const T *)call.x + start * dim, room);
                 product<T>(call.blas, n, 2 * hidden, dim, x, dim, up.data(), 2 * hidden, false, both, 2 * hidden);
                 for (int64_t i = 0; i < n; i++) {
                     const T *gate = both + i * 2 * hidden, *of_up = gate + hidden;
@@ -74,6 +71,7 @@ template <typename T> struct Weights {
 template <typename T> void backward_of_share(const FeedForward &call, Weights<T> &sums) {
     const int64_t dim = call.dim, hidden = call.hidden, most = tile_rows(call);
     const T *up = (const T *)call.up, *down = (const T *)call.down;
+    const NormBefore<T> norm = norm_of<T>(call);
     Scratch<T> normed(call.norm ? most * dim : 0), of_normed(call.norm ? most * dim : 0), mixed(most * hidden),
         of_mixed(most * hidden), of_both(most * 2 * hidden), turned(most * dim);
     for_tiles(call.rows, most, [&](int64_t start, int64_t n) {
@@ -94,7 +92,7 @@ template <typename T> void backward_of_share(const FeedForward &call, Weights<T>
         }
         transpose(n, dim, grad, dim, turned.data(), most);
         product<T>(call.blas, dim, hidden, n, turned.data(), most, mixed.data(), hidden, true, sums.down.data(), hidden);
-        sums.up.add(call.blas, n, input_of(call, n, x, normed.data()), of_both.data(), 2 * hidden);
+        sums.up.add(call.blas, n, norm.input(n, x, normed.data()), of_both.data(), 2 * hidden);
         T *of_input = call.norm ? of_normed.data() : grad_x;
         product<T>(call.blas, n, dim, 2 * hidden, of_both.data(), 2 * hidden, up, dim, false, of_input, dim);
         if (!call.norm) return;
@@ -102,11 +100,7 @@ template <typename T> void backward_of_share(const FeedForward &call, Weights<T>
             const T *given = (const T *)call.grad_normed + start * dim;
             for (int64_t i = 0; i < n * dim; i++) of_input[i] += given[i];
         }
-        for (int64_t i = 0; i < n; i += SUMMED_ROWS) {
-            norm_rows_back(std::min(SUMMED_ROWS, n - i), dim, x + i * dim, (const T *)call.norm, T(call.eps),
-                           of_input + i * dim, grad_x + i * dim, sums.norm.few.data());
-            sums.norm.take();
-        }
+        norm.back(n, x, of_input, grad_x, sums.norm);
     });
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.native import calls
-from inl_core.model.native.build import Blas, library
+from inl_core.model.native.build import library
 
 _TILE_BYTES = 640 * 1024
 """Of the four (n, H) tensors of a tile."""
@@ -30,12 +30,7 @@ _POINTERS = (
 class Call(ctypes.Structure):
     """The same fields in the same order as feed_forward.cpp's FeedForward."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("eps", ctypes.c_double),
-        ("blas", Blas),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
+    _fields_ = calls.fields(_NUMBERS, ("eps",), _POINTERS)
 
 
 class Given(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inl_core.model.native import calls
-from inl_core.model.native.build import Blas, library
+from inl_core.model.native.build import library
 
 _TILE_BYTES = 512 * 1024
 """Of a tile's logits, in each thread's cache."""
@@ -20,11 +20,7 @@ _POINTERS = ("z", "weight", "losses", "grad_z", "grad_weight", "targets")
 class Call(ctypes.Structure):
     """The same fields in the same order as head.cpp's Head."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "rows", "dim", "vocabulary", "tile")),
-        ("blas", Blas),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
+    _fields_ = calls.fields(("threads", "rows", "dim", "vocabulary", "tile"), (), _POINTERS)
 
 
 def supports(z: Tensor, weight: Tensor) -> bool:

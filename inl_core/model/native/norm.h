@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "common.h"
+#include "tiles.h"
 
 namespace {
 
@@ -39,5 +39,28 @@ inline void norm_rows_back(int64_t n, int64_t dim, const T *x, const T *weight, 
         }
     }
 }
+
+// The norm before a product, or none where it has no weight.
+template <typename T> struct NormBefore {
+    int64_t dim;
+    const T *weight;
+    T eps;
+
+    // What the product reads of x (n, D): its norm, in `room`, or x itself.
+    const T *input(int64_t n, const T *x, T *room) const {
+        if (!weight) return x;
+        norm_rows(n, dim, x, weight, eps, room);
+        return room;
+    }
+
+    // The gradient of x from that of the norm, and the weight's, which is added to `sum`. Only of a norm that is there.
+    void back(int64_t n, const T *x, const T *of_normed, T *to, RowSum<T> &sum) const {
+        for (int64_t i = 0; i < n; i += SUMMED_ROWS) {
+            const int64_t at = i * dim;
+            norm_rows_back(std::min(SUMMED_ROWS, n - i), dim, x + at, weight, eps, of_normed + at, to + at, sum.few.data());
+            sum.take();
+        }
+    }
+};
 
 }  // namespace

@@ -7,7 +7,6 @@
 // - Legend: N tokens, n rows of a tile, K inputs, O outputs.
 
 #include "norm.h"
-#include "tiles.h"
 
 // The same fields in the same order as projection.py's Call.
 struct Projection {
@@ -24,15 +23,13 @@ namespace {
 
 inline int64_t tile_rows(const Projection &call) { return std::min(call.tile, call.rows); }
 
-// What the product reads: x (n, K), or its norm, in `room`.
-template <typename T> const T *input_of(const Projection &call, int64_t n, const T *x, T *room) {
-    if (!call.norm) return x;
-    norm_rows(n, call.inputs, x, (const T *)call.norm, T(call.eps), room);
-    return room;
+template <typename T> NormBefore<T> norm_of(const Projection &call) {
+    return {call.inputs, (const T *)call.norm, T(call.eps)};
 }
 
 template <typename T> bool project(const Projection &call) {
     const int64_t inputs = call.inputs, outputs = call.outputs, most = tile_rows(call);
+    const NormBefore<T> norm = norm_of<T>(call);
     Scratch<T> weight(inputs * outputs);  // transposed
     std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(call.threads)
@@ -43,7 +40,7 @@ template <typename T> bool project(const Projection &call) {
             const OneThreadEach products(call.blas);
             Scratch<T> normed(call.norm ? most * inputs : 0);
             for_tiles(call.rows, most, [&](int64_t start, int64_t n) {
-                const T *x = input_of(call, n, (const T *)call.x + start * inputs, normed.data());
+                const T *x = norm.input(n, (const T *)call.x + start * inputs, normed.data());
                 const T *bias = (const T *)call.bias;
                 T *out = (T *)call.out + start * outputs;
                 for (int64_t i = 0; bias && i < n; i++) std::copy(bias, bias + outputs, out + i * outputs);
@@ -64,18 +61,15 @@ template <typename T> struct Weights {
 
 template <typename T> void project_back_share(const Projection &call, Weights<T> &sums) {
     const int64_t inputs = call.inputs, outputs = call.outputs, most = tile_rows(call);
+    const NormBefore<T> norm = norm_of<T>(call);
     Scratch<T> normed(call.norm ? most * inputs : 0), of_normed(call.norm ? most * inputs : 0);
     for_tiles(call.rows, most, [&](int64_t start, int64_t n) {
         const T *x = (const T *)call.x + start * inputs, *grad = (const T *)call.grad_out + start * outputs;
         T *grad_x = (T *)call.grad_x + start * inputs, *of_input = call.norm ? of_normed.data() : grad_x;
-        sums.weight.add(call.blas, n, input_of(call, n, x, normed.data()), grad, outputs);
+        sums.weight.add(call.blas, n, norm.input(n, x, normed.data()), grad, outputs);
         product<T>(call.blas, n, inputs, outputs, grad, outputs, (const T *)call.weight, inputs, false, of_input, inputs);
         if (call.bias) sums.bias.add(n, grad);
-        for (int64_t i = 0; call.norm && i < n; i += SUMMED_ROWS) {
-            norm_rows_back(std::min(SUMMED_ROWS, n - i), inputs, x + i * inputs, (const T *)call.norm, T(call.eps),
-                           of_input + i * inputs, grad_x + i * inputs, sums.norm.few.data());
-            sums.norm.take();
-        }
+        if (call.norm) norm.back(n, x, of_input, grad_x, sums.norm);
     });
 }
 

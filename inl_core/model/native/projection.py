@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from inl_core.model.native import calls
-from inl_core.model.native.build import Blas, library
+from inl_core.model.native.build import library
 
 _TILE_ROWS = 256
 _NUMBERS = ("threads", "rows", "inputs", "outputs", "tile")
@@ -23,12 +23,7 @@ _POINTERS = ("x", "norm", "weight", "bias", "out", "grad_out", "grad_x", "grad_n
 class Call(ctypes.Structure):
     """The same fields in the same order as projection.cpp's Projection."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-        ("eps", ctypes.c_double),
-        ("blas", Blas),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
+    _fields_ = calls.fields(_NUMBERS, ("eps",), _POINTERS)
 
 
 class Given(NamedTuple):

@@ -10,7 +10,6 @@
 
 #include "entropy.h"
 #include "norm.h"
-#include "tiles.h"
 
 // The same fields in the same order as rows.py's Call; who has no use for one leaves it.
 struct Rows {

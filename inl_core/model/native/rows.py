@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inl_core.model.native import calls
-from inl_core.model.native.build import Blas, library
+from inl_core.model.native.build import library
 
 _POINTERS = ("x", "weight", "grad", "out", "grad_x", "grad_weight", "targets")
 
@@ -17,12 +17,7 @@ _POINTERS = ("x", "weight", "grad", "out", "grad_x", "grad_weight", "targets")
 class Call(ctypes.Structure):
     """The same fields in the same order as rows.cpp's Rows."""
 
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("threads", "rows", "dim")),
-        ("eps", ctypes.c_double),
-        ("blas", Blas),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    )
+    _fields_ = calls.fields(("threads", "rows", "dim"), ("eps",), _POINTERS)
 
 
 def supports(*tensors: Tensor | None) -> bool:
