@@ -1,4 +1,4 @@
-// What the operations in C++ share: matrix products, polynomials for exp and log, scratch memory, shares of the threads.
+// What the operations in C++ share: matrix products, polynomials for exp and log, scratch memory.
 //
 // - exp and log1p are polynomials so that the compiler makes vectors of them, within 2 units of the last place; NaN stays
 //   NaN. In double precision, which tests use, they are the library's.

@@ -1,5 +1,5 @@
-// The constants and weights of one layer's iterations, typed, and what one step does to some rows of tokens, forward and
-// backward. loop.cpp says what is computed, and takes tiles through it.
+// One step of a layer's iterations for some rows of tokens, forward and backward, and the constants it needs.
+// loop.cpp says what is computed, and takes tiles through it.
 //
 // - A missing v or c is a row of zeros: the same arithmetic, one instance for all.
 // - Legend: N tokens, n rows, D dim, C width, G groups, T iterations, K the context's width.

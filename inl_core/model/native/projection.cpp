@@ -1,5 +1,4 @@
-// A matrix product over all tokens on a CPU, the RMS norm before it and the bias after it where there are any, forward and
-// backward.
+// A matrix product over all tokens on a CPU, with the norm before and the bias after it, forward and backward.
 //
 //   out = norm(x) W^T + bias
 //

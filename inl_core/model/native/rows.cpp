@@ -1,5 +1,5 @@
-// What happens to each token by itself between the matrix products, on a CPU: the RMS norm and the cross-entropy of a
-// row of logits; forward and backward, each in one pass over memory.
+// What happens to each token by itself on a CPU, forward and backward: the RMS norm, the cross-entropy of a row of logits.
+// Each is one pass over memory.
 //
 //   norm       y = x scale weight, scale = 1 / sqrt(mean x^2 + eps)
 //   entropy    loss = log sum exp(logits) - logit of the target; the logits become their gradient, softmax - onehot
