@@ -16,6 +16,7 @@ from inl_core.analysis.planning.plan import describe_operations, plans_backend
 from inl_core.corpus.loader import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import read_json
+from inl_core.model.native.build import is_to_be_compiled
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import recipe_differences
 from inl_core.recipe.load import load_recipe
@@ -33,6 +34,8 @@ def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resu
     with start_world(recipe.training.device) as world:
         _check_batch(recipe, world)
         data = open_data(recipe, world, lambda settings, path: prepare_with_progress(settings, path, console))
+        if world.is_main and world.device.type == "cpu" and is_to_be_compiled():
+            console.info("compiling the operations in C++ for this machine: some seconds, once")
         model = build_model(recipe, data.tokenizer, world)
         directory, checkpoint = _choose_run(console, recipe, run_dir, resume, world)
         provenance = tuple(read_json(checkpoint / "config.json")["provenance"]) if checkpoint else ()

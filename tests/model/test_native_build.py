@@ -59,6 +59,17 @@ def test_the_library_is_compiled_once_and_kept(cache, monkeypatch):
     assert kept.stat().st_size > 0
 
 
+def test_who_asks_is_told_that_it_will_take_some_seconds(cache, request):
+    assert native_build.is_to_be_compiled()
+    assert native_build.library() is not None
+    assert not native_build.is_to_be_compiled()
+    native_build.library.cache_clear()
+    assert not native_build.is_to_be_compiled()  # kept
+    next(cache.iterdir()).unlink()
+    request.getfixturevalue("no_compiler")
+    assert not native_build.is_to_be_compiled()
+
+
 def test_a_node_without_a_compiler_takes_what_another_compiled(cache, request):
     assert native_build.library() is not None
     native_build.library.cache_clear()

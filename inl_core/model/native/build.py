@@ -92,6 +92,13 @@ def _with_brgemm(code: ctypes.CDLL, blas: ctypes.CDLL, known: Blas) -> dict[torc
     return {torch.float32: found} if code.brgemm_works(ctypes.byref(found)) else {}
 
 
+def is_to_be_compiled() -> bool:
+    """Whether the first call of `library()` will take some seconds, for who would say so."""
+    if library.cache_info().currsize or _mkl() is None or not _threads_are_gnu():
+        return False
+    return bool(find_compilers()) and _kept() is None
+
+
 def find_compilers() -> list[str]:
     """$CXX, g++ and c++, those that are there."""
     names = [os.environ.get("CXX", ""), "g++", "c++"]
