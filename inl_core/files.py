@@ -1,0 +1,154 @@
+"""The one way that files of JSON and text are read and small files are written.
+
+- Reading is bounded: only regular files (a FIFO or /dev/zero would never end), no more bytes than a limit, always UTF-8.
+- Whatever is wrong with a file is an ArtefactError of one line that names it.
+- Writing is whole or not at all: a full disk or a kill leaves the file that was there before.
+"""
+
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+from inl_core.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    Record = TypeVar("Record", bound=BaseModel)
+
+RECORD_LIMIT = 64 << 20
+"""Bytes a JSON record may have; a real configuration, manifest or tokenizer is far smaller."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading; links are followed.
+
+    Raises:
+        ArtefactError: it is missing, cannot be read, or is a directory, a FIFO or a device.
+    """
+    try:
+        # Without O_NONBLOCK, opening a FIFO that nobody writes to would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: missing") from None
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:  # a NUL byte in the name
+        raise ArtefactError(f"{str(path)!r}: not a file name") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise ArtefactError(f"{path}: {_kind(mode)}, not a file; put the real file in its place")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, *, limit: int = RECORD_LIMIT) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; ArtefactError otherwise."""
+    with open_regular(path) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(data) > limit:
+        raise ArtefactError(f"{path}: larger than {limit:,} bytes, which no such file is; put back the real one")
+    return data
+
+
+def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
+    """The UTF-8 text of a regular file of at most `limit` bytes; ArtefactError otherwise."""
+    try:
+        return read_bytes(path, limit=limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtefactError(f"{path}: not UTF-8 text (byte {error.start:,}: {error.reason})") from None
+
+
+def parse_json_object(text: str, source: str) -> dict[str, Any]:
+    """A JSON object from text; ArtefactError, beginning with `source`, when it is anything else."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ArtefactError(f"{source}: nested too deeply") from None
+    except ValueError as error:
+        raise ArtefactError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{source}: holds a JSON {type(value).__name__} where an object belongs")
+    return value
+
+
+def read_json(path: Path, *, limit: int = RECORD_LIMIT) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes; ArtefactError otherwise."""
+    return parse_json_object(read_text(path, limit=limit), str(path))
+
+
+def read_record(path: Path, model: "type[Record]", *, limit: int = RECORD_LIMIT) -> "Record":
+    """A JSON object from a file, checked by a pydantic model; ArtefactError names the file and the first wrong key."""
+    from pydantic import ValidationError
+
+    values = read_json(path, limit=limit)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise ArtefactError(f"{path}: damaged: {where}: {first['msg']}") from None
+
+
+def entry_path(directory: Path, name: str) -> Path:
+    """The file that a manifest in `directory` calls `name`.
+
+    Raises:
+        ArtefactError: the name is absolute or leads out of the directory.
+    """
+    parts = PurePosixPath(name)
+    is_outside = parts.is_absolute() or PureWindowsPath(name).drive or ".." in parts.parts or "\0" in name
+    if is_outside or not parts.parts:
+        raise ArtefactError(f"{directory}: its manifest names the file {name!r}, which is not inside the directory")
+    return directory / parts
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a small file aside, bring it to the disk, and rename it into place; text is UTF-8.
+
+    Raises:
+        OSError: it could not be written; its `filename` is `path`, and what was there before is untouched.
+    """
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    aside: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name[:100]}.", dir=path.parent, delete=False) as file:
+            aside = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.chmod(0o666 & ~_umask())  # a temporary file is for its owner alone
+        aside.replace(path)
+    except BaseException as error:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Bring a directory's names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _kind(mode: int) -> str:
+    names = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return names.get(stat.S_IFMT(mode), "a device")
