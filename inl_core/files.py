@@ -1,6 +1,6 @@
 """The one way that files of JSON and text are read and small files are written.
 
-- Reading is bounded: only regular files (a FIFO or /dev/zero would never end), no more bytes than a limit, always UTF-8.
+- Reading is bounded: only regular files (a FIFO or /dev/zero would never end), at most a limit of bytes, always UTF-8.
 - Whatever is wrong with a file is an ArtefactError of one line that names it.
 - Writing is whole or not at all: a full disk or a kill leaves the file that was there before.
 """

@@ -95,7 +95,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
     with pytest.raises(OSError, match=r"recipe\.yaml"):
         write_whole(path, "new")
     assert read_text(path) == "old"
-    assert os.listdir(tmp_path) == ["recipe.yaml"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_written_file_has_the_usual_rights(tmp_path):
