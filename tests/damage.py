@@ -18,7 +18,11 @@ Damage = Callable[[Path], None]
 
 def replaced_by(content: bytes) -> Damage:
     """The file with other content."""
-    return lambda path: _make_room(path).write_bytes(content) and None
+
+    def damage(path: Path) -> None:
+        _make_room(path).write_bytes(content)
+
+    return damage
 
 
 def linked_to(target: str) -> Damage:
@@ -96,14 +100,10 @@ NOT_A_RECORD: dict[str, Damage] = {
 def put(path: Path, key: str, value: Any) -> None:
     """Set one value of a JSON file; `key` is a path such as "files.config.json.bytes", whose parts it finds itself."""
     record = json.loads(path.read_text())
-    place, rest = record, key
-    while rest:
-        name = _next_key(place, rest)
-        rest = rest[len(name) + 1 :]
-        if not rest:
-            place[int(name) if isinstance(place, list) else name] = value
-        else:
-            place = place[int(name) if isinstance(place, list) else name]
+    place: Any = record
+    while (name := _next_key(place, key)) != key:
+        place, key = place[_index(place, name)], key[len(name) + 1 :]
+    place[_index(place, key)] = value
     path.write_text(json.dumps(record))
 
 
@@ -144,3 +144,7 @@ def _next_key(place: Any, rest: str) -> str:
             return max(known, key=len)
         return rest
     return rest.split(".")[0]
+
+
+def _index(place: Any, name: str) -> int | str:
+    return int(name) if isinstance(place, list) else name
