@@ -1,7 +1,10 @@
 """How the library of operations in C++ is made and kept, and what goes on without it."""
 
+import os
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -77,7 +80,7 @@ def test_a_node_without_a_compiler_takes_what_another_compiled(cache, request):
     assert native_build.library() is not None
 
 
-def test_another_source_or_processor_is_another_library(tmp_path):
+def test_another_source_processor_library_or_torch_is_another_library(tmp_path):
     names = {native_build._fingerprint()}
     other = tmp_path / "other.cpp"
     other.write_text("int x;")
@@ -85,22 +88,45 @@ def test_another_source_or_processor_is_another_library(tmp_path):
         names.add(native_build._fingerprint())
     with patch.object(native_build, "_processor", lambda: b"another"):
         names.add(native_build._fingerprint())
+    with patch.object(native_build.platform, "libc_ver", lambda: ("glibc", "2.0")):
+        names.add(native_build._fingerprint())
+    with patch.object(native_build.torch, "__version__", "2.0"):
+        names.add(native_build._fingerprint())
+    assert len(names) == 5
+
+
+def test_another_or_an_updated_compiler_is_another_library(cache, tmp_path, monkeypatch):
+    compiler = Path(compiler_script(tmp_path / "compiler", f'exec {native_build.find_compilers()[-1]} "$@"'))
+    other = tmp_path / "other"
+    shutil.copy2(compiler, other)
+    names = {native_build._ending(str(compiler)), native_build._ending(str(other))}
+    os.utime(other, ns=(0, 0))
+    names.add(native_build._ending(str(other)))
     assert len(names) == 3
-
-
-@pytest.mark.parametrize("damage", [b"", b"no library", b"libgomp, but no library"])
-def test_a_damaged_library_is_compiled_again(cache, damage):
-    kept = native_build._cache_file()
-    cache.mkdir(parents=True)
-    kept.write_bytes(damage)
+    monkeypatch.setattr(native_build, "find_compilers", lambda: [str(compiler)])
     assert native_build.library() is not None
+    assert native_build._kept() is not None
+    os.utime(compiler, ns=(0, 0))
+    assert native_build._kept() is None
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another's", "writable by all"])
+def test_a_library_that_is_refused_is_compiled_again(cache, damage):
+    cache.mkdir(parents=True, mode=0o700)
+    kept = cache / f"native-{native_build._fingerprint()}-{native_build._ending(native_build.find_compilers()[0])}"
+    kept.write_bytes(b"\x7fELF libgomp")
+    if damage == "writable by all":
+        kept.chmod(0o666)
+    elif damage == "another's":
+        if os.getuid():
+            pytest.skip("only root gives files away")
+        os.chown(kept, 12345, 12345)
+    with pytest.warns(RuntimeWarning, match="compiled code is not taken from"):
+        assert native_build.library() is not None
+    with warnings.catch_warnings(action="error"):
+        assert native_build._kept() is not None
     assert kept.stat().st_size > 10_000
-
-
-def test_somebody_elses_library_is_not_loaded(cache):
-    assert native_build.library() is not None
-    with patch.object(native_build.os, "getuid", lambda: 12345):
-        assert native_build._kept() is None
+    assert kept.stat().st_uid == os.getuid()
 
 
 def test_the_next_compiler_is_taken_where_one_fails(cache, tmp_path, monkeypatch):
@@ -148,7 +174,7 @@ def test_a_cache_that_cannot_be_used_costs_a_compilation_and_nothing_else(cache,
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     else:
-        monkeypatch.setattr(native_build.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
     assert native_build.library() is not None
     assert not list(cache.iterdir() if cache.is_dir() else [])
 

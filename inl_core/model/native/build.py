@@ -1,8 +1,8 @@
-"""The operations in C++ (*.cpp) as one library: compiled by this machine's compiler on first use, then kept.
+"""The operations in C++ (*.cpp) as one library: compiled by this machine's compiler on first use, then kept (cache.py).
 
-- Some seconds, once for each source and processor: the file's name tells them apart, so machines that share a home
-  directory but not a processor each get their own, and a node without a compiler takes what another one compiled. Kept
-  in $XDG_CACHE_HOME/inl, else ~/.cache/inl, or for the process alone where that cannot be used.
+- Some seconds, once for each source, processor, compiler, C library and torch: the file's name tells them apart, so
+  machines that share a home directory but not a processor each get their own. A node without a compiler takes what
+  another one compiled.
 - Needed: a compiler; GNU's OpenMP in torch and in the library, for threads of another kind would compete with torch's
   own for the processor; and a torch with MKL, whose products can be told to use one thread. Without any of them there
   is no library, and callers do without. Compilers that are there and all fail are worth a warning.
@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from inl_core.model.native import cache
 
 _SOURCES = Path(__file__).parent
 """The directory of *.cpp and *.h."""
@@ -68,7 +70,7 @@ def library() -> Library | None:
     if blas is None or not _threads_are_gnu():
         return None
     try:
-        code = _kept() or _compiled(find_compilers())
+        code = _opened_kept() or _compiled(find_compilers())
     except Unusable as error:
         warnings.warn(f"the operations in C++ are not there: {error}", RuntimeWarning, stacklevel=2)
         return None
@@ -129,14 +131,16 @@ def _threads_are_gnu() -> bool:
     return True
 
 
-def _kept() -> ctypes.CDLL | None:
-    """The library an earlier process left, if it is ours and whole."""
+def _kept() -> bytes | None:
+    """The code an earlier process left; one of any compiler where there is none here."""
+    return cache.find(f"native-{_fingerprint()}-", [_ending(compiler) for compiler in find_compilers()])
+
+
+def _opened_kept() -> ctypes.CDLL | None:
+    code = _kept()
     try:
-        path = _cache_file()
-        if path.stat().st_uid != os.getuid():  # a shared cache: nobody else's code
-            return None
-        return _load(path)
-    except (OSError, Unusable):
+        return None if code is None else cache.load(code)
+    except OSError:  # whole, and yet not for this machine
         return None
 
 
@@ -146,9 +150,12 @@ def _compiled(compilers: list[str]) -> ctypes.CDLL | None:
     for compiler in compilers:
         try:
             with tempfile.TemporaryDirectory(prefix="inl-") as directory:
-                built = _build(compiler, Path(directory) / "native.so")
-                _keep(built)
-                return _kept() or _load(built)  # stays in memory when its file is gone
+                code = _build(compiler, Path(directory) / "native.so").read_bytes()
+            if b"libgomp" not in code:  # named among the libraries it needs
+                raise Unusable(f"{compiler}: has an OpenMP of its own, where torch has GNU's")
+            opened = cache.load(code)
+            cache.keep(f"native-{_fingerprint()}-{_ending(compiler)}", code)
+            return opened
         except Unusable as error:
             failure = failure or error
         except OSError as error:
@@ -182,41 +189,20 @@ def _run(compiler: str, *arguments: str | Path) -> None:
         raise Unusable(f"{compiler}: {reason}") from error
 
 
-def _keep(built: Path) -> None:
-    """Copy it to the cache and move it into place whole: ranks that start together may all do so."""
-    copy = None
-    try:
-        target = _cache_file()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".build-", dir=target.parent, delete=False) as file:
-            copy = Path(file.name)
-            file.write(built.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())  # the name must never stand before its contents
-        copy.replace(target)
-    except OSError:  # a full or read-only home: the next process compiles it again
-        if copy:
-            copy.unlink(missing_ok=True)
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    if b"libgomp" not in path.read_bytes():  # named among the libraries it needs
-        raise Unusable(f"{path}: the compiler has an OpenMP of its own, where torch has GNU's")
-    return ctypes.CDLL(str(path))
-
-
-def _cache_file() -> Path:
-    """OSError where there is no home."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-    return home / "inl" / f"native-{_fingerprint()}.so"
-
-
 def _fingerprint() -> str:
-    parts = (*(path.read_bytes() for path in _sources(".cpp", ".h")), " ".join(_FLAGS).encode(), _processor())
+    """What the library is made from and made for, but for the compiler."""
+    sources = (path.read_bytes() for path in _sources(".cpp", ".h"))
+    system = (" ".join(_FLAGS), *platform.libc_ver(), torch.__version__)
+    parts = (*sources, *(part.encode() for part in system), _processor())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _ending(compiler: str) -> str:
+    """The part of the file's name that tells compilers apart: an updated one has another size or date."""
+    path = Path(compiler).resolve()
+    found = path.stat()
+    mark = f"{path} {found.st_size} {found.st_mtime_ns}"
+    return f"{hashlib.sha256(os.fsencode(mark)).hexdigest()[:8]}.so"
 
 
 def _processor() -> bytes:
