@@ -5,7 +5,6 @@
 """
 
 import atexit
-import io
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -24,6 +23,9 @@ from inl_cli.commands import (
     recipe,
     train,
 )
+from inl_cli.console import EXIT_FAILURE, describe_os_error, show_error
+from inl_cli.streams import prepare_streams
+from inl_core.launcher import place_or_alone
 
 app = typer.Typer(
     name="inl",
@@ -73,13 +75,14 @@ def options(
 
 def main() -> None:
     """Entry point of the console script and of `python -m inl_cli`."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # generated text may hold what an old terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    prepare_streams()
+    if place_or_alone().size > 1:
         _run_as_rank()
-    else:
+    try:
         app()
+    except OSError as error:  # help or the version could not be written
+        show_error(describe_os_error(error))
+        sys.exit(EXIT_FAILURE)
 
 
 def _run_as_rank() -> NoReturn:
@@ -96,7 +99,7 @@ def _run_as_rank() -> NoReturn:
         code = leaving.code
     except BaseException as error:  # a bug: its traceback, then the same way out
         sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
+        code = EXIT_FAILURE
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

@@ -2,7 +2,7 @@
 
 - Data goes to stdout, everything else to stderr; with --json stdout carries one object and nothing else.
 - Colour and live bars only on a terminal; elsewhere plain lines. NO_COLOR is respected.
-- Of several processes (torchrun's RANK) only the first talks, but a crash shows its traceback whatever the rank.
+- Of several processes (inl_core/launcher.py) only the first talks, but a crash shows its traceback whatever the rank.
 - rich is imported only when something needs it, so that `inl --help` is instant.
 """
 
@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
 
@@ -21,6 +21,8 @@ import typer
 
 from inl_cli.progress import LineProgress, Progress, SilentProgress, open_bar
 from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
+from inl_core.files import expand_home, shortened
+from inl_core.launcher import place_or_alone
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -33,6 +35,8 @@ EXIT_CODES: tuple[tuple[type[InlError], int], ...] = (
     (Interrupted, 75),
 )
 _WIDTH_OFF_TERMINAL = 160
+_MOST_ERROR_LINES, _LONGEST_ERROR_LINE = 40, 1000
+_CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != 9}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,7 +103,7 @@ class Console:
         if not self.is_main:
             return
         if self.json:
-            _write_line(sys.stdout, json.dumps(to_plain(data), ensure_ascii=False, allow_nan=False))
+            _write_line(sys.stdout, _json_text(to_plain(data), sys.stdout.encoding))
         else:
             render()
 
@@ -119,21 +123,28 @@ class Console:
 
 
 def errors_to_exit_codes() -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a command: a user's error becomes its lines on stderr and its exit code, a bug keeps its traceback."""
+    """Decorate a command: a user's error becomes its lines on stderr and its exit code, a bug keeps its traceback.
+
+    `~` is expanded in every argument that is a Path: behind `--output=` and in quotes no shell does it.
+    """
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(command)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
+                for name, value in kwargs.items():
+                    if isinstance(value, Path):
+                        kwargs[name] = expand_home(value)
                 return command(*args, **kwargs)
             except InlError as error:
-                _show_error(str(error), is_shown=is_main_process())
+                if is_main_process():
+                    show_error(str(error))
                 raise typer.Exit(exit_code(error)) from None
             except BrokenPipeError:
                 raise  # `inl ... | head`: Typer ends quietly
             except OSError as error:
                 # Shown on every rank: a full disk or a missing right may concern one machine only.
-                _show_error(_describe_os_error(error), is_shown=True)
+                show_error(describe_os_error(error))
                 raise typer.Exit(EXIT_FAILURE) from None
 
         run.__dict__["maps_errors"] = True
@@ -148,8 +159,8 @@ def exit_code(error: InlError) -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that talks: rank 0, or one that knows no rank."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this is the process that talks: the only one, or rank 0 of several."""
+    return place_or_alone().rank == 0
 
 
 def format_value(value: Any) -> str:
@@ -183,13 +194,29 @@ def to_plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def _show_error(text: str, *, is_shown: bool) -> None:
-    if is_shown:
+def _json_text(value: Any, encoding: str | None) -> str:
+    """JSON as people read it, and in ASCII where the stream cannot show its characters or one is half of a pair."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return text
+
+
+def show_error(text: str) -> None:
+    """What went wrong, on stderr behind all that stdout got; long texts are shortened, control characters shown."""
+    with suppress(OSError):
         sys.stdout.flush()
-        _write_line(sys.stderr, text, style="red")
+    lines = text.split("\n")
+    if len(lines) > _MOST_ERROR_LINES:
+        lines[_MOST_ERROR_LINES - 1 :] = [f"... and {len(lines) - _MOST_ERROR_LINES + 1:,} more lines"]
+    shown = (shortened(line, _LONGEST_ERROR_LINE).translate(_CONTROL_CHARACTERS) for line in lines)
+    _write_line(sys.stderr, "\n".join(shown), style="red")
 
 
-def _describe_os_error(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
+    """`file: what the system says`."""
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}"
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from inl_core.errors import ArtefactError
+from inl_core.errors import ArtefactError, RecipeError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -107,6 +107,24 @@ def entry_path(directory: Path, name: str) -> Path:
     if is_outside or not parts.parts:
         raise ArtefactError(f"{directory}: its manifest names the file {name!r}, which is not inside the directory")
     return directory / parts
+
+
+def expand_home(path: str | Path) -> Path:
+    """`~` and `~user` at the start of a path as the home directory, which a shell leaves alone behind `=` or quotes.
+
+    Raises:
+        RecipeError: there is no such user or home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        name = shortened(str(path))
+        raise RecipeError(f"{name}: no home directory is known for it; write ./{name} if a file is meant") from None
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    """Text for a message: cut in the middle when it is long."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

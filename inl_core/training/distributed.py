@@ -4,7 +4,6 @@
 - Gloo on CPUs, NCCL on GPUs. Parallelism, compilation and recomputation are applied to the model from here.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from inl_core.errors import RecipeError
+from inl_core.launcher import read_place
 from inl_core.recipe import TrainingSettings
 
 # Every reducer of this process, held to its end. Freeing one frees the process group it holds, which waits for gloo's
@@ -78,14 +78,21 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
     if setting == "cuda" and not torch.cuda.is_available():
         raise RecipeError("training.device: cuda asked for, but torch sees no GPU here; use auto or cpu")
     use_cuda = setting == "cuda" or (setting == "auto" and torch.cuda.is_available())
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise RecipeError(f"LOCAL_RANK={local_rank}: this machine has {torch.cuda.device_count()} GPUs; start fewer")
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 
 @contextmanager
 def start_world(device: str) -> Iterator[World]:
-    """Join the process group that torchrun describes in the environment, if any; leave it at the end."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    """Join the process group that torchrun describes in the environment, if any; leave it at the end.
+
+    Raises:
+        RecipeError: the environment makes no sense, or the device is not there.
+    """
+    place = read_place()
+    size, rank = place.size, place.rank
+    chosen = choose_device(device, place.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     control = None

@@ -1,5 +1,6 @@
 """Where output goes, what it looks like off a terminal, and which error gives which exit code."""
 
+import io
 import json
 import math
 import os
@@ -31,6 +32,11 @@ def run_raising(error: BaseException) -> "Result":
 
     result = CliRunner().invoke(app, [])
     return Result(result.exit_code, result.stdout, result.stderr, result.exception)
+
+
+def be_second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
 
 
 @dataclass
@@ -68,7 +74,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_other_ranks_keep_a_users_error_to_themselves_but_exit_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    be_second_of_two(monkeypatch)
     assert (run_raising(RecipeError("bad")).code, run_raising(RecipeError("bad")).stderr) == (2, "")
     assert run_raising(OSError(28, "No space left on device")).stderr == "No space left on device\n"
 
@@ -110,13 +116,55 @@ def test_quiet_drops_information_but_no_warning_and_no_result(capsys: Captured) 
 
 
 def test_other_ranks_print_nothing(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    be_second_of_two(monkeypatch)
     for console in (Console(), Console(json=True)):
         everything(console)
         with console.progress() as progress:
             assert isinstance(progress, SilentProgress)
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_a_stray_rank_mutes_nothing(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    Console().write("data")
+    assert capsys.readouterr().out == "data"
+
+
+def test_errors_are_shortened_and_their_control_characters_shown() -> None:
+    lines = run_raising(RecipeError("\n".join(f"{number} \x1b[31m\r" + "x" * 10**4 for number in range(10**3)))).stderr
+    assert len(lines) < 50_000
+    assert lines.startswith("0 \\x1b[31m\\x0dxxx")
+    assert lines.endswith("... and 961 more lines\n")
+
+
+def test_a_home_directory_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = []
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @errors_to_exit_codes()
+    def command(output: Path, data: Path | None = None) -> None:
+        given.extend([output, data])
+
+    assert CliRunner().invoke(app, ["a~b", "--data=~/x"]).exit_code == 0
+    assert given == [Path("a~b"), tmp_path / "x"]
+    nobody = CliRunner().invoke(app, ["~no-such-user/x"])
+    assert (nobody.exit_code, nobody.stderr.count("\n")) == (2, 1)
+    assert nobody.stderr.startswith("~no-such-user/x: no home directory is known for it")
+
+
+def test_json_is_valid_whatever_the_stream_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, text in (("utf-8", '"\u00e9"'), ("ascii", '"\\u00e9"')):
+        raw = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace"))
+        Console(json=True).result("\u00e9", lambda: None)
+        assert raw.getvalue().decode().strip() == text
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace"))
+    Console(json=True).result("name \udcff", lambda: None)
+    assert json.loads(raw.getvalue()) == "name \udcff"
 
 
 def test_numbers_stand_to_the_right_in_tables_and_long_rows_are_not_cut(capsys: Captured) -> None:

@@ -1,0 +1,62 @@
+"""Which process of a run this is: what torchrun and tools like it say in the environment. Imports no torch.
+
+- WORLD_SIZE decides. Without it, or at 1, this is the only process, and a RANK that some other tool left in the
+  environment mutes nothing.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from inl_core.errors import RecipeError
+
+_LONGEST_NUMBER = 10
+_NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_FIX = "unset it, or start the processes with torchrun, which sets all of them"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among those of a run."""
+
+    rank: int = 0
+    """Its number among all processes, from 0."""
+    size: int = 1
+    """How many processes there are."""
+    local_rank: int = 0
+    """Its number among those of this machine, which picks its GPU."""
+
+
+def read_place(environment: Mapping[str, str] | None = None) -> Place:
+    """This process's place, from `environment` (os.environ by default).
+
+    Raises:
+        RecipeError: WORLD_SIZE, RANK or LOCAL_RANK is no number or does not fit, or what several processes need to
+            find each other is missing.
+    """
+    given = os.environ if environment is None else environment
+    if "WORLD_SIZE" not in given:
+        return Place()
+    size = _number(given, "WORLD_SIZE", least=1)
+    missing = [name for name in _NEEDED if not given.get(name)]
+    if size > 1 and missing:
+        raise RecipeError(f"WORLD_SIZE={size} without {missing[0]} in the environment: {_FIX}")
+    rank, local_rank = _number(given, "RANK", least=0), _number(given, "LOCAL_RANK", least=0)
+    if rank >= size:
+        raise RecipeError(f"RANK={rank} with WORLD_SIZE={size}: ranks go from 0 to {size - 1}; {_FIX}")
+    return Place(rank, size, local_rank)
+
+
+def place_or_alone() -> Place:
+    """This process's place where every command must work: an environment that makes no sense is no launcher's."""
+    try:
+        return read_place()
+    except RecipeError:
+        return Place()
+
+
+def _number(given: Mapping[str, str], name: str, *, least: int) -> int:
+    text = given.get(name, str(least)).strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER and int(text) >= least):
+        raise RecipeError(f"{name}={text[:40]!r} in the environment: not a whole number from {least} up; {_FIX}")
+    return int(text)

@@ -1,0 +1,51 @@
+"""What the environment may say of a process's place among others."""
+
+import pytest
+
+from inl_core.errors import RecipeError
+from inl_core.launcher import Place, place_or_alone, read_place
+
+MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, Place(0, 1, 0)),
+        ({"RANK": "1", "LOCAL_RANK": "auto"}, Place(0, 1, 0)),
+        ({"WORLD_SIZE": "1"}, Place(0, 1, 0)),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", **MEETING}, Place(3, 4, 1)),
+    ],
+)
+def test_places(environment: dict[str, str], place: Place) -> None:
+    assert read_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"WORLD_SIZE": "auto"}, "WORLD_SIZE='auto'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2'"),
+        ({"WORLD_SIZE": "9" * 10_000}, "WORLD_SIZE='999"),
+        ({"WORLD_SIZE": "2.0", "RANK": "0"}, "WORLD_SIZE='2.0'"),
+        ({"WORLD_SIZE": "\u0662", "RANK": "0"}, "WORLD_SIZE="),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 without MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **MEETING}, "RANK=2 with WORLD_SIZE=2: ranks go from 0 to 1"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK=1 with WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2", "RANK": "-1", **MEETING}, "RANK='-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "auto", **MEETING}, "LOCAL_RANK='auto'"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_one_line(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_place(environment)
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) < 200
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert place_or_alone() == Place(0, 1, 0)
