@@ -7,6 +7,7 @@
 
 import json
 import os
+import select
 import stat
 import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 RECORD_LIMIT = 64 << 20
 """Bytes a JSON record may have; a real configuration, manifest or tokenizer is far smaller."""
 
+_LONGEST_SILENCE = 10
 
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file, open for reading; links are followed.
+
+def open_regular(path: Path, *, allow_pipe: bool = False) -> BinaryIO:
+    """A regular file, or a FIFO where a caller can take one, open for reading; links are followed.
 
     Raises:
         ArtefactError: it is missing, cannot be read, or is a directory, a FIFO or a device.
@@ -39,17 +42,18 @@ def open_regular(path: Path) -> BinaryIO:
     except ValueError:  # a NUL byte in the name
         raise ArtefactError(f"{str(path)!r}: not a file name") from None
     mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    if not (stat.S_ISREG(mode) or (allow_pipe and stat.S_ISFIFO(mode))):
         os.close(descriptor)
         raise ArtefactError(f"{path}: {_kind(mode)}, not a file; put the real file in its place")
     return os.fdopen(descriptor, "rb")
 
 
-def read_bytes(path: Path, *, limit: int = RECORD_LIMIT) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; ArtefactError otherwise."""
-    with open_regular(path) as file:
+def read_bytes(path: Path, *, limit: int = RECORD_LIMIT, allow_pipe: bool = False) -> bytes:
+    """The bytes of a regular file, or of what a shell's `<(...)` writes, at most `limit`; ArtefactError otherwise."""
+    with open_regular(path, allow_pipe=allow_pipe) as file:
         try:
-            data = file.read(limit + 1)
+            is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+            data = _read_pipe(file.fileno(), path, limit) if is_pipe else file.read(limit + 1)
         except OSError as error:
             raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
     if len(data) > limit:
@@ -159,6 +163,20 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read_pipe(descriptor: int, path: Path, limit: int) -> bytes:
+    """What a FIFO gives until its writer closes it, or a little more than `limit`; it may have no writer at all."""
+    poll, data = select.poll(), b""
+    poll.register(descriptor, select.POLLIN)
+    while len(data) <= limit:
+        if not poll.poll(_LONGEST_SILENCE * 1000):
+            raise ArtefactError(f"{path}: a FIFO to which nobody wrote for {_LONGEST_SILENCE} seconds")
+        piece = os.read(descriptor, 1 << 16)
+        if not piece:
+            break
+        data += piece
+    return data
 
 
 def _umask() -> int:

@@ -1,11 +1,10 @@
 """The data section of a recipe: where text comes from and how it becomes token shards."""
 
-from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from inl_core.recipe.base import Section
+from inl_core.recipe.base import FilePath, Section, Source
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -15,7 +14,7 @@ class TokenizerSettings(Section):
 
     vocab_size: Annotated[int, Field(ge=272)] = 2048
     """Size of a tokenizer trained on the data, special tokens included."""
-    file: Path | None = None
+    file: FilePath | None = None
     """Use this tokenizer.json and train none."""
     sample_bytes: PositiveInt = 200_000_000
     """The tokenizer trains on at most this many bytes of text, taken evenly from the training documents."""
@@ -24,9 +23,9 @@ class TokenizerSettings(Section):
 class DataSettings(Section):
     """Text sources, the tokenizer and the split."""
 
-    sources: tuple[str, ...] = ("builtin:python",)
+    sources: tuple[Source, ...] = ("builtin:python",)
     """Files, directories, globs, `-` or built-in corpora; prepared when `directory` does not hold them yet."""
-    directory: Path | None = None
+    directory: FilePath | None = None
     """The prepared data set; null derives data/NAME from the sources and the tokenizer."""
     tokenizer: TokenizerSettings = TokenizerSettings()
     """The tokenizer."""

@@ -15,8 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from inl_core.errors import RecipeError
-from inl_core.recipe.problems import dotted, find_problems, section_at, shown, unknown_key
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.files import expand_home, read_bytes, shortened
+from inl_core.recipe.problems import MOST_PROBLEMS, dotted, find_problems, section_at, shown, unknown_key
 from inl_core.recipe.recipe import Recipe
 from inl_core.recipe.yaml_text import Document, KeyPath, dump_yaml, parse_yaml
 
@@ -24,12 +25,14 @@ _ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("training", "steps"): ("training", "tokens"),
     ("training", "tokens"): ("training", "steps"),
 }
+_LONGEST_RECIPE = 1 << 20
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`["training.steps=100"]`, the values are YAML) and validate; RecipeError lists every problem."""
+    path = expand_home(path)
     source = str(path)
-    document = parse_yaml(_read_text(Path(path)), source)
+    document = parse_yaml(_read_text(path), source)
     if document.values is None:
         raise RecipeError(f"{source}: the recipe is empty; it needs at least name and training")
     if not isinstance(document.values, dict):
@@ -64,21 +67,27 @@ def _validated(document: Document, overrides: Sequence[str], source: str) -> Rec
     except ValidationError as error:
         places = _Places(document, placed, source)
         problems = sorted(find_problems(error, Recipe).items(), key=lambda problem: places.line(problem[0]))
-        raise RecipeError("\n".join(f"{places.head(path)}: {message}" for path, message in problems)) from None
+        lines = [f"{places.head(path)}: {message}" for path, message in problems]
+        if len(lines) < error.error_count() > MOST_PROBLEMS:
+            lines.append(f"{source}: {error.error_count():,} problems in all")
+        raise RecipeError("\n".join(lines)) from None
 
 
 def _read_text(path: Path) -> str:
+    source = str(path)
     if path.is_dir():
         names = ", ".join(sorted(item.name for item in path.glob("*.yaml"))) or "no .yaml file"
         raise RecipeError(f"{path}: is a directory, not a recipe; it holds {names}")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, NotADirectoryError):
-        raise RecipeError(f"{path}: no such file{_nearest_file(path)}") from None
+        if not path.exists():
+            raise RecipeError(f"{shortened(source)}: no such file{_nearest_file(path)}")
+        return read_bytes(path, limit=_LONGEST_RECIPE, allow_pipe=True).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
+    except ArtefactError as error:
+        raise RecipeError(str(error)) from None
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+        raise RecipeError(f"{shortened(source)}: cannot be read: {error.strerror}") from None
 
 
 def _nearest_file(path: Path) -> str:
@@ -113,7 +122,7 @@ def _with_overrides(values: Any, overrides: Sequence[str]) -> tuple[Any, dict[Ke
 def _parse_override(text: str) -> tuple[tuple[str, ...], Any, str]:
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
-    shown_as = f"--set {text}"
+    shown_as = f"--set {shortened(text)}"
     if not equals or not all(path):
         raise RecipeError(f"{shown_as}: expected KEY=VALUE, for example --set training.steps=100")
     return path, parse_yaml(value, shown_as).values, shown_as

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 
 from inl_core.recipe.base import Section
 from inl_core.recipe.presets import PRESETS, merge
+from inl_core.recipe.problems import shown
 from inl_core.recipe.sizes import ALIASES, SIZES, find_size
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -209,9 +210,9 @@ class ModelConfig(Section):
         if preset["integrator"] is None and values.get("integrator") is not None:
             raise ValueError("the transformer preset has no integrator: remove the integrator section")
         size = values.get("size")
-        if size is not None:
+        if isinstance(size, str):
             if size not in SIZES and size not in ALIASES:
-                raise ValueError(f"size {size!r} is not one of {', '.join((*SIZES, *ALIASES))}")
+                raise ValueError(f"size {shown(size)} is not one of {', '.join((*SIZES, *ALIASES))}")
             preset = merge(preset, find_size(size).keys(str(values.get("preset", "v4"))))
         return merge(preset, values)
 

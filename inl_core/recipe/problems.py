@@ -8,11 +8,13 @@ import json
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from inl_core.files import shortened
 from inl_core.recipe.yaml_text import KeyPath
 
 _EXPECTED = {
@@ -36,13 +38,16 @@ _EXPECTED = {
 }
 _SHOWN_CHARACTERS = 60
 
+MOST_PROBLEMS = 30
+"""Problems that are told of one recipe."""
+
 
 def find_problems(error: ValidationError, root: type[BaseModel]) -> dict[KeyPath, str]:
-    """What is wrong at each path, the members of a union counted as one."""
+    """What is wrong at each path (of the first ones), the members of a union counted as one."""
     findings: dict[KeyPath, list[ErrorDetails]] = {}
     for finding in error.errors(include_url=False):
         findings.setdefault(_without_union_tags(finding["loc"], root), []).append(finding)
-    return {path: _message(path, group, root) for path, group in findings.items()}
+    return {path: _message(path, group, root) for path, group in islice(findings.items(), MOST_PROBLEMS)}
 
 
 def section_at(root: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
@@ -74,8 +79,8 @@ def unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """`model.integrator.dt`; list items are numbered."""
-    return ".".join(map(str, path))
+    """`model.integrator.dt`; list items are numbered; long names, which no key has, are cut."""
+    return shortened(".".join(map(str, path)))
 
 
 def shown(value: Any) -> str:

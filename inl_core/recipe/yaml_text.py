@@ -2,7 +2,9 @@
 
 - YAML 1.2's core schema, not PyYAML's 1.1: `1e-3` is a number, `on` and `2024-01-01` are text.
 - Underscores group digits (`2_500_000`), and a float without a fraction is a whole number, so `tokens: 1e9` is one.
-- A key given twice is an error: YAML would silently keep the last.
+- A key given twice is an error: YAML would silently keep the last. So is a tag (`!!binary`) other than the core's own.
+- Time and memory are bounded: by the depth, and by the number of values once aliases are followed (a text of 400 bytes
+  can stand for a billion).
 """
 
 import re
@@ -12,6 +14,7 @@ from typing import Any
 import yaml
 
 from inl_core.errors import RecipeError
+from inl_core.files import shortened
 
 KeyPath = tuple[str | int, ...]
 
@@ -27,12 +30,29 @@ _SCALARS = (
     ),
 )
 _LARGEST_EXACT_FLOAT = 2**53
+_MOST_DIGITS = 400  # more than any float has; Python itself refuses thousands
+_MOST_VALUES = 20_000
+_DEEPEST = 50
+_PATTERNS = {tag: re.compile(pattern) for tag, pattern, _ in _SCALARS}
+_CORE_TAGS = {*_PATTERNS, *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))}
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2."""
+    """PyYAML's safe loader with the scalars of YAML 1.2, to a bounded depth."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own name and form
+    depth = num_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node and all below it; PyYAML calls itself here, once for each level."""
+        self.depth += 1
+        self.num_nodes += 1
+        if self.depth > _DEEPEST or self.num_nodes > _MOST_VALUES:
+            problem = f"more than {_DEEPEST} levels deep, or more than {_MOST_VALUES:,} values"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -58,13 +78,15 @@ def parse_yaml(text: str, source: str) -> Document:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        reader = _Reader(loader, source)
-        return Document(None if node is None else reader.read(node, ()), reader.lines)
+    except (ValueError, OverflowError):  # PyYAML asks chr() for it
+        raise RecipeError(f"{source}: not valid YAML: an escape like \\UFFFFFFFF stands for no character") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        raise RecipeError(f"{place}: not valid YAML: {problem}") from None
+        raise RecipeError(f"{place}: not valid YAML: {shortened(problem)}") from None
+    reader = _Reader(loader, source)
+    return Document(None if node is None else reader.read(node, ()), reader.lines)
 
 
 def dump_yaml(values: Any) -> str:
@@ -79,24 +101,48 @@ class _Reader:
         self.loader = loader
         self.source = source
         self.lines: dict[KeyPath, int] = {}
+        self.num_values = 0
         self._open: set[int] = set()
 
     def read(self, node: yaml.Node, path: KeyPath) -> Any:
         self.lines.setdefault(path, node.start_mark.line + 1)
+        self.num_values += 1
+        if self.num_values > _MOST_VALUES or len(path) > _DEEPEST:
+            problem = f"aliases make more than {_DEEPEST} levels, or more than {_MOST_VALUES:,} values"
+            raise self._error(node, path, problem)
+        if node.tag not in _CORE_TAGS:
+            raise self._error(node, path, f"tag {shortened(node.tag, 60)!r} means nothing here; write a plain value")
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
+            return self._scalar(node, path)
         if id(node) in self._open:
-            raise RecipeError(f"{self.source}:{node.start_mark.line + 1}: an alias contains itself")
+            raise self._error(node, path, "an alias contains itself")
         self._open.add(id(node))
         value = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
         self._open.discard(id(node))
         return value
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
-        if node.tag == "tag:yaml.org,2002:int":
-            return int(node.value.replace("_", ""))  # PyYAML's own reads 010 as 8 and 1:30 as 90
-        if node.tag != "tag:yaml.org,2002:float":
-            return self.loader.construct_object(node)
+    def _error(self, node: yaml.Node, path: KeyPath, problem: str) -> RecipeError:
+        place = f"{self.source}:{node.start_mark.line + 1} {shortened('.'.join(map(str, path)))}"
+        return RecipeError(f"{place.strip()}: {problem}")
+
+    def _text(self, node: yaml.ScalarNode, path: KeyPath) -> str:
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise self._error(node, path, "half of a surrogate pair is no character")
+        return node.value
+
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        kind, text = node.tag.rpartition(":")[2], node.value
+        pattern = _PATTERNS.get(node.tag)
+        if pattern and not pattern.match(text):
+            raise self._error(node, path, f"{shortened(text, 60)!r} is tagged {kind} and is none")
+        if kind in ("bool", "null"):
+            return {"t": True, "f": False}.get(text[:1].lower())
+        if kind == "str":
+            return self._text(node, path)
+        if len(text) > _MOST_DIGITS:
+            raise self._error(node, path, f"a number of {len(text):,} digits; no key takes that many")
+        if kind == "int":
+            return int(text.replace("_", ""))  # PyYAML's own reads 010 as 8 and 1:30 as 90
         value = float(self.loader.construct_object(node))
         whole = abs(value) <= _LARGEST_EXACT_FLOAT and value.is_integer()
         return int(value) if whole else value
@@ -105,13 +151,12 @@ class _Reader:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise RecipeError(f"{self.source}:{line}: a key must be a plain word")
-            key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _CORE_TAGS:
+                raise self._error(key_node, path, "a key must be a plain word")
+            key = self._text(key_node, path)
             below = (*path, key)
             if key in values:
-                dotted = ".".join(map(str, below))
-                raise RecipeError(f"{self.source}:{line} {dotted}: given twice, first in line {self.lines[below]}")
+                raise self._error(key_node, below, f"given twice, first in line {self.lines[below]}")
             self.lines[below] = line
             values[key] = self.read(value_node, below)
         return values

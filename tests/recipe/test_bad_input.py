@@ -1,5 +1,6 @@
 """What is wrong with a recipe is said with its line, its path, the value, what is expected and the nearest name."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -128,9 +129,42 @@ BAD_FILES = [
     ("- a\n- b\n", '1: a recipe is a mapping of keys, got ["a", "b"]'),
     ("hello\n", "1: a recipe is a mapping of keys, got 'hello'"),
     (MINIMAL + "  seed: 1\n  seed: 2\n", "5 training.seed: given twice, first in line 4"),
-    (MINIMAL + "data: &a\n  sources: [*a]\n", "4: an alias contains itself"),
+    (MINIMAL + "data: &a\n  sources: [*a]\n", "4 data.sources.0: an alias contains itself"),
     ("name: x\n---\nname: y\n", "2: not valid YAML: but found another document"),
-    (MINIMAL + "name2: !!python/object:os.system {}\n", "4 name2: unknown key"),
+    (
+        MINIMAL + "name2: !!python/object:os.system {}\n",
+        "4 name2: tag 'tag:yaml.org,2002:python/object:os.system' means nothing here; write a plain value",
+    ),
+    # YAML of any shape
+    (MINIMAL + "  seed: !!int abc\n", "4 training.seed: 'abc' is tagged int and is none"),
+    (MINIMAL + "  seed: !!float abc\n", "4 training.seed: 'abc' is tagged float and is none"),
+    (MINIMAL + "  seed: !!bool abc\n", "4 training.seed: 'abc' is tagged bool and is none"),
+    (MINIMAL + "  seed: !!timestamp 2020-01-01\n", "4 training.seed: tag 'tag:yaml.org,2002:timestamp' means nothing"),
+    (MINIMAL + "  seed: !!binary aGVsbG8=\n", "4 training.seed: tag 'tag:yaml.org,2002:binary' means nothing here"),
+    (MINIMAL + "  losses: !!set {a, b}\n", "4 training.losses: tag 'tag:yaml.org,2002:set' means nothing here"),
+    (MINIMAL + "  seed: !mine 3\n", "4 training.seed: tag '!mine' means nothing here"),
+    (MINIMAL + "!!binary name: x\n", "4: a key must be a plain word"),
+    (MINIMAL + "  seed: 2020-01-01\n", "4 training.seed: expected a whole number, got '2020-01-01'"),
+    (MINIMAL + f"  seed: {'9' * 5000}\n", "4 training.seed: a number of 5,000 digits; no key takes that many"),
+    (MINIMAL + f"  gradient_clip: 0.{'9' * 5000}\n", "4 training.gradient_clip: a number of 5,002 digits"),
+    (MINIMAL + "  gradient_clip: 1e400\n", "4 training.gradient_clip: expected a finite number, got Infinity"),
+    (MINIMAL + '  device: "\\ud800"\n', "4 training.device: half of a surrogate pair is no character"),
+    (MINIMAL + '  "\\ud800": 1\n', "4 training: half of a surrogate pair is no character"),
+    (MINIMAL + '  device: "\\UFFFFFFFF"\n', ""),
+    (MINIMAL + "  device: a\0b\n", ""),
+    (MINIMAL + "  1: 2\n", "4 training.1: unknown key"),
+    (MINIMAL + f"  {'k' * 900}: 2\n", "4 training.kkk"),
+    (MINIMAL + "model:\n  size: [1]\n", "5 model.size: expected text, got [1]"),
+    (MINIMAL + f"  seed: {'[' * 100_000}\n", "4: not valid YAML: more than 50 levels deep, or more than 20,000 values"),
+    (MINIMAL + f"  seed: {'[a, ' * 10}{'b, ' * 20_001}\n", "4: not valid YAML: more than 50 levels deep, or more than"),
+    (MINIMAL + f"  seed: [{'*a, ' * 3}]\n", "4: not valid YAML: found undefined alias"),
+    # paths
+    (MINIMAL + "data:\n  directory: ''\n", "5 data.directory: an empty path would be the working directory"),
+    (MINIMAL + 'data:\n  directory: "a\\0b"\n', "5 data.directory: no file name holds a NUL character"),
+    (
+        MINIMAL + "data:\n  sources: [~no-such-user/x]\n",
+        "5 data.sources.0: ~no-such-user/x: no home directory is known",
+    ),
     ("? [a, b]\n: 1\n", "1: a key must be a plain word"),
 ]
 
@@ -138,12 +172,64 @@ BAD_FILES = [
 @pytest.mark.parametrize(("text", "message"), BAD_FILES)
 def test_each_problem_names_line_path_value_and_fix(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as error:
         load_recipe(path)
     expected = f"{path}:{message}"
     assert str(error.value)[: len(expected)] == expected
     assert "\n" not in str(error.value)
+
+
+def test_aliases_that_stand_for_a_billion_values_are_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    lines = [f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9)}]" for i in range(1, 10)]
+    path.write_text("\n".join([MINIMAL + "k0: &k0 [x, x]", *lines]), encoding="utf-8")
+    with pytest.raises(RecipeError, match="aliases make more than 50 levels, or more than 20,000 values"):
+        load_recipe(path)
+
+
+def test_a_recipe_full_of_problems_tells_the_first_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(MINIMAL + "".join(f"k{number}: 1\n" for number in range(1000)), encoding="utf-8")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    lines = str(error.value).split("\n")
+    assert len(lines) == 31
+    assert lines[-1] == f"{path}: 1,000 problems in all"
+
+
+def test_an_override_is_shown_short() -> None:
+    with pytest.raises(RecipeError) as error:
+        recipe_from_mapping({"name": "x", "training": {"steps": 1}}, [f"training.{'x' * 10**6}={'y' * 10**5}"])
+    assert len(str(error.value)) < 1000
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text(
+        MINIMAL + "data:\n  directory: ~/d\n  sources: [~/s, a~]\n  tokenizer:\n    file: ~/t\n", encoding="utf-8"
+    )
+    data = load_recipe("~/a.yaml").data
+    assert (data.directory, data.tokenizer.file) == (tmp_path / "d", tmp_path / "t")
+    assert data.sources == (str(tmp_path / "s"), "a~")
+    assert load_recipe("~/a.yaml", ["data.directory=~/other"]).data.directory == tmp_path / "other"
+
+
+def test_a_recipe_is_read_from_a_pipe_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inl_core.files._LONGEST_SILENCE", 0)
+    reader, writer = os.pipe()
+    os.write(writer, MINIMAL.encode())
+    os.close(writer)
+    assert load_recipe(f"/dev/fd/{reader}").training.steps == 10
+    os.close(reader)
+    os.mkfifo(tmp_path / "silent")
+    with pytest.raises(RecipeError, match="silent: a FIFO to which nobody wrote"):
+        load_recipe(tmp_path / "silent")
+    with pytest.raises(RecipeError, match="/dev/zero: a device, not a file"):
+        load_recipe("/dev/zero")
+    (tmp_path / "large").write_bytes(b"#" * (2 << 20))
+    with pytest.raises(RecipeError, match="large: larger than 1,048,576 bytes"):
+        load_recipe(tmp_path / "large")
 
 
 BAD_OVERRIDES = [
