@@ -25,6 +25,7 @@ from inl_core.training.distributed import World, start_world
 from inl_core.training.dynamics import cut_records
 from inl_core.training.launch import RunData, build_model, open_data
 from inl_core.training.metrics import cut_metrics
+from inl_core.training.mirrors import check_mirrors
 from inl_core.training.run import RunFiles, is_taken, new_run_directory
 from inl_core.training.trainer import Trainer
 
@@ -33,6 +34,7 @@ def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resu
     """Prepare, plan, train, evaluate; the outcome as a JSON-able dictionary."""
     with start_world(recipe.training.device) as world:
         _check_batch(recipe, world)
+        check_mirrors(recipe)
         data = open_data(recipe, world, lambda settings, path: prepare_with_progress(settings, path, console))
         if world.is_main and world.device.type == "cpu" and is_to_be_compiled():
             console.info("compiling the operations in C++ for this machine: some seconds, once")
@@ -58,7 +60,7 @@ def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resu
         "step": trainer.state.step,
         "tokens": trainer.state.tokens,
         "seconds": round(trainer.state.seconds, 2),
-        "evaluation": asdict(evaluation),
+        "evaluation": asdict(evaluation) if evaluation else None,
     }
 
 

@@ -97,12 +97,12 @@ class TrainingView:
             return {"step": f"{self.first_step}/{self.num_steps}"}
         figures = {
             "step": f"{row['step']}/{self.num_steps}",
-            "loss": f"{row['loss']:.4f}",
+            "loss": "-" if row["loss"] is None else f"{row['loss']:.4f}",
             "bits/byte": "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}",
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "eta": self._eta(row["step"]),
             "lr": f"{row['learning_rate']:.2e}",
-            "norm": f"{row['gradient_norm']:.2f}",
+            "norm": "-" if row["gradient_norm"] is None else f"{row['gradient_norm']:.2f}",
         }
         if "phase" in row:
             figures |= {"phase": row["phase"], "A": f"{row['A']:.3g}", "T": f"{row['iterations']:.2g}"}

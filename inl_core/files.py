@@ -156,6 +156,24 @@ def write_whole(path: Path, data: str | bytes) -> None:
     sync_directory(path.parent)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append one line of UTF-8 text whole or not at all; a last line that was cut short before is ended first.
+
+    Raises:
+        OSError: it could not be written; the file is as long as it was before.
+    """
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+        data = memoryview(b"\n" * is_torn + line.encode("utf-8") + b"\n")
+        try:
+            while data:  # a disk that fills up takes a part, and refuses the rest
+                data = data[file.write(data) :]
+        except BaseException:
+            file.truncate(end)
+            raise
+
+
 def sync_directory(path: Path) -> None:
     """Bring a directory's names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -58,7 +58,7 @@ def resume(
 
 
 def _report(console: Console, result: dict[str, Any]) -> None:
-    score = result["evaluation"]
+    score = result["evaluation"] or {}
 
     def render() -> None:
         rows = [(name.replace("_", " "), score[name]) for name in score]

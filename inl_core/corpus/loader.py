@@ -54,7 +54,7 @@ class BatchLoader:
     span two.
 
     Raises:
-        ArtefactError: the split has fewer tokens than one window.
+        ArtefactError: the split has fewer tokens than one window, or none that is a target.
         RecipeError: the ranks do not divide the batch.
     """
 
@@ -77,6 +77,11 @@ class BatchLoader:
             raise ArtefactError(
                 f"{dataset.directory}: its {dataset.split} split has {dataset.num_tokens:,} tokens, a window needs "
                 f"{sequence_length + 1:,}; prepare more text or lower the sequence length"
+            )
+        if not _has_targets(dataset, self.num_windows * sequence_length):
+            raise ArtefactError(
+                f"{dataset.directory}: its {dataset.split} split has no target token, all of its text is prompts; "
+                "give the rows of data.sources completions"
             )
         self.dataset, self.sequence_length, self.batch_size = dataset, sequence_length, batch_size
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -103,6 +108,20 @@ class BatchLoader:
             windows[done:until] = block * BLOCK_WINDOWS + shuffled[samples[done:until] - first]
             done = until
         return windows
+
+
+def _has_targets(stream: TokenStream, end: int) -> bool:
+    """Whether any of the tokens 1 ... end is one to predict; the first document with a completion settles it."""
+    starts, prompts = stream.document_starts, stream.prompt_lengths
+    if starts is None or prompts is None:
+        return True
+    size = 1 << 16
+    for first in range(0, len(starts), size):
+        begins = starts[first : first + size] + np.maximum(prompts[first : first + size], 1)
+        ends = np.append(starts[first + 1 : first + size + 1], stream.num_tokens)[: len(begins)]
+        if (begins < np.minimum(ends, end + 1)).any():
+            return True
+    return False
 
 
 def make_batch(stream: TokenStream, starts: np.ndarray, sequence_length: int, *, document_mask: bool) -> Batch:

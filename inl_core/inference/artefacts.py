@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
+from inl_core.inference.finite import first_nonfinite
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.problems import find_problems
@@ -58,8 +60,11 @@ def list_checkpoints(parent: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of an intact checkpoint; ArtefactError names the first thing that is wrong."""
+def verify_checkpoint(path: Path, *, contents: bool = True) -> dict[str, Any]:
+    """The manifest of an intact checkpoint; ArtefactError names the first thing that is wrong.
+
+    `contents` False looks at sizes alone, not at checksums and at whether the weights are finite.
+    """
     manifest_path = path / MANIFEST
     if not path.is_dir():
         raise ArtefactError(f"{path}: no such checkpoint")
@@ -79,9 +84,24 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
                 f"{file}: {file.stat().st_size} bytes where the manifest says {size}, truncated or changed; "
                 "use an earlier checkpoint"
             )
-        if file_digest(file) != digest:
+        if contents and file_digest(file) != digest:
             raise ArtefactError(f"{file}: its checksum is wrong, the file is damaged; use an earlier checkpoint")
+    if contents:
+        _check_finite(path / "model.safetensors")
     return manifest
+
+
+def _check_finite(file: Path) -> None:
+    """ArtefactError when a weight is NaN or infinite; one tensor at a time is in memory."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (not a mapping)
+                if first_nonfinite({name: weights.get_tensor(name)}):
+                    raise ArtefactError(
+                        f"{file}: {name} holds NaN or infinity, the training had failed; use an earlier checkpoint"
+                    )
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{file}: cannot be read ({error}); use an earlier checkpoint") from None
 
 
 def find_checkpoint(

@@ -22,6 +22,10 @@ from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.model.vocabulary import logit_rows
 
 
+class NothingToScore(ArtefactError):
+    """A text that holds no target token."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a model scores on a text."""
@@ -59,6 +63,9 @@ def evaluate(
         num_iterations: T instead of the model's own; without an integrator it means nothing.
         early_stopping: False lets no token stop before T iterations.
         reduce: adds the sums over ranks, when each rank scores a part.
+
+    Raises:
+        NothingToScore: no batch holds a target token.
     """
     was_training, start = model.training, time.perf_counter()
     model.eval()
@@ -73,7 +80,7 @@ def evaluate(
     nats, text_nats, tokens, num_bytes, correct, iterations = reduce(sums.to(device)).tolist()
     model.train(was_training)
     if not tokens:
-        raise ArtefactError("evaluation: the text holds no target token; give it more text")
+        raise NothingToScore("evaluation: the text holds no target token; give it more text")
     loss = nats / tokens
     return Evaluation(
         loss=loss,

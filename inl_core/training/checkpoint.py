@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from inl_core.errors import ArtefactError
-from inl_core.inference.artefacts import MANIFEST, checkpoint_step, file_digest, list_checkpoints, verify_checkpoint
+from inl_core.inference.artefacts import MANIFEST, file_digest, list_checkpoints, verify_checkpoint
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.optimizers import Optimizers
 
@@ -134,19 +134,6 @@ def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
     if candidates:
         raise ArtefactError(f"{parent}: none of its {len(candidates)} checkpoints is intact; start the run again")
     raise ArtefactError(f"{parent}: holds no checkpoint; start the run again with `inl train`")
-
-
-def retain(parent: Path, *, keep_last: int, keep_every: int | None, best_step: int | None) -> list[Path]:
-    """Delete the checkpoints that no rule keeps; they come back."""
-    paths = list_checkpoints(parent)
-    removed = []
-    for path in paths[:-keep_last]:
-        step = checkpoint_step(path)
-        if step == best_step or (keep_every and step % keep_every == 0):
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(path)
-    return removed
 
 
 def training_bytes(model: IntegratorLanguageModel) -> int:

@@ -93,19 +93,28 @@ def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str
 
 
 def write_record(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """dynamics/step-N.parquet, replaced whole."""
+    """dynamics/step-N.parquet, replaced whole.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left.
+    """
     directory = run / "dynamics"
     directory.mkdir(exist_ok=True)
     path = directory / f"step-{step:08d}.parquet"
     aside = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist([{"step": step, **row} for row in rows], schema=_SCHEMA), aside)
-    aside.replace(path)
+    try:
+        pq.write_table(pa.Table.from_pylist([{"step": step, **row} for row in rows], schema=_SCHEMA), aside)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def cut_records(run: Path, step: int) -> None:
     """Drop the records after `step`."""
     for path in (run / "dynamics").glob("step-*.parquet"):
-        if int(path.stem.removeprefix("step-")) > step:
+        digits = path.stem.removeprefix("step-")
+        if digits.isdecimal() and int(digits) > step:
             path.unlink()
 
 

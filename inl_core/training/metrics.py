@@ -1,17 +1,20 @@
-"""metrics.jsonl, the truth about a run, and its mirrors (TensorBoard, Weights & Biases).
+"""metrics.jsonl, the truth about a run.
 
-- One JSON object a line; a row with `validation_loss` is an evaluation. On resume the file is cut to the checkpoint's
-  step, so no step appears twice.
-- A full disk must not end a run: a row that cannot be written is reported once and training goes on.
+- One JSON object a line; a row with `validation_loss` is an evaluation, and its `scored_on` says on what. On resume
+  the file is cut to the checkpoint's step, so no step appears twice.
+- A full disk must not end a run: a row that cannot be written whole is taken back and reported once, and training goes
+  on.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from inl_core.errors import RecipeError
+from inl_core.files import append_line, write_whole
 from inl_core.recipe import Recipe
+from inl_core.training.mirrors import one_line, open_mirrors
 
 
 class MetricsWriter:
@@ -19,25 +22,28 @@ class MetricsWriter:
 
     def __init__(self, run: Path, recipe: Recipe, warn: Callable[[str], None]) -> None:
         self.path, self.warn, self.failed = run / "metrics.jsonl", warn, False
-        logging = recipe.training.logging
-        self.mirrors: list[Callable[[dict[str, Any]], None]] = []
-        if logging.tensorboard:
-            self.mirrors.append(_tensorboard(run))
-        if logging.wandb:
-            self.mirrors.append(_wandb(run, recipe))
+        self.mirrors = open_mirrors(run, recipe)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
+    def write(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Append one row; it comes back as it was written: NaN and infinity are null, as JSON has no word for them."""
+        row = _finite(row)
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.path, json.dumps(row))
             self.failed = False
         except OSError as error:
             if not self.failed:
-                self.warn(f"{self.path}: cannot be written ({error.strerror or error}); metrics are lost until it can")
+                self.warn(
+                    f"{self.path}: cannot be written ({error.strerror or error}); rows of metrics are lost until there "
+                    "is room on this disk"
+                )
             self.failed = True
-        for mirror in self.mirrors:
-            mirror(row)
+        for name, mirror in list(self.mirrors.items()):
+            try:
+                mirror(row["step"], _numbers(row))
+            except Exception as error:  # whatever somebody else's service raises, it must not end the run
+                self.warn(f"training.logging.{name}: stopped, metrics.jsonl goes on: {one_line(error)}")
+                del self.mirrors[name]
+        return row
 
 
 class Interval:
@@ -70,7 +76,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(run: Path, step: int, *, keep_evaluation: bool = True) -> None:
-    """Drop the rows after `step`, by rewriting the file aside.
+    """Drop the rows after `step`, and what is left of a torn one.
 
     `keep_evaluation` False also drops the evaluation at `step`: a finished run that is resumed makes it again.
     """
@@ -79,15 +85,23 @@ def cut_metrics(run: Path, step: int, *, keep_evaluation: bool = True) -> None:
         return
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     kept = [row for row in rows if keep_evaluation or row["step"] < step or "validation_loss" not in row]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    aside.replace(path)
+    write_whole(path, "".join(json.dumps(_finite(row)) + "\n" for row in kept))
 
 
-def best_step(run: Path) -> int | None:
-    """The evaluated step with the lowest validation bits per byte."""
-    rows = [row for row in read_metrics(run) if "validation_bits_per_byte" in row]
-    return min(rows, key=lambda row: row["validation_bits_per_byte"])["step"] if rows else None
+def read_scores(run: Path, scored_on: str) -> dict[int, float]:
+    """Validation bits per byte by step, of the evaluations whose rows say `scored_on`."""
+    rows = [row for row in read_metrics(run) if row.get("scored_on") == scored_on]
+    scores = {row["step"]: row.get("validation_bits_per_byte") for row in rows}
+    return {step: score for step, score in scores.items() if isinstance(score, int | float) and math.isfinite(score)}
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every NaN and infinity in it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -105,28 +119,3 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
         if key != "step":
             add(key, value)
     return found
-
-
-def _tensorboard(run: Path) -> Callable[[dict[str, Any]], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RecipeError('training.logging.tensorboard: not installed; pip install "inl[logging]"') from error
-    writer = SummaryWriter(str(run / "tensorboard"))
-
-    def mirror(row: dict[str, Any]) -> None:
-        for key, value in _numbers(row).items():
-            writer.add_scalar(key, value, row["step"])
-
-    return mirror
-
-
-def _wandb(run: Path, recipe: Recipe) -> Callable[[dict[str, Any]], None]:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise RecipeError('training.logging.wandb: not installed; pip install "inl[logging]"') from error
-    session = wandb.init(
-        project="inl", name=run.name, dir=str(run), config=recipe.model_dump(mode="json"), resume="allow"
-    )
-    return lambda row: session.log(_numbers(row), step=row["step"])

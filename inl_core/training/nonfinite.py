@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from inl_core.corpus.loader import Batch
 from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.files import write_whole
 from inl_core.training.optimizers import Optimizers
 
 
@@ -46,7 +47,11 @@ class FiniteWatch:
 def write_nonfinite_report(
     path: Path, model: nn.Module, step: int, terms: dict[str, Tensor], norm: float, batch: Batch, tokenizer: Tokenizer
 ) -> None:
-    """The step, the losses, every parameter whose value or gradient is not finite, and this rank's batch as text."""
+    """The step, the losses, every parameter whose value or gradient is not finite, and this rank's batch as text.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left.
+    """
     parameters = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -62,4 +67,4 @@ def write_nonfinite_report(
         "batch": [{"tokens": row.tolist(), "text": tokenizer.decode(row.tolist())} for row in batch.tokens],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1))
+    write_whole(path, json.dumps(report, indent=1))

@@ -51,6 +51,17 @@ class Optimizers:
         for part in self.parts:
             part.found_inf = flag  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
 
+    def moments(self) -> dict[str, torch.Tensor]:
+        """What the optimizers remember of past gradients, by kind and parameter."""
+        return {
+            f"{kind} of {name}": value
+            for part in self.parts
+            for group in part.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for kind, value in part.state.get(parameter, {}).items()
+            if isinstance(value, torch.Tensor)
+        }
+
     def forget(self) -> None:
         """Drop all moments and step counts, as if no step had been taken."""
         for optimizer in self.parts:

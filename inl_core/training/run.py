@@ -26,6 +26,7 @@ from inl_core.recipe import Recipe
 from inl_core.recipe.load import dump_recipe
 from inl_core.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, training_bytes
 from inl_core.training.optimizers import Optimizers
+from inl_core.training.retention import TRIAL
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class RunFiles:
             raise ArtefactError(
                 f"{self.path}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
             )
-        trial = self.path / "checkpoints.trial"
+        trial = self.path / TRIAL
         start = time.perf_counter()
         try:
             saved = save_checkpoint(trial, state, model, optimizers, self.documents(state))

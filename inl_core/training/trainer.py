@@ -5,57 +5,45 @@
     trainer.fit()
 
 - Batch, learning rate and regime are functions of the step; `TrainState` holds what is not.
-- Order at a step: gradients, checks, update, log, save, evaluate. A checkpoint always comes before an evaluation.
-- It prints nothing: an `Observer` hears what happens (inl_cli/training_view.py shows it).
+- Order at a step: gradients, checks, update, log, save, evaluate. A checkpoint that is due comes before an evaluation;
+  one that is saved because it scores best can only come after it.
+- A batch without a target token teaches nothing, so its step updates nothing: no decay, no momentum.
+- It prints nothing: an `Observer` hears what happens.
 """
 
 import math
 import time
-from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inl_core.corpus.loader import Batch, BatchLoader, TokenDataset, evaluation_batches
+from inl_core.corpus.loader import Batch, BatchLoader, TokenDataset
 from inl_core.errors import InlError, Interrupted, NonFiniteError
-from inl_core.inference.evaluate import Evaluation, evaluate
+from inl_core.inference.evaluate import Evaluation
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
-from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint, restore_rng, retain, save_checkpoint
+from inl_core.training.checkpoint import TrainState, load_checkpoint, restore_rng
 from inl_core.training.cycles import Regime, regime
 from inl_core.training.distributed import World, prepare_blocks
 from inl_core.training.dynamics import headline, last_residuals, record_layers, write_record
 from inl_core.training.gradients import Gradients
 from inl_core.training.interruption import StopSignal
-from inl_core.training.metrics import Interval, MetricsWriter, best_step, read_metrics
+from inl_core.training.metrics import Interval, MetricsWriter, read_metrics
 from inl_core.training.nonfinite import FiniteWatch, write_nonfinite_report
+from inl_core.training.observer import Observer
 from inl_core.training.optimizers import build_optimizers
 from inl_core.training.prefetch import Prefetcher
+from inl_core.training.retention import remove_leftovers
 from inl_core.training.run import RunFiles
+from inl_core.training.saving import Saver
 from inl_core.training.schedules import learning_rate_factor
 from inl_core.training.step import MicroBatch, micro_batches
-
-
-class Observer(Protocol):
-    """Hears what a run does, on rank 0."""
-
-    def on_metrics(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl was written."""
-
-    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """The validation split was scored."""
-
-    def on_checkpoint(self, path: Path, seconds: float) -> None:
-        """A checkpoint was saved."""
-
-    def on_message(self, text: str, warning: bool = False) -> None:
-        """Anything else worth a line."""
+from inl_core.training.validation import Validation
 
 
 class Trainer:
@@ -73,7 +61,7 @@ class Trainer:
     ) -> None:
         settings = recipe.training
         self.recipe, self.settings, self.world, self.run, self.observer = recipe, settings, world, run, observer
-        self.model, self.validation = model.to(world.device), validation
+        self.model = model.to(world.device)
         self.token_num_bytes = run.tokenizer.token_num_bytes
         self.micro_batch = settings.micro_batch(world.size)
         self.loader = BatchLoader(
@@ -93,39 +81,58 @@ class Trainer:
         self._since_log = Interval()
         self.state = TrainState(data_fingerprint=train.fingerprint, world_size=world.size)
         self.metrics = MetricsWriter(run.path, recipe, self._warn) if world.is_main else None
+        self.validation = Validation(
+            validation,
+            self.token_num_bytes,
+            sequence_length=settings.sequence_length,
+            batch_size=self.micro_batch,
+            autocast=self.autocast,
+            world=world,
+        )
+        compared = self.validation.name(settings.evaluation.tokens)
+        self.saver = Saver(run, self.model, self.optimizers, world, observer, compared)
+        self.num_empty = 0
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint as if the run had never stopped."""
         self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
         restore_rng(self.state.rng)
 
-    def fit(self) -> Evaluation:
-        """Train to the recipe's last step and score the validation split.
+    def fit(self) -> Evaluation | None:
+        """Train to the recipe's last step and score the validation split; None when that holds no target token.
 
         Raises:
-            NonFiniteError: the loss or the gradient is NaN or infinite; nothing was updated with it.
+            NonFiniteError: a loss or the gradient is NaN or infinite (nothing was updated with it), or the weights are
+                (nothing was saved).
             Interrupted: a signal stopped the run after its state was saved.
         """
         self.model.train()
+        if self.world.is_main:
+            remove_leftovers(self.run.path)
         if self.state.step == 0:
             self._try_checkpoint()
         elif self._missed_evaluation():  # the run was stopped between saving and evaluating
             self._evaluate(self.settings.evaluation.tokens)
+            self.saver.save_best(self.state)
         total, saved = self.settings.num_steps, True
         with StopSignal() as stop, closing(self.batches):
             while self.state.step < total:
                 stopping = self._train_step(stop)
                 done = self.state.step == total
                 if done or stopping or _due(self.state.step, self.settings.checkpoint.every):
-                    saved = self._save()
+                    saved = self.saver.save(self.state)
                     if stopping and not done:
                         raise self._interrupted(stop, saved)
                 if not done and _due(self.state.step, self.settings.evaluation.every):
                     self._evaluate(self.settings.evaluation.tokens)
+                    self.saver.save_best(self.state)
         evaluation = self._evaluate(self.settings.evaluation.final_tokens)
+        if self.num_empty:
+            self._warn(f"{self.num_empty:,} steps had no target token and updated nothing")
         if not saved:
+            score = f" ({evaluation.bits_per_byte:.4f} bits per byte)" if evaluation else ""
             raise InlError(
-                f"{self.run.path}: trained to step {total} ({evaluation.bits_per_byte:.4f} bits per byte), but the "
+                f"{self.run.path}: trained to step {total}{score}, but the "
                 f"last checkpoint could not be saved; make room, then `inl resume {self.run.path}` repeats the rest"
             )
         return evaluation
@@ -156,16 +163,17 @@ class Trainer:
             self._reallocate(parts)
         # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
         count, num_bytes, stopping = self.world.sum_numbers(*self._count(batch), float(stop.requested))
-        terms = self.gradients.backward(parts, now, step, max(1.0, count))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
-        self.watch.observe(step, terms["task"], norm)
-        if not self.watch.deferred or stopping > 0 or self._writes_after(step + 1):
-            self._check_finite(terms, norm, batch)
         factor = learning_rate_factor(self.settings.schedule, step, self.settings.num_steps)
         rate = self.optimizers.set_learning_rate_factor(factor)
-        self.optimizers.step()
-        self.optimizers.zero_grad()
-        self._adapt_mu(terms, max(1.0, count))
+        terms, norm = self._gradient(parts, now, step, count) if count else ({}, None)
+        if not self.watch.deferred or stopping > 0 or self._writes_after(step + 1):
+            self._check_finite(terms, batch)
+        if count:
+            self.optimizers.step()
+            self.optimizers.zero_grad()
+            self._adapt_mu(terms, count)
+        else:
+            self._note_empty(step)
         seconds = time.perf_counter() - start
         self._since_log.add(count, seconds)
         self.state.step += 1
@@ -175,6 +183,25 @@ class Trainer:
         if self._logs_after(self.state.step):
             self._log(terms, now, rate, norm, count, num_bytes, parts[0])
         return stopping > 0
+
+    def _gradient(
+        self, parts: list[MicroBatch], now: Regime, step: int, count: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss terms and the norm of the gradient, which is left clipped in the parameters."""
+        terms = self.gradients.backward(parts, now, step, count)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
+        self.watch.observe(step, terms["task"], norm)
+        return terms, norm
+
+    def _note_empty(self, step: int) -> None:
+        """Warn of a batch without a target token: of the first, and of every tenth power of them."""
+        self.num_empty += 1
+        if math.log10(self.num_empty).is_integer():
+            before = f" ({self.num_empty} such steps so far)" if self.num_empty > 1 else ""
+            self._warn(
+                f"step {step + 1}: prompts fill every window of the batch, so it holds no target token and updates "
+                f"nothing{before}; raise training.sequence_length or training.batch_tokens, or shorten the prompts"
+            )
 
     def _enter(self, step: int) -> Regime:
         """What governs a step; the amplitude A is set."""
@@ -229,7 +256,7 @@ class Trainer:
         total = torch.tensor(found, dtype=torch.float64, device=self.world.device).sum(0)
         budget.reallocate(self.world.sum(total) / (len(parts) * self.world.size))
 
-    def _check_finite(self, terms: dict[str, Tensor], norm: Tensor, batch: Batch) -> None:
+    def _check_finite(self, terms: dict[str, Tensor], batch: Batch) -> None:
         """Wait for the device; stop the run when this step, or one since the last look, was not finite."""
         found = self.watch.first_bad()
         if found is None:
@@ -241,11 +268,14 @@ class Trainer:
             count = self.world.sum_numbers(*self._count(batch))[0]
             terms = self.gradients.backward(parts, self._enter(step), step, max(1.0, count))
         where = self.run.path / "reports" / f"nonfinite-step-{step + 1}-rank-{self.world.rank}.json"
-        write_nonfinite_report(where, self.model, step, terms, size, batch, self.run.tokenizer)
+        try:
+            write_nonfinite_report(where, self.model, step, terms, size, batch, self.run.tokenizer)
+            report = f"{where} has the batch and the tensors"
+        except OSError as error:
+            report = f"{where}, the report, could not be written ({error.strerror or error})"
         raise NonFiniteError(
-            f"step {step + 1}: loss {loss:g}, gradient norm {size:g}; stopped before "
-            f"the update. {where} has the batch and the tensors; try a lower training.optimizer.learning_rate, or "
-            f"resume from the last checkpoint"
+            f"step {step + 1}: loss {loss:g}, gradient norm {size:g}; stopped before the update. {report}; "
+            f"{self.saver.advice(step)}"
         )
 
     # What is written --------------------------------------------------------------------------------------------
@@ -255,12 +285,12 @@ class Trainer:
         terms: dict[str, Tensor],
         now: Regime,
         rate: float,
-        norm: Tensor,
+        norm: Tensor | None,
         count: float,
         num_bytes: float,
         part: MicroBatch,
     ) -> None:
-        """Write one row of metrics and, when due, a record of the dynamics."""
+        """Write one row of metrics and, when due, a record of the dynamics; a step that learned nothing has no loss."""
         speed = self._since_log.restart()
         if not self.world.is_main:
             return
@@ -268,13 +298,13 @@ class Trainer:
         gains: dict[str, float] = {}
         if self.model.config.integrator and every and (self.state.step == 1 or _due(self.state.step, every)):
             gains = self._record_dynamics(part)
-        task = terms["task"].item()
+        task = terms["task"].item() if terms else math.nan
         row: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens, "loss": task}
         row |= {f"loss_{name}": terms[name].item() for name in ("mean", "speed", "energy", "balance") if name in terms}
         row |= {
             "bits_per_byte": task * count / math.log(2) / num_bytes if num_bytes else None,
             "learning_rate": rate,
-            "gradient_norm": norm.item(),
+            "gradient_norm": math.nan if norm is None else norm.item(),
             "tokens_per_second": speed,
             "memory_bytes": memory_in_use(self.world.device),
             "epoch": self.state.samples / self.loader.num_windows,
@@ -288,8 +318,7 @@ class Trainer:
         if "loads" in terms:
             row["expert_load"] = (terms["loads"] / terms["loads"].sum(-1, keepdim=True)).tolist()
         assert self.metrics is not None
-        self.metrics.write(row)
-        self.observer.on_metrics(row)
+        self.observer.on_metrics(self.metrics.write(row))
 
     def _record_dynamics(self, part: MicroBatch) -> dict[str, float]:
         """Write this step's record of the dynamics; its headline comes back."""
@@ -313,49 +342,27 @@ class Trainer:
         rows = read_metrics(self.run.path) if self.world.is_main else []
         return self.world.broadcast(not any(row["step"] == step and "validation_loss" in row for row in rows))
 
-    def _evaluate(self, tokens: int | None) -> Evaluation:
-        length = self.settings.sequence_length
-        batches: Iterable[Batch] = evaluation_batches(
-            self.validation, sequence_length=length, stride=length, batch_size=self.micro_batch, max_tokens=tokens
-        )
-        evaluation = evaluate(
-            self.model,
-            islice(batches, self.world.rank, None, self.world.size),
-            self.token_num_bytes,
-            autocast=self.autocast,
-            reduce=self.world.sum,
-        )
+    def _evaluate(self, tokens: int | None) -> Evaluation | None:
+        """Score the validation split and write a row; None, with a warning, when no target token was met.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite.
+        """
+        step, evaluation = self.state.step, self.validation.score(self.model, tokens)
         if self.metrics is not None:
-            row = {f"validation_{name}": value for name, value in asdict(evaluation).items()}
-            self.metrics.write({"step": self.state.step, "tokens": self.state.tokens, **row})
-            self.observer.on_evaluation(self.state.step, evaluation)
-            self._retain()
+            scores = asdict(evaluation) if evaluation else dict.fromkeys(field.name for field in fields(Evaluation))
+            row = {"step": step, "tokens": self.state.tokens, "scored_on": self.validation.name(tokens)}
+            self.metrics.write(row | {f"validation_{name}": value for name, value in scores.items()})
+        if evaluation is None:
+            self._warn(
+                f"step {step}: not evaluated, prompts fill the validation tokens, so none is a target; raise "
+                "training.evaluation.tokens and final_tokens, or data.validation_fraction"
+            )
+            return None
+        if not math.isfinite(evaluation.loss):
+            raise NonFiniteError(f"step {step}: validation loss {evaluation.loss:g}; {self.saver.advice(step)}")
+        self.observer.on_evaluation(step, evaluation)
         return evaluation
-
-    def _save(self) -> bool:
-        """Save a checkpoint; False when the disk would not take it, which costs nothing that was saved before."""
-        self.state.rng = capture_rng()
-        saved = False
-        if self.world.is_main:
-            start = time.perf_counter()
-            try:
-                path = save_checkpoint(
-                    self.run.checkpoints, self.state, self.model, self.optimizers, self.run.documents(self.state)
-                )
-            except OSError as error:
-                self._warn(
-                    f"checkpoint of step {self.state.step} not saved: {error}; earlier checkpoints are untouched"
-                )
-            else:
-                saved = True
-                self.observer.on_checkpoint(path, time.perf_counter() - start)
-                self._retain()
-        return self.world.broadcast(saved)
-
-    def _retain(self) -> None:
-        keep = self.settings.checkpoint
-        best = best_step(self.run.path) if keep.keep_best else None
-        retain(self.run.checkpoints, keep_last=keep.keep_last, keep_every=keep.keep_every, best_step=best)
 
     def _try_checkpoint(self) -> None:
         """Before the first step: save, read back, compare and time a real checkpoint."""
@@ -371,7 +378,10 @@ class Trainer:
                 f"`inl resume {self.run.path}` goes on from the one before"
             )
         if self.world.is_main:
-            self.run.write_preempted(self.state, stop.name)
+            try:
+                self.run.write_preempted(self.state, stop.name)
+            except OSError as error:
+                self._warn(f"{self.run.path / 'preempted.json'}: not written ({error.strerror or error})")
         return Interrupted(f"stopped by {stop.name} at step {step}, saved; continue with: inl resume {self.run.path}")
 
     def _warn(self, text: str) -> None:

@@ -94,11 +94,11 @@ def make_recipe(data_directory):
 
 @pytest.fixture
 def make_trainer(data_directory, tmp_path):
-    """make_trainer(recipe, name) -> (Trainer, Listener), with the run's files below the test's directory."""
+    """make_trainer(recipe, name, data=DIRECTORY) -> (Trainer, Listener), its files below the test's directory."""
     import torch
 
-    def make(recipe: Recipe, name: str = "run") -> tuple[Trainer, Listener]:
-        directory = data_directory / "set"
+    def make(recipe: Recipe, name: str = "run", data: Path | None = None) -> tuple[Trainer, Listener]:
+        directory = data or data_directory / "set"
         tokenizer = Tokenizer.load(directory / "tokenizer.json")
         model = IntegratorLanguageModel(recipe.model.with_vocab_size(tokenizer.vocab_size))
         model.initialise(recipe.training.seed)

@@ -1,0 +1,124 @@
+"""Where the rows of metrics.jsonl are shown as well: TensorBoard and Weights & Biases.
+
+Both come with `pip install "inl[logging]"`. `check_mirrors` says what is missing before a model is built.
+"""
+
+import netrc
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from inl_core.errors import RecipeError
+from inl_core.recipe import Recipe
+
+Mirror = Callable[[int, dict[str, float]], None]
+"""Takes a step and its figures by name."""
+
+_OFFLINE = ("offline", "disabled", "dryrun")
+_HOST = "https://api.wandb.ai"
+
+
+def check_mirrors(recipe: Recipe) -> None:
+    """Cheap look at what the recipe's mirrors need.
+
+    Raises:
+        RecipeError: a package is not installed, or Weights & Biases has no key and is not offline.
+    """
+    logging = recipe.training.logging
+    if logging.tensorboard and find_spec("tensorboard") is None:
+        raise _not_installed("tensorboard")
+    if logging.wandb and not _wandb_can_log():
+        raise RecipeError(
+            "training.logging.wandb: no API key; run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline to "
+            "keep the figures on this machine"
+        )
+
+
+def open_mirrors(run: Path, recipe: Recipe) -> dict[str, Mirror]:
+    """The recipe's mirrors by name, for the run in the directory `run`.
+
+    Raises:
+        RecipeError: one cannot be opened.
+    """
+    logging, mirrors = recipe.training.logging, {}
+    if logging.tensorboard:
+        mirrors["tensorboard"] = _tensorboard(run)
+    if logging.wandb:
+        mirrors["wandb"] = _wandb(run, recipe)
+    return mirrors
+
+
+def one_line(error: BaseException) -> str:
+    """An error of somebody else's code in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _tensorboard(run: Path) -> Mirror:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise _not_installed("tensorboard") from None
+    writer = SummaryWriter(str(run / "tensorboard"))
+
+    def mirror(step: int, figures: dict[str, float]) -> None:
+        for key, value in figures.items():
+            writer.add_scalar(key, value, step)
+
+    return mirror
+
+
+def _wandb(run: Path, recipe: Recipe) -> Mirror:
+    wandb, config = _import_wandb(), recipe.model_dump(mode="json")
+    try:
+        session = wandb.init(project="inl", name=run.name, dir=str(run), config=config, resume="allow")
+    except Exception as error:  # its errors share no class of Python's
+        raise RecipeError(
+            f"training.logging.wandb: {one_line(error)}; `wandb login` again, or set WANDB_MODE=offline"
+        ) from None
+    return lambda step, figures: session.log(figures, step=step)
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise _not_installed("wandb") from None
+    return wandb
+
+
+def _wandb_can_log() -> bool:
+    """Whether W&B is offline, or finds a key where it looks for one; nobody is asked, and nothing is sent."""
+    settings = _wandb_settings(_import_wandb())
+    if os.environ.get("WANDB_MODE") in _OFFLINE or getattr(settings, "mode", None) in _OFFLINE:
+        return True
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    address = getattr(settings, "base_url", None) or os.environ.get("WANDB_BASE_URL") or _HOST
+    return urlsplit(address).hostname in _netrc_hosts()
+
+
+def _wandb_settings(wandb: Any) -> Any:
+    """What its files and the environment tell W&B, or None when it cannot say."""
+    try:
+        return wandb.setup().settings
+    except Exception:  # `wandb.init` meets it again, and says it
+        return None
+
+
+def _netrc_hosts() -> set[str]:
+    """The hosts that the user's netrc file knows a password for."""
+    named = os.environ.get("NETRC")
+    hosts: set[str] = set()
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            hosts |= netrc.netrc(str(path)).hosts.keys()
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            continue
+    return hosts
+
+
+def _not_installed(name: str) -> RecipeError:
+    return RecipeError(f'training.logging.{name}: not installed; pip install "inl[logging]"')

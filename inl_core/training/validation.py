@@ -1,0 +1,51 @@
+"""The validation split as a run scores it: the first tokens periodically, all of them (or more) at the end."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+import torch
+
+from inl_core.corpus.loader import Batch, TokenDataset, evaluation_batches
+from inl_core.inference.evaluate import Evaluation, NothingToScore, evaluate
+from inl_core.model import IntegratorLanguageModel
+from inl_core.training.distributed import World
+
+
+class Validation:
+    """Scores a model on windows of `sequence_length` tokens of a split, `batch_size` at once on each rank."""
+
+    def __init__(
+        self,
+        split: TokenDataset,
+        token_num_bytes: np.ndarray,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        autocast: torch.autocast,
+        world: World,
+    ) -> None:
+        self.split, self.token_num_bytes = split, token_num_bytes
+        self.sequence_length, self.batch_size = sequence_length, batch_size
+        self.autocast, self.world = autocast, world
+
+    def name(self, tokens: int | None) -> str:
+        """What an evaluation of `tokens` (None is all) scores: only scores of the same name can be compared."""
+        end = min(tokens or self.split.num_tokens, self.split.num_tokens - 1)
+        context = "documents" if self.split.document_mask else "windows"
+        return f"{self.split.fingerprint[:12]}/{self.sequence_length}/{context}/{end}"
+
+    def score(self, model: IntegratorLanguageModel, tokens: int | None) -> Evaluation | None:
+        """The scores on every rank; None when no target token was met."""
+        batches: Iterable[Batch] = evaluation_batches(
+            self.split,
+            sequence_length=self.sequence_length,
+            stride=self.sequence_length,
+            batch_size=self.batch_size,
+            max_tokens=tokens,
+        )
+        own = islice(batches, self.world.rank, None, self.world.size)
+        try:
+            return evaluate(model, own, self.token_num_bytes, autocast=self.autocast, reduce=self.world.sum)
+        except NothingToScore:  # on every rank: the sums are of all ranks
+            return None
