@@ -122,7 +122,8 @@ class CheckpointSettings(Section):
     keep_every: PositiveInt | None = None
     """Also keep the checkpoints at multiples of this step."""
     keep_best: bool = True
-    """Also keep the checkpoint with the lowest validation bits per byte."""
+    """Also keep the checkpoint with the lowest validation bits per byte, and save one after each periodic evaluation
+    that beats all saved ones: up to one more checkpoint an evaluation."""
 
 
 class LoggingSettings(Section):

@@ -1,4 +1,4 @@
-"""The validation split as a run scores it: the first tokens periodically, all of them (or more) at the end."""
+"""The validation split as a run scores it: some tokens periodically, and at the end all of them unless told otherwise."""
 
 from collections.abc import Iterable
 from itertools import islice

@@ -82,7 +82,9 @@ class Stream(TokenStream):
         )
 
 
-@pytest.mark.parametrize("prompts, targets", [((10, 10), 0), ((10, 9), 0), ((9, 10), 1), ((0, 10), 9), ((10, 5), 4)])
+@pytest.mark.parametrize(
+    ("prompts", "targets"), [((10, 10), 0), ((10, 9), 0), ((9, 10), 1), ((0, 10), 9), ((10, 5), 4)]
+)
 def test_text_that_is_all_prompts_is_refused_before_the_first_step(prompts, targets):
     stream: TokenDataset = Stream(prompts)  # type: ignore[assignment]
     stream.document_mask = True

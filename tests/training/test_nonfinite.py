@@ -67,5 +67,5 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(make_recipe, make_tr
     recipe = make_recipe(training={"evaluation": {"every": 2, "tokens": 512}, "checkpoint": {"every": 2}})
     trainer, _ = make_trainer(recipe)
     trainer.validation.score = lambda model, tokens: replace(SCORE, loss=math.nan, bits_per_byte=math.nan)
-    with pytest.raises(NonFiniteError, match="step 2: validation loss nan.*goes on from .*step-00000002"):
+    with pytest.raises(NonFiniteError, match=r"step 2: validation loss nan.*goes on from .*step-00000002"):
         trainer.fit()
