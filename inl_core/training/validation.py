@@ -1,4 +1,4 @@
-"""The validation split as a run scores it: some tokens periodically, and at the end all of them unless told otherwise."""
+"""The validation split as a run scores it: a part periodically, all of it at the end unless told otherwise."""
 
 from collections.abc import Iterable
 from itertools import islice
