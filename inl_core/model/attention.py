@@ -8,13 +8,16 @@
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from inl_core.model.backends.select import has_native
+from inl_core.model.derivatives import is_plain
 from inl_core.model.native.attention import Given, attend
 from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import ModelConfig
@@ -126,6 +129,8 @@ def first_of_document(document_ids: Tensor) -> Tensor:
 
 def _native_attends(ids: Tensor, dtype: torch.dtype) -> bool:
     """Whether the loop in C++ takes a pass of a model of this precision: tensors in a CPU's memory, no autocast."""
+    if is_plain():
+        return False
     is_real = type(ids) is Tensor or torch.compiler.is_compiling()
     is_precise = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
     return ids.device.type == "cpu" and is_real and is_precise and has_native()
@@ -197,13 +202,15 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.store(layer, key.to(cache.keys.dtype), value.to(cache.values.dtype))
             query = query.to(key.dtype)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=plan.mask,
-            is_causal=plan.is_causal,
-            scale=1.0 / math.sqrt(self.head_dim),
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        # The library's fast forms have first derivatives alone.
+        with sdpa_kernel(SDPBackend.MATH) if is_plain() else nullcontext():
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=plan.mask,
+                is_causal=plan.is_causal,
+                scale=1.0 / math.sqrt(self.head_dim),
+                enable_gqa=self.num_kv_heads != self.num_heads,
+            )
         return mixed.transpose(1, 2).reshape(batch, length, -1)

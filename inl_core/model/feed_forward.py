@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from inl_core.model.by_rows import add_product, matrix_dtype, row_chunks
+from inl_core.model.derivatives import OwnOperation, is_plain
 from inl_core.model.native.feed_forward import Given, feed_forward, supports
 from inl_core.model.normed_linear import normed_linear
 from inl_core.model.norms import RMSNorm
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
 def gated_down(gate_up: Tensor, down: nn.Linear) -> Tensor:
     """down(silu(gate) * up) of [gate | up] (..., 2H): (..., D)."""
     # The compiler fuses the plain operations and chooses what to keep; the meta device has no autocast.
-    if torch.compiler.is_compiling() or gate_up.is_meta:
+    if torch.compiler.is_compiling() or is_plain() or gate_up.is_meta:
         return plain_gated_down(gate_up, down)
     product = GatedDown.apply(gate_up.flatten(0, -2), down.weight, matrix_dtype(gate_up))
     product = product.view(*gate_up.shape[:-1], -1)
@@ -64,7 +64,7 @@ def plain_gated_down(gate_up: Tensor, down: nn.Linear) -> Tensor:
     return down(F.silu(gate) * up)
 
 
-class GatedDown(torch.autograd.Function):
+class GatedDown(OwnOperation):
     """([gate | up] (N, 2H), weight (D, H), the product's precision) -> (silu(gate) * up) weight^T, (N, D).
 
     Keeps what it is given: half of what autograd keeps for the plain operations, at the price of computing the
@@ -85,7 +85,6 @@ class GatedDown(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of [gate | up] and of the weight, which is summed in its own precision."""
         gate_up, weight = ctx.saved_tensors

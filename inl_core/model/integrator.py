@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from inl_core.model.backends.rule import Around, Inputs, Result, Rule
 from inl_core.model.backends.select import backend_name, find_backend, run_around, takes_around
 from inl_core.model.controller import Controller, Head, Modulation, num_groups
+from inl_core.model.derivatives import is_plain
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
 from inl_core.model.loss_terms import LossTerms
@@ -361,10 +362,10 @@ class _EarlyStopping:
         keep = self.active[..., None]
         new_x = torch.where(keep, new_x, x)
         new_v = new_v if v is None else torch.where(keep, new_v, v)  # at t = 0 every token is active
-        self.iterations += self.active
+        self.iterations = self.iterations + self.active
         if t + 1 >= self.min_iterations:
             self.active = self.active & (moved >= self.threshold)
-            self.all_stopped = not bool(self.active.any())
+            self.all_stopped = not (is_plain() or bool(self.active.any()))  # vmap cannot branch on a value
         return new_x, new_v
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from inl_core.model.by_rows import matrix_dtype
+from inl_core.model.derivatives import OwnOperation, is_plain
 from inl_core.model.native.projection import Given, project, supports
 from inl_core.model.norms import RMSNorm, rms_again, rms_backward, rms_forward
 
@@ -20,7 +20,7 @@ from inl_core.model.norms import RMSNorm, rms_again, rms_backward, rms_forward
 def normed_linear(norm: nn.Module | None, linear: nn.Linear, x: Tensor) -> Tensor:
     """linear(norm(x)) of x (..., D): (..., O)."""
     # Under autocast the output is half as large, and the weight would have to be converted again with it.
-    if torch.compiler.is_compiling() or matrix_dtype(x) != x.dtype:
+    if torch.compiler.is_compiling() or is_plain() or matrix_dtype(x) != x.dtype:
         return linear(x if norm is None else norm(x))
     weight, eps = None, 0.0
     if isinstance(norm, RMSNorm) and norm.has_fast_form(x):
@@ -39,7 +39,7 @@ def normed_linear(norm: nn.Module | None, linear: nn.Linear, x: Tensor) -> Tenso
     return product.view(*x.shape[:-1], linear.out_features)
 
 
-class NormedLinear(torch.autograd.Function):
+class NormedLinear(OwnOperation):
     """(x (N, D), the RMS norm's weight (D,) and eps, W (O, D)) -> norm(x) W^T, (N, O); keeps x."""
 
     @staticmethod
@@ -51,7 +51,6 @@ class NormedLinear(torch.autograd.Function):
         return normed @ weight.T
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
         """Gradients of x and of both weights."""
         x, scale, scale_weight, weight = ctx.saved_tensors

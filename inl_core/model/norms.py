@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from inl_core.model.derivatives import OwnOperation, is_plain
 from inl_core.model.native import rows
 from inl_core.recipe import ModelConfig
 
@@ -27,14 +27,14 @@ class RMSNorm(nn.RMSNorm):
     def has_fast_form(self, x: Tensor) -> bool:
         """Whether `FusedRMS` computes this norm of x; the compiler fuses the library's itself."""
         one_precision = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
-        return one_precision and self.eps is not None and not torch.compiler.is_compiling()
+        return one_precision and self.eps is not None and not (torch.compiler.is_compiling() or is_plain())
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         return FusedRMS.apply(x, self.weight, self.eps) if self.has_fast_form(x) else super().forward(x)
 
 
-class FusedRMS(torch.autograd.Function):
+class FusedRMS(OwnOperation):
     """(x (..., D), weight (D,), eps) -> (..., D); keeps x, and without C++ one number a row."""
 
     @staticmethod
@@ -46,7 +46,6 @@ class FusedRMS(torch.autograd.Function):
         return normed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of x and of the weight."""
         x, scale, weight = ctx.saved_tensors

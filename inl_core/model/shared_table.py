@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from inl_core.model.derivatives import OwnOperation, is_plain
 
 
 def share(weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -18,12 +19,12 @@ def share(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     A GPU adds rows in no fixed order; without gradients there is nothing to add; a compiler traces the plain lookup.
     """
     differentiated = weight.requires_grad and torch.is_grad_enabled()
-    if weight.device.type != "cpu" or not differentiated or torch.compiler.is_compiling():
+    if weight.device.type != "cpu" or not differentiated or torch.compiler.is_compiling() or is_plain():
         return None
     return SharedTable.apply(weight)
 
 
-class SharedTable(torch.autograd.Function):
+class SharedTable(OwnOperation):
     """W (V, R) -> W for `F.embedding(..., sparse=True)`, W for a loss whose gradient nobody else holds."""
 
     @staticmethod
@@ -33,7 +34,6 @@ class SharedTable(torch.autograd.Function):
         return weight.view_as(weight), weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, lookup: Tensor | None, head: Tensor | None) -> Tensor | None:
         """The sum of both gradients, dense, in the head's memory."""
         if head is None or lookup is None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from inl_core.model.by_rows import matrix_dtype
+from inl_core.model.derivatives import OwnOperation, is_plain
 from inl_core.model.native import head, rows
 
 IGNORED = -100
@@ -44,6 +44,10 @@ def cross_entropy_sum(z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.shape != z.shape[:1]:
         raise ValueError(f"targets are {tuple(targets.shape)}, and must be {tuple(z.shape[:1])}: one for each row")
+    if is_plain():
+        logits = F.linear(z, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
     most = logit_rows(weight.shape[0], z.device)
     if z.device.type == "cpu" and z.dtype == weight.dtype == matrix_dtype(z) and z.dtype.itemsize >= 4:
         return ChunkedCrossEntropy.apply(z, weight, targets, most, torch.is_grad_enabled())
@@ -51,10 +55,10 @@ def cross_entropy_sum(z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.linear_cross_entropy(z, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
+class ChunkedCrossEntropy(OwnOperation):
     """(z (N, R), W (V, R), targets (N,), n, whether to differentiate) -> the sum of the cross-entropies in nats.
 
-    The gradients are computed with the loss and handed out once: a second backward pass through it fails.
+    The gradients are computed with the loss and handed out as they lie: only a graph that is retained hands out copies.
     """
 
     @staticmethod
@@ -82,14 +86,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """The kept gradients times the loss's, which are then gone."""
+        """The kept gradients times the loss's."""
         if not hasattr(ctx, "grad_z"):
-            raise RuntimeError("the chunked loss hands its gradients out once: compute it again for another backward()")
-        grad_z, grad_weight = (None if kept is None else kept.mul_(grad) for kept in (ctx.grad_z, ctx.grad_weight))
-        del ctx.grad_z, ctx.grad_weight
-        return grad_z, grad_weight, None, None, None
+            raise RuntimeError("the loss hands its gradients out once, unless it was by backward(retain_graph=True)")
+        kept = (ctx.grad_z, ctx.grad_weight)
+        is_retained = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        if not is_retained:
+            del ctx.grad_z, ctx.grad_weight
+        multiply = torch.mul if is_retained else torch.Tensor.mul_
+        of_z, of_weight = (None if gradient is None else multiply(gradient, grad) for gradient in kept)
+        return of_z, of_weight, None, None, None
 
 
 def _entropy(logits: Tensor, targets: Tensor) -> Tensor:

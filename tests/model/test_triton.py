@@ -67,6 +67,28 @@ for sizes, rule in CASES:
         size = true.abs().max().clamp(min=1.0)
         error, rounding = ((ours - true).abs().max() / size).item(), ((theirs - true).abs().max() / size).item()
         assert error <= 1e-6 + 3 * rounding, (sizes, rule, place, error, rounding)
+
+total = triton_launch.run(rule, tensors).x.square().sum()
+once, again = (torch.autograd.grad(total, tensors.x, retain_graph=True)[0] for _ in range(2))
+assert torch.equal(once, again)
+x = tensors.x.detach()
+
+
+def state(x):
+    return triton_launch.run(rule, tensors._replace(x=x)).x
+
+
+for refused in (
+    lambda: torch.autograd.grad(total, tensors.x, create_graph=True),
+    lambda: torch.func.vmap(state)(x[None]),
+    lambda: torch.func.jvp(state, (x,), (x,)),
+):
+    try:
+        refused()
+    except NotImplementedError as error:
+        assert "plain_operations" in str(error), error
+    else:
+        raise AssertionError("not refused")
 print("equal")
 """
 
@@ -83,7 +105,7 @@ def run_script(device: str, **environment: str) -> None:
     assert done.stdout.strip().endswith("equal")
 
 
-def test_the_kernels_equal_the_plain_loop_in_the_interpreter():
+def test_the_kernels_equal_the_plain_loop_and_refuse_other_derivatives_in_the_interpreter():
     run_script("cpu", TRITON_INTERPRET="1")
 
 

@@ -91,10 +91,13 @@ def test_only_the_gradients_that_are_asked_for_are_computed(frozen, expected, mo
     assert products.count == 1
 
 
-def test_a_second_backward_pass_fails_rather_than_counting_twice():
+def test_a_second_backward_pass_fails_unless_the_graph_is_retained():
     z, weight, targets = factors()
     loss = cross_entropy_sum(z, weight, targets)
-    loss.backward(retain_graph=True)
+    once = torch.autograd.grad(loss, (z, weight), retain_graph=True)
+    (3 * loss).backward()
+    for gradient, one in zip((z.grad, weight.grad), once, strict=True):
+        torch.testing.assert_close(gradient, 3 * one)
     with pytest.raises(RuntimeError, match="once"):
         loss.backward()
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inl_core.model.backends import steps
 from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule, speed_weights
 from inl_core.model.by_rows import add_product, matrix_dtype, row_chunks
+from inl_core.model.derivatives import OwnOperation
 
 _CHUNK_BYTES = 1024 * 1024
 """Of one (n, D) tensor on a CPU; some ten of them are in use at a time."""
@@ -67,7 +67,7 @@ def _outputs(rule: Rule, weights: Weights, u: Tensor, dtype: torch.dtype) -> Ten
     return torch.addmm(weights.bias, activated, weights.outer.T).to(dtype)
 
 
-class Recomputed(torch.autograd.Function):
+class Recomputed(OwnOperation):
     """(rule, dtype of the matrix products, *Inputs) -> Result."""
 
     @staticmethod
@@ -83,7 +83,6 @@ class Recomputed(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of every input, or None where none is asked for."""
         saved = ctx.saved_tensors

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inl_core.model.backends import fused
 from inl_core.model.backends.rule import Around, Inputs, Result, Rule, speed_weights
+from inl_core.model.derivatives import OwnOperation
 from inl_core.model.native import calls
 from inl_core.model.native.build import Blas, library
 
@@ -71,7 +71,7 @@ def run_around(rule: Rule, inputs: Inputs, around: Around) -> Result:
     return Result(*Loop.apply(rule, torch.is_grad_enabled(), *given))
 
 
-class Loop(torch.autograd.Function):
+class Loop(OwnOperation):
     """(rule, whether to differentiate, *Inputs, *Around) -> Result."""
 
     @staticmethod
@@ -89,7 +89,6 @@ class Loop(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of every input."""
         *tensors, hidden = ctx.saved_tensors

@@ -1,7 +1,8 @@
 """Which backend computes the iterations: the setting, the machine and the tensors decide.
 
 - `plain`, the loop of inl_core/model/integrator.py under autograd, is what the others must equal. It runs where a
-  compiler traces the whole block and native cannot, and wherever gains, single states or experts are wanted.
+  compiler traces the whole block and native cannot, and wherever gains, single states, experts or derivatives that the
+  others lack are wanted (derivatives.py).
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from inl_core.model.backends.rule import Around, Inputs, Result, Rule
 from inl_core.model.by_rows import matrix_dtype
+from inl_core.model.derivatives import is_plain
 from inl_core.recipe import IntegratorConfig
 
 _FEWEST_TOKENS = 16
@@ -86,6 +88,8 @@ has_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def find_backend(config: IntegratorConfig, state: Tensor, mu: Tensor) -> Run | None:
     """The function that runs the iterations; None is the plain loop, which alone mixes precisions of state and mu."""
+    if is_plain():
+        return None
     is_compiled = torch.compiler.is_compiling()
     is_low = state.dtype not in (torch.float32, torch.float64) or matrix_dtype(state) != state.dtype
     name = backend_name(config, state.device, is_compiled=is_compiled, is_low_precision=is_low)

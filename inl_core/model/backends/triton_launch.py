@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from inl_core.model.backends import fused
 from inl_core.model.backends import triton_kernel as kernel
 from inl_core.model.backends.rule import ACTIVATIONS, Inputs, Result, Rule
 from inl_core.model.by_rows import matrix_dtype
+from inl_core.model.derivatives import OwnOperation
 
 _ACTIVATIONS = {"relu": 0, "silu": 1, "tanh": 2}
 _TOKENS_AT_ONCE = 16_384
@@ -48,7 +48,7 @@ def run(rule: Rule, inputs: Inputs) -> Result:
     return Result(x, v, None, None)
 
 
-class Tiles(torch.autograd.Function):
+class Tiles(OwnOperation):
     """(rule, dtype of the matrix products, *Inputs) -> x_T, v_T."""
 
     @staticmethod
@@ -67,7 +67,6 @@ class Tiles(torch.autograd.Function):
         return x, v
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of every input."""
         inputs = Inputs(*ctx.saved_tensors)

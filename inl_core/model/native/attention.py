@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from inl_core.model.derivatives import OwnOperation
 from inl_core.model.native import calls
 
 _NUMBERS = ("threads", "batch", "length", "heads", "key_heads", "size", "tables")
@@ -45,7 +45,7 @@ def attend(given: Given) -> Tensor:
     return PackedAttention.apply(*given)
 
 
-class PackedAttention(torch.autograd.Function):
+class PackedAttention(OwnOperation):
     """(*Given) -> (B, S, H F)."""
 
     @staticmethod
@@ -59,7 +59,6 @@ class PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the packed product."""
         *given, out, log_sums = ctx.saved_tensors

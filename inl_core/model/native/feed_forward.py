@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from inl_core.model.derivatives import OwnOperation, is_plain
 from inl_core.model.native import calls
 from inl_core.model.native.build import library
 
@@ -49,7 +49,7 @@ class Given(NamedTuple):
 
 def supports(given: Given) -> bool:
     """Whether the loop takes these tensors; the first call of a machine compiles it."""
-    if torch.compiler.is_compiling() or given.x.shape[0] < calls.FEWEST_ROWS:
+    if torch.compiler.is_compiling() or is_plain() or given.x.shape[0] < calls.FEWEST_ROWS:
         return False
     has_room = calls.sums_bytes(given.up, given.down) <= calls.MOST_SUMS_BYTES
     return has_room and calls.takes(given.x, given.norm, given.up, given.down) and library() is not None
@@ -61,7 +61,7 @@ def feed_forward(given: Given, *, wants_norm: bool = False) -> tuple[Tensor, Ten
     return GatedFeedForward.apply(wants_norm, torch.is_grad_enabled(), *given)
 
 
-class GatedFeedForward(torch.autograd.Function):
+class GatedFeedForward(OwnOperation):
     """(whether the norm is wanted, whether to differentiate, *Given) -> (N, D), and norm(x) or None."""
 
     @staticmethod
@@ -79,7 +79,6 @@ class GatedFeedForward(torch.autograd.Function):
         return out, normed
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, of_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the weights."""
         *saved, gate_up = ctx.saved_tensors

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from inl_core.model.derivatives import OwnOperation
 from inl_core.model.native import calls
 from inl_core.model.native.build import library
 
@@ -53,7 +53,7 @@ def project(given: Given) -> Tensor:
     return Projected.apply(*given)
 
 
-class Projected(torch.autograd.Function):
+class Projected(OwnOperation):
     """(*Given) -> (N, O)."""
 
     @staticmethod
@@ -68,7 +68,6 @@ class Projected(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, of the norm's weight, of W and of the bias."""
         given = Given(*ctx.saved_tensors, eps=ctx.eps)
