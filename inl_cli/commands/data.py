@@ -25,7 +25,8 @@ SourcesArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="SOURCE",
-        help="Files, directories, globs, - for stdin, or builtin:python. Text, .jsonl and .parquet; .gz and .zst too.",
+        help="Files, directories with all below them, globs, - for stdin, or builtin:python. "
+        "Text, .jsonl and .parquet; .gz and .zst too.",
     ),
 ]
 OutputOption = Annotated[
@@ -53,11 +54,12 @@ def prepare_data(
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into a tokenizer and verified token shards; a stopped run goes on when started again."""
+    from inl_core.corpus.paths import portable
     from inl_core.corpus.shards import default_directory
 
     console = Console(json=json, quiet=quiet)
     settings = _settings(
-        sources=tuple(sources),
+        sources=tuple(map(portable, sources)),
         tokenizer={"vocab_size": vocab_size, "file": tokenizer},
         validation_fraction=validation_fraction,
         num_shards=num_shards,

@@ -53,15 +53,19 @@ class _OpenChunk:
 
 
 def ingest(
-    files: list[SourceFile], spool: Spool, *, on_chunk: Callable[[int, ChunkInfo], None], note: Callable[[str], None]
+    files: list[SourceFile], spool: Spool, *, on_chunk: Callable[[int, int], None], note: Callable[[str], None]
 ) -> None:
-    """Read the files into text chunks. Chunks that are complete are kept; reading goes on where the last one ended."""
+    """Read the files into text chunks. Chunks that are complete are kept; reading goes on where the last one ended.
+
+    `on_chunk` is told how far it is: the file, and about how many bytes of it are read.
+    """
     seen, number, info = SeenHashes(), spool.num_chunks(), ChunkInfo()
     for done in range(number):
         seen.add(spool.hashes(done)[0])
         info = spool.info(done)
     if info.last:
         return
+    on_chunk(info.next_file, 0)
     found: dict[str, str] = {}
     said: set[str] = set()
 
@@ -71,18 +75,21 @@ def ingest(
             said.add(line)
             note(line)
 
-    chunk = _OpenChunk()
+    chunk, current, done = _OpenChunk(), -1, 0
     for item, position in _items(files, info.next_file, info.next_item, say):
+        before = chunk.weight
         chunk.add(item)
+        done = chunk.weight - before + (done if position[0] == current else 0)
+        current = position[0]
         if chunk.full:
             chunk.info = replace(chunk.info, next_file=position[0], next_item=position[1], found=dict(found))
             spool.write_text(number, chunk.close(seen), chunk.info)
-            on_chunk(number, chunk.info)
+            on_chunk(current, done)
             number, chunk = number + 1, _OpenChunk()
             found.clear()
     chunk.info = replace(chunk.info, next_file=len(files), last=True, found=dict(found))
     spool.write_text(number, chunk.close(seen), chunk.info)
-    on_chunk(number, chunk.info)
+    on_chunk(len(files), 0)
 
 
 @dataclass

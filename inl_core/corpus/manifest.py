@@ -9,6 +9,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from inl_core.corpus.builtin import python_signature
+from inl_core.corpus.paths import absolute_source, local_path, portable
 from inl_core.corpus.sources import BUILTIN_PYTHON, STDIN, SourceFile, hash_file, resolve_sources
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
@@ -104,7 +105,10 @@ def default_directory(settings: DataSettings) -> Path:
     plain = DataSettings(tokenizer=type(tokenizer)(vocab_size=tokenizer.vocab_size))
     fields = {"sources", "tokenizer", "validation_fraction", "num_shards"}
     if settings.model_dump(include=fields) != plain.model_dump(include=fields):
-        canonical = settings.model_copy(update={"sources": tuple(map(_absolute, settings.sources))})
+        update: dict[str, Any] = {"sources": tuple(map(_absolute, settings.sources))}
+        if tokenizer.file:
+            update["tokenizer"] = tokenizer.model_copy(update={"file": Path(portable(str(tokenizer.file)))})
+        canonical = settings.model_copy(update=update)
         name += f"-{hashlib.sha256(canonical.model_dump_json(include=fields).encode()).hexdigest()[:6]}"
     return Path("data") / name
 
@@ -239,7 +243,7 @@ def _again(directory: Path) -> str:
 
 
 def _absolute(source: str) -> str:
-    return source if source == STDIN or source.startswith("builtin:") else str(Path(source).expanduser().resolve())
+    return source if source == STDIN or source.startswith("builtin:") else absolute_source(source)
 
 
 def _stem(source: str) -> str:
@@ -247,7 +251,7 @@ def _stem(source: str) -> str:
         return "stdin"
     if source.startswith("builtin:"):
         return source.replace(":", "-")
-    name = Path(source).resolve().name.split(".")[0]
+    name = local_path(source).resolve().name.split(".")[0]
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name).strip("-") or "text"
 
 

@@ -1,5 +1,6 @@
 """One row of input: a document of plain text, prompt + completion or chat messages, or a bad row with its reason."""
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,19 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be used: where it stands (file:line), why, and how it begins."""
+    """A row that cannot be used: where it stands (file:line), why, and how it begins.
+
+    Reason and excerpt may be made of anything that stood in the row: they are cut, and what UTF-8 cannot hold escaped.
+    """
 
     origin: str
     reason: str
-    excerpt: str = ""
+    excerpt: object = ""
+    """Becomes a string."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", _written(self.reason, 500))
+        object.__setattr__(self, "excerpt", _written(self.excerpt, 200))
 
 
 def infer_columns(names: Iterable[str]) -> str | None:
@@ -64,21 +73,25 @@ def document_from_row(row: Mapping[str, Any], kind: str, origin: str) -> Documen
             if not text.isascii():  # JSON can spell lone surrogates, which UTF-8 and the tokenizer cannot hold
                 text.encode("utf-8")
     except UnicodeEncodeError as error:
-        return BadRow(origin, f"lone surrogate U+{ord(error.object[error.start]):04X}", excerpt(row))
+        return BadRow(origin, f"lone surrogate U+{ord(error.object[error.start]):04X}", row)
     except ValueError as error:
-        return BadRow(origin, str(error), excerpt(row))
+        return BadRow(origin, str(error), row)
     return Document(origin, texts, roles)
 
 
-def excerpt(row: object) -> str:
-    """The first 200 characters, safe to write as UTF-8."""
-    text = row if isinstance(row, str) else repr(row)
-    return text[:200].encode("utf-8", "backslashreplace").decode("utf-8")
+def _written(value: object, limit: int) -> str:
+    """The first characters of a string, or of a value as Python writes it, safe to write as UTF-8."""
+    text = value if isinstance(value, str) else _brief.repr(value)
+    return text[:limit].encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+_brief = reprlib.Repr()  # neither deep nesting nor a million values make it slow
+_brief.maxstring = _brief.maxother = 200
 
 
 def _string(row: Mapping[str, Any], name: str) -> str:
     if name not in row:
-        raise ValueError(f"no `{name}`; has {', '.join(map(str, row)) or 'nothing'}")
+        raise ValueError(f"no `{name}`; has {', '.join(map(str, list(row)[:12])) or 'nothing'}")
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f"`{name}` is {type(value).__name__}, not a string")
@@ -93,8 +106,8 @@ def _chat(messages: Any) -> tuple[tuple[str, ...], str]:
         if not isinstance(message, Mapping):
             raise ValueError(f"message {number} is {type(message).__name__}, not {{role, content}}")
         role = message.get("role")
-        if role not in _ROLE_CODE:
-            raise ValueError(f"message {number}: role {role!r} is none of {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in _ROLE_CODE:
+            raise ValueError(f"message {number}: role {_brief.repr(role)} is none of {', '.join(ROLES)}")
         texts.append(_string(message, "content"))
         roles.append(_ROLE_CODE[role])
     if roles[-1] != "a":

@@ -32,9 +32,9 @@ from inl_core.corpus.manifest import (
     settings_key,
     verify,
 )
-from inl_core.corpus.sources import STDIN, SourceFile, hash_file, resolve_sources
+from inl_core.corpus.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.split import Split, in_sample
-from inl_core.corpus.spool import ChunkInfo, HashedDocuments, Spool, write_text_aside
+from inl_core.corpus.spool import HashedDocuments, Spool, write_text_aside
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.corpus.workspace import (
     PLAN,
@@ -148,7 +148,11 @@ class _Preparation:
             if old and file.modified and (old["size"], old["modified"]) == (file.size, file.modified):
                 hashed.append(replace(file, sha256=old["sha256"]))
             else:
-                hashed.append(hash_file(file))
+
+                def on_bytes(count: int, before: int = done) -> None:
+                    self.report(PrepareProgress("hash", before + count, total))
+
+                hashed.append(hash_file(file, on_bytes))
             done += file.size
             self.report(PrepareProgress("hash", done, total))
         plan = {"settings": key, "files": [asdict(file) for file in hashed]}
@@ -163,11 +167,13 @@ class _Preparation:
         ends = np.cumsum([file.size for file in files])
         total = int(ends[-1]) if len(ends) else 0
 
-        def on_chunk(number: int, info: ChunkInfo) -> None:
-            done = int(ends[info.next_file - 1]) if info.next_file else 0
-            self.report(PrepareProgress("read", done, total))
+        def on_chunk(number: int, num_bytes: int) -> None:
+            before = int(ends[number - 1]) if number else 0
+            size = files[number].size if number < len(files) else 0
+            self.report(PrepareProgress("read", before + min(num_bytes, size), total))  # packed text is longer
 
         ingest(files, self.spool, on_chunk=on_chunk, note=self.say)
+        check_unchanged(files)
 
     def _split(self) -> Split:
         """The split, decided once: after a restart the chunks may hold the cut halves already."""
@@ -200,6 +206,8 @@ class _Preparation:
             tokenizer = Tokenizer.load(wanted.file)
         else:
             self.report(PrepareProgress("tokenizer"))
+            size = min(wanted.sample_bytes, self._num_bytes())
+            self.say(f"training a tokenizer of {wanted.vocab_size:,} tokens on {size:,} bytes of text")
             tokenizer = train_tokenizer(self._sample(split), vocab_size=wanted.vocab_size)
         if wanted.file is None and tokenizer.vocab_size < wanted.vocab_size:
             self.note(f"the text gives only {tokenizer.vocab_size} of {wanted.vocab_size} tokens")
@@ -210,7 +218,7 @@ class _Preparation:
     def _sample(self, split: Split) -> Iterator[str]:
         budget = self.settings.tokenizer.sample_bytes
         chunks = range(self.spool.num_chunks())
-        share = budget / sum(int(self.spool.hashes(number)[1].sum()) for number in chunks)
+        share = budget / self._num_bytes()
         for number in chunks:
             documents = self._text(number, split)
             chosen = ~split.is_validation(documents.hashes) & in_sample(documents.hashes, share)
@@ -219,6 +227,9 @@ class _Preparation:
                 if budget < 0:
                     return
                 yield from documents.documents[index].texts
+
+    def _num_bytes(self) -> int:
+        return sum(int(self.spool.hashes(number)[1].sum()) for number in range(self.spool.num_chunks()))
 
     def _text(self, number: int, split: Split) -> HashedDocuments:
         chunk = self.spool.read_text(number)

@@ -29,6 +29,8 @@ BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startof
 EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>", "[SEP]")
 
 _WINDOW = 64
+_LONGEST_WORD = 500
+"""Characters; when a tokenizer is trained, longer words are cut."""
 
 
 class Tokenizer:
@@ -155,7 +157,11 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE with SPECIAL_TOKENS as the first ids; a small corpus may give fewer than `vocab_size`."""
+    """Train byte-level BPE with SPECIAL_TOKENS as the first ids; a small corpus may give fewer than `vocab_size`.
+
+    Raises:
+        RecipeError: the vocabulary is too small for the bytes and the special tokens.
+    """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -171,8 +177,28 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(_without_long_words(texts), trainer)
     return Tokenizer(backend)
+
+
+def _without_long_words(texts: Iterator[str]) -> Iterator[str]:
+    """The texts, cut inside words of 2 * _LONGEST_WORD characters and more (DNA, a line of dashes, a field of spaces).
+
+    Each merge that training learns moves all that follows in its word: the time grows with the square of the longest.
+    """
+    for text in texts:
+        start = 0
+        for place in range(0, len(text) - _LONGEST_WORD + 1, _LONGEST_WORD):
+            end = place + _LONGEST_WORD
+            if _is_one_word(text[place:end]):
+                yield text[start:end]
+                start = end
+        yield text[start:]
+
+
+def _is_one_word(text: str) -> bool:
+    """Whether the pre-tokenizer keeps the text whole: nothing but white space, letters and digits, or other signs."""
+    return text.isspace() or text.isalnum() or not any(c.isalnum() or c.isspace() for c in text)
 
 
 class StreamDecoder:

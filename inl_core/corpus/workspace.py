@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, TOKENIZER, WORK
+from inl_core.corpus.sources import copy_stdin
 from inl_core.errors import ArtefactError, RecipeError
 
 PLAN, _STDIN, _LOCK = "plan.json", "stdin", "lock"
@@ -51,12 +51,9 @@ def locked(directory: Path) -> Iterator[Path]:
 
 
 def keep_stdin(work: Path) -> Path:
-    """Copy stdin to a file: it cannot be read twice, and a restart must see what the stopped run saw."""
-    if sys.stdin.isatty():
-        raise RecipeError("`-` reads stdin, which is a terminal here: pipe text into the command")
+    """Copy stdin to a file, so that a restart sees what the stopped run saw."""
     aside = work / (_STDIN + ".tmp")
-    with aside.open("wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
+    copy_stdin(aside)
     aside.replace(work / _STDIN)
     return work / _STDIN
 

@@ -1,0 +1,112 @@
+"""What the user calls a source -> paths: home directories, globs, links, and names that are not UTF-8.
+
+- Links are followed; one that leads back to a directory above it ends there.
+- A name that is not UTF-8 cannot be written into JSON: it is kept as a file:// URI, which can be turned back.
+"""
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from inl_core.errors import ArtefactError, RecipeError
+
+_URI = "file://"
+
+
+def portable(path: str) -> str:
+    """The path itself when it is UTF-8, else its absolute file:// URI; `local_path` turns both back."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return _URI + quote_from_bytes(os.fsencode(Path(path).expanduser().absolute()))
+    return path
+
+
+def local_path(source: str) -> Path:
+    """The path a source or a recorded file stands for; a leading ~ is the home directory.
+
+    Raises:
+        RecipeError: the source is empty, or cannot be a path.
+    """
+    if not source:
+        raise RecipeError("an empty source (a shell variable that is not set?); name a file, a directory or a glob")
+    if "\0" in source:
+        raise RecipeError(f"{shown(source)}: no file name holds a NUL byte")
+    if source.startswith(_URI):
+        return Path(os.fsdecode(unquote_to_bytes(source[len(_URI) :])))
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # ~name of a user who does not exist
+        raise RecipeError(f"{shown(source)}: no such home directory; write the path out") from None
+
+
+def absolute_source(source: str) -> str:
+    """The portable absolute path of a source."""
+    return portable(os.path.realpath(local_path(source)))
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    r"""A path on one line of UTF-8, for messages: other bytes as \xff, control characters as \n."""
+    text = os.fsdecode(path)
+    if text.isprintable():
+        return text
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def matches(pattern: str) -> list[str]:
+    """The files and directories a glob stands for, sorted; hidden ones are left out and links followed."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))  # noqa: PTH207  absolute patterns too
+    place = parts.index("**")
+    rest = str(Path(*parts[place + 1 :])) if parts[place + 1 :] else "*"
+    bases = filter(os.path.isdir, matches(str(Path(*parts[:place])))) if place else [""]
+    found = {
+        match
+        for base in bases
+        for directory, _ in walk(base, lambda path, is_end: is_end or path.name.startswith("."))
+        for match in matches(os.path.join(glob.escape(directory), rest))  # noqa: PTH118  "" stays relative
+    }
+    return sorted(found)
+
+
+def leads_up(path: Path) -> bool:
+    """Whether a directory is a link to one of the directories it lies in."""
+    real, place = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    return real == place or real in place.parents
+
+
+def walk(root: str, is_skipped: Callable[[Path, bool], bool]) -> Iterator[tuple[str, list[str]]]:
+    """(directory, names of what is not a directory), sorted, from the root down.
+
+    `is_skipped` is asked about each directory, and told whether it is a link that leads back up, which has no end.
+
+    Raises:
+        ArtefactError: a directory cannot be read.
+    """
+    todo = [(root, frozenset({os.path.realpath(root)}))]
+    while todo:
+        directory, above = todo.pop()
+        others, deeper = [], []
+        for entry in _entries(directory):
+            path = os.path.join(directory, entry.name)  # noqa: PTH118
+            if not entry.is_dir():
+                others.append(entry.name)
+                continue
+            real_path = os.path.realpath(path)
+            is_end = real_path in above or leads_up(Path(path))
+            if not is_skipped(Path(path), is_end) and not is_end:
+                deeper.append((path, above | {real_path}))
+        yield directory, others
+        todo += reversed(deeper)
+
+
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory or ".") as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ArtefactError(f"{shown(directory)}: cannot be read: {error.strerror or error}") from None
