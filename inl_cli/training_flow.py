@@ -15,7 +15,7 @@ from inl_core.analysis.planning import plan_recipe
 from inl_core.analysis.planning.plan import describe_operations, plans_backend
 from inl_core.corpus.loader import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.inference.artefacts import read_json
+from inl_core.inference.checkpoint_files import read_config
 from inl_core.model.native.build import is_to_be_compiled
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import recipe_differences
@@ -40,7 +40,7 @@ def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resu
             console.info("compiling the operations in C++ for this machine: some seconds, once")
         model = build_model(recipe, data.tokenizer, world)
         directory, checkpoint = _choose_run(console, recipe, run_dir, resume, world)
-        provenance = tuple(read_json(checkpoint / "config.json")["provenance"]) if checkpoint else ()
+        provenance = tuple(read_config(checkpoint).provenance) if checkpoint else ()
         run = RunFiles(directory, recipe, data.tokenizer, data.directory, provenance)
         if world.is_main and not checkpoint:
             run.create()

@@ -10,8 +10,9 @@ import os
 import select
 import stat
 import tempfile
+from io import BufferedReader
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from inl_core.errors import ArtefactError, RecipeError
 
@@ -26,7 +27,7 @@ RECORD_LIMIT = 64 << 20
 _LONGEST_SILENCE = 10
 
 
-def open_regular(path: Path, *, allow_pipe: bool = False) -> BinaryIO:
+def open_regular(path: Path, *, allow_pipe: bool = False) -> BufferedReader:
     """A regular file, or a FIFO where a caller can take one, open for reading; links are followed.
 
     Raises:
@@ -48,15 +49,25 @@ def open_regular(path: Path, *, allow_pipe: bool = False) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def is_directory(path: Path) -> bool:
+    """Whether it is a directory, through links; False also for names that no file can have and loops of links."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def read_bytes(path: Path, *, limit: int = RECORD_LIMIT, allow_pipe: bool = False) -> bytes:
     """The bytes of a regular file, or of what a shell's `<(...)` writes, at most `limit`; ArtefactError otherwise."""
     with open_regular(path, allow_pipe=allow_pipe) as file:
         try:
             is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
-            data = _read_pipe(file.fileno(), path, limit) if is_pipe else file.read(limit + 1)
+            # The size alone does not bound it: a file may grow, and what /proc holds has no size.
+            is_large = os.fstat(file.fileno()).st_size > limit
+            data = _read_pipe(file.fileno(), path, limit) if is_pipe else (b"" if is_large else file.read(limit + 1))
         except OSError as error:
             raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if len(data) > limit:
+    if is_large or len(data) > limit:
         raise ArtefactError(f"{path}: larger than {limit:,} bytes, which no such file is; put back the real one")
     return data
 
@@ -72,7 +83,7 @@ def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
 def parse_json_object(text: str, source: str) -> dict[str, Any]:
     """A JSON object from text; ArtefactError, beginning with `source`, when it is anything else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeats)
     except RecursionError:
         raise ArtefactError(f"{source}: nested too deeply") from None
     except ValueError as error:
@@ -195,6 +206,18 @@ def _read_pipe(descriptor: int, path: Path, limit: int) -> bytes:
             break
         data += piece
     return data
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are all different: of two values for one key, nothing says which was meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} stands there twice")
+            seen.add(key)
+    return values
 
 
 def _umask() -> int:

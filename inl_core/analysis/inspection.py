@@ -4,7 +4,8 @@
 - What can be read of a damaged artefact is shown, with the problem beside it.
 """
 
-import json
+import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,27 +13,34 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, RootModel
+
 from inl_core.analysis.planning import count_parameters, meta_model, plan_recipe
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, WORK, Manifest, load_manifest, verify
-from inl_core.errors import ArtefactError
-from inl_core.inference.artefacts import (
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.files import open_regular, parse_json_object, read_record
+from inl_core.inference.artefacts import fitting_model, read_model_config
+from inl_core.inference.checkpoint_files import (
+    PROGRESS,
+    Scalar,
     checkpoint_step,
+    is_checkpoint,
     list_checkpoints,
-    read_json,
-    read_model_config,
+    read_config,
     verify_checkpoint,
 )
-from inl_core.recipe import IntegratorConfig, ModelConfig, Recipe
+from inl_core.recipe import IntegratorConfig, ModelConfig
 from inl_core.recipe.load import load_recipe
+from inl_core.training.checkpoint import read_progress
 from inl_core.training.launch import data_directory
-from inl_core.training.metrics import read_metrics
+from inl_core.training.metrics import stream_metrics
 
 Facts = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 _BARS = [chr(0x2581 + level) for level in range(8)]
 _CURVE_WIDTH = 60
-_WEIGHTS = "model.safetensors"
+_LONGEST_REASON, _MOST_REASONS = 1 << 20, 100_000
 
 
 @dataclass(frozen=True)
@@ -125,52 +133,107 @@ def inspect_checkpoint(path: Path) -> Overview:
     """How far it was trained, the model, its files and where it comes from."""
     problem = _problem(lambda: verify_checkpoint(path))
     try:
-        config = read_json(path / "config.json")
+        config = read_config(path)
         model = read_model_config(path, config)
     except ArtefactError as error:
         raise ArtefactError(problem or str(error)) from error
-    progress_path = path / "training_state" / "progress.json"
-    progress = read_json(progress_path) if progress_path.is_file() and problem is None else {}
+    # Parameters are counted only where the weights bear the configuration out, which may ask for a million layers.
+    misfit = _problem(lambda: fitting_model(path, model))
+    has_progress = problem is None and os.path.lexists(path / PROGRESS)
+    progress: dict[str, Any] = {}
+    if has_progress:
+        try:
+            progress = read_progress(path).model_dump()
+        except ArtefactError as error:
+            problem = str(error)
+    problem = problem or misfit
     kept = ("samples", "tokens", "seconds", "world_size", "data_fingerprint")
-    facts = {"step": checkpoint_step(path), "intact": problem is None, **{key: progress.get(key) for key in kept}}
-    facts |= {"tokenizer": config.get("tokenizer"), "sequence_length": config.get("sequence_length")}
+    step = progress.get("step", checkpoint_step(path))
+    facts = {"step": step, "intact": problem is None, **{key: progress.get(key) for key in kept}}
+    facts |= {"tokenizer": config.tokenizer, "sequence_length": config.sequence_length}
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     sections = {
         "checkpoint": facts,
-        **model_sections(model),
+        **model_sections(model, counted=misfit is None),
         "files": [{"name": file.relative_to(path).as_posix(), "bytes": file.stat().st_size} for file in files],
-        "provenance": list(config.get("provenance", [])),
+        "provenance": config.provenance,
     }
     return Overview("checkpoint", path, sections, problem)
 
 
 def inspect_run(path: Path) -> Overview:
     """How far it is, its losses and evaluations, its checkpoints, and where it ran."""
-    recipe_path = path / "recipe.yaml"
-    recipe = load_recipe(recipe_path) if recipe_path.is_file() else None
-    rows = read_metrics(path)
-    training = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "validation_loss" in row]
-    environment = path / "environment.json"
+    problems: list[str] = []
+
+    def read(part: Callable[[], Any]) -> Any:
+        """What a part of the run holds, or None where it is damaged: the rest is shown all the same."""
+        try:
+            return part()
+        except (ArtefactError, RecipeError) as error:
+            problems.append(str(error))
+
+    recipe_path, environment, preempted = path / "recipe.yaml", path / "environment.json", path / "preempted.json"
+    recipe = read(lambda: load_recipe(recipe_path)) if os.path.lexists(recipe_path) else None
+    stop = read(lambda: read_record(preempted, _Preempted)) if os.path.lexists(preempted) else None
+    history = _History(path)
+    read(history.read)
     checkpoints = [_checkpoint_row(checkpoint) for checkpoint in list_checkpoints(path / "checkpoints")]
-    step = max([0, *(row["step"] for row in (*rows[-1:], *checkpoints))])
-    sections: dict[str, Facts | Rows] = {"run": _run_facts(path, recipe, step)}
-    if training:
-        sections["last step"] = training[-1]
-        sections["loss"] = _curve([row["loss"] for row in training])
-    if evaluations:
-        sections["evaluations"] = [_evaluation_row(row) for row in evaluations]
+    facts = {
+        "recipe": recipe.name if recipe else None,
+        "preset": recipe.model.preset if recipe else None,
+        "step": max([history.step, *(row["step"] for row in checkpoints if row["intact"])]),
+        "steps_planned": recipe.training.num_steps if recipe else None,
+        "stopped_by": stop.signal if stop else None,
+    }
+    sections: dict[str, Facts | Rows] = {"run": facts | history.remarks}
+    if history.last:
+        sections["last step"] = history.last
+        sections["loss"] = _curve(history.losses)
+    if history.evaluations:
+        sections["evaluations"] = history.evaluations
     sections["checkpoints"] = checkpoints
-    if environment.is_file():
-        sections["environment"] = _flat(read_json(environment))
-    return Overview("run", path, sections)
+    if os.path.lexists(environment) and (record := read(lambda: read_record(environment, _Environment))):
+        sections["environment"] = _flat(record.root)
+    return Overview("run", path, sections, problems[0] if problems else None)
 
 
-def model_sections(config: ModelConfig) -> dict[str, Facts | Rows]:
-    """The architecture, the integrator and the parameters by part."""
-    counts = count_parameters(meta_model(config))
-    total = sum(counts.values())
-    parameters = [{"part": part, "number": number, "share": number / total} for part, number in counts.items()]
+class _Preempted(BaseModel):
+    """preempted.json, as far as it is shown."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    signal: str
+
+
+class _Environment(RootModel[dict[str, Scalar | list[Scalar] | dict[str, Scalar]]]):
+    """environment.json: facts, lists of facts, and groups of them."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class _History:
+    """What is shown of metrics.jsonl, which may hold millions of rows."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.step = run, 0
+        self.last: dict[str, Any] = {}
+        self.losses: list[float] = []
+        self.evaluations: Rows = []
+        self.remarks: Facts = {}
+
+    def read(self) -> None:
+        """Go through the file once; ArtefactError when it is damaged, and what came before is kept."""
+        for row in stream_metrics(self.run, lambda text: self.remarks.update(note=text)):
+            self.step = row["step"]
+            if row.get("loss") is not None:
+                self.last = row
+                self.losses.append(row["loss"])
+            if "validation_loss" in row:
+                self.evaluations.append(_evaluation_row(row))
+
+
+def model_sections(config: ModelConfig, *, counted: bool = True) -> dict[str, Facts | Rows]:
+    """The architecture, the integrator and, where they are to be counted, the parameters by part."""
     sections: dict[str, Facts | Rows] = {
         "model": {
             "preset": config.preset,
@@ -187,12 +250,20 @@ def model_sections(config: ModelConfig) -> dict[str, Facts | Rows]:
     }
     if config.integrator:
         sections["integrator"] = _integrator_facts(config.integrator)
-    sections["parameters"] = [*parameters, {"part": "total", "number": total, "share": 1.0}]
+    if counted:
+        counts = count_parameters(meta_model(config))
+        total = sum(counts.values())
+        parameters = [{"part": part, "number": number, "share": number / total} for part, number in counts.items()]
+        sections["parameters"] = [*parameters, {"part": "total", "number": total, "share": 1.0}]
     return sections
 
 
 def sparkline(values: list[float], width: int = _CURVE_WIDTH) -> str:
-    """A curve as one line of text: means of at most `width` equal parts, lowest to highest in eight steps."""
+    """A curve as one line of text: means of at most `width` equal parts, lowest to highest in eight steps.
+
+    What is not finite is left out.
+    """
+    values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     edges = [index * len(values) // count for index in range(count + 1)] if count else []
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -207,7 +278,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and ((path / _WEIGHTS).exists() or path.name.startswith("step-"))
+    return path.is_dir() and is_checkpoint(path)
 
 
 def _is_data(path: Path) -> bool:
@@ -246,8 +317,14 @@ def _splits(manifest: Manifest) -> Rows:
 
 def _quarantine(path: Path) -> Rows:
     """How many rows were set aside for each reason, the most frequent first."""
-    with path.open(encoding="utf-8") as file:
-        reasons = Counter(json.loads(line)["reason"] for line in islice(file, 100_000))
+    reasons: Counter[str] = Counter()
+    with open_regular(path) as file:
+        for line in islice(iter(lambda: file.readline(_LONGEST_REASON), b""), _MOST_REASONS):
+            try:
+                reason = parse_json_object(line.decode("utf-8"), str(path)).get("reason")
+            except (ArtefactError, UnicodeDecodeError):
+                reason = None
+            reasons[reason if isinstance(reason, str) else "(a damaged row)"] += 1
     return [{"reason": reason, "rows": count} for reason, count in reasons.most_common(10)]
 
 
@@ -265,17 +342,6 @@ def _integrator_facts(config: IntegratorConfig) -> Facts:
         "excitation": f"A {excitation.amplitude:g} at the start, {excitation.sparsity:.0%} of the dimensions",
         "controller": f"{controller.width} wide, {'shared' if controller.shared else 'one a layer'}",
         "early_stopping": f"below {threshold:g}" if threshold else "off",
-    }
-
-
-def _run_facts(path: Path, recipe: Recipe | None, step: int) -> Facts:
-    preempted = path / "preempted.json"
-    return {
-        "recipe": recipe.name if recipe else None,
-        "preset": recipe.model.preset if recipe else None,
-        "step": step,
-        "steps_planned": recipe.training.num_steps if recipe else None,
-        "stopped_by": read_json(preempted).get("signal") if preempted.is_file() else None,
     }
 
 

@@ -1,29 +1,60 @@
-"""Find, verify and open what training leaves behind: runs, checkpoints, and the model inside one.
+"""Find and open what training leaves behind: runs, checkpoints, and the model inside one.
 
 - Weights alone are read here: evaluation, generation and inspection need no optimizer.
-- Everything is verified before it is used; what fails says which file and what to do.
+- Everything is verified before it is used or memory is taken for it; what fails says which file and what to do.
 """
 
-import hashlib
-import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
-from inl_core.inference.finite import first_nonfinite
+from inl_core.files import is_directory, read_json
+from inl_core.inference.checkpoint_files import (
+    CONFIG,
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    CheckpointConfig,
+    checkpoint_step,
+    file_digest,
+    is_checkpoint,
+    list_checkpoints,
+    read_config,
+    read_manifest,
+    verify_checkpoint,
+)
+from inl_core.inference.tensor_files import check_tensors, open_tensors
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.problems import find_problems
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "MANIFEST",
+    "LoadedModel",
+    "checkpoint_step",
+    "file_digest",
+    "find_checkpoint",
+    "fitting_model",
+    "list_checkpoints",
+    "load_model",
+    "load_weights",
+    "read_config",
+    "read_json",
+    "read_model_config",
+    "verify_checkpoint",
+]
+
+_LARGEST_TABLE = 1 << 30
+"""Bytes that tables computed from the configuration may take, where the weights are smaller."""
 
 
 @dataclass(frozen=True)
@@ -34,74 +65,9 @@ class LoadedModel:
     tokenizer: Tokenizer
     path: Path
     config: dict[str, Any]
-    """The checkpoint's config.json."""
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps it was trained for."""
-        return checkpoint_step(self.path)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
-    digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else 0
-
-
-def list_checkpoints(parent: Path) -> list[Path]:
-    """The directories named step-N below `parent`, by step, valid or not."""
-    found = [path for path in parent.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=checkpoint_step)
-
-
-def verify_checkpoint(path: Path, *, contents: bool = True) -> dict[str, Any]:
-    """The manifest of an intact checkpoint; ArtefactError names the first thing that is wrong.
-
-    `contents` False looks at sizes alone, not at checksums and at whether the weights are finite.
-    """
-    manifest_path = path / MANIFEST
-    if not path.is_dir():
-        raise ArtefactError(f"{path}: no such checkpoint")
-    if not manifest_path.is_file():
-        raise ArtefactError(f"{path}: has no {MANIFEST}, so the save never finished; use an earlier checkpoint")
-    try:
-        manifest = json.loads(manifest_path.read_text())
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtefactError(f"{manifest_path}: damaged ({error}); use an earlier checkpoint") from error
-    for name, (size, digest) in entries.items():
-        file = path / name
-        if not file.is_file():
-            raise ArtefactError(f"{file}: missing; use an earlier checkpoint")
-        if file.stat().st_size != size:
-            raise ArtefactError(
-                f"{file}: {file.stat().st_size} bytes where the manifest says {size}, truncated or changed; "
-                "use an earlier checkpoint"
-            )
-        if contents and file_digest(file) != digest:
-            raise ArtefactError(f"{file}: its checksum is wrong, the file is damaged; use an earlier checkpoint")
-    if contents:
-        _check_finite(path / "model.safetensors")
-    return manifest
-
-
-def _check_finite(file: Path) -> None:
-    """ArtefactError when a weight is NaN or infinite; one tensor at a time is in memory."""
-    try:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  (not a mapping)
-                if first_nonfinite({name: weights.get_tensor(name)}):
-                    raise ArtefactError(
-                        f"{file}: {name} holds NaN or infinity, the training had failed; use an earlier checkpoint"
-                    )
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{file}: cannot be read ({error}); use an earlier checkpoint") from None
+    """The checkpoint's config.json, validated."""
+    step: int = 0
+    """Optimizer steps it was trained for."""
 
 
 def find_checkpoint(
@@ -109,103 +75,163 @@ def find_checkpoint(
 ) -> Path:
     """A checkpoint from what a user names: a checkpoint, a run, or nothing (the newest run's newest valid one).
 
-    `note` hears what was chosen and what was passed over; the result is verified.
+    `note` hears what was chosen and what was passed over; the result is verified, as far as evaluation reads it.
+
+    Raises:
+        ArtefactError: there is none, or the one that was named is damaged.
     """
     if path is None:
-        path = _newest_run(runs)
-    if not path.exists():
-        hint = f"; did you mean {runs / path}?" if (runs / path).is_dir() else ""
+        found = next((chosen for run in _newest_runs(runs) if (chosen := _newest_intact(run, note))), None)
+        if found is None:
+            raise ArtefactError(f"{runs}/: no run with a checkpoint here; name one, or train with `inl train RECIPE`")
+        return found
+    if not os.path.lexists(path):
+        hint = f"; did you mean {runs / path}?" if is_directory(runs / path) else ""
         raise ArtefactError(f"{path}: no such run or checkpoint{hint}")
-    if (path / MANIFEST).is_file() or path.name.startswith("step-"):
-        verify_checkpoint(path)
+    if is_checkpoint(path):
+        verify_checkpoint(path, purpose="evaluate")
         return path
-    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = _newest_intact(path, note)
+    if found is None:
+        raise ArtefactError(f"{path}: holds no intact checkpoint; `inl train RECIPE` makes one")
+    return found
+
+
+def _newest_intact(run: Path, note: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of a run, or of a directory of checkpoints, that can be evaluated."""
+    parent = run / "checkpoints" if is_directory(run / "checkpoints") else run
     for candidate in reversed(list_checkpoints(parent)):
         try:
-            verify_checkpoint(candidate)
+            verify_checkpoint(candidate, purpose="evaluate")
         except ArtefactError as error:
             note(f"skipped: {error}")
         else:
             note(f"using {candidate}")
             return candidate
-    raise ArtefactError(f"{path}: holds no intact checkpoint; `inl train RECIPE` makes one")
+    return None
 
 
-def _newest_run(runs: Path) -> Path:
-    """The run with the newest checkpoint below `runs`."""
-    candidates = [path for path in runs.glob("*/checkpoints/step-*") if (path / MANIFEST).is_file()]
-    if not candidates:
-        raise ArtefactError(f"{runs}/: no run with a checkpoint here; name one, or train with `inl train RECIPE`")
-    return max(candidates, key=lambda path: (path / MANIFEST).stat().st_mtime).parent.parent
+def _newest_runs(runs: Path) -> Iterator[Path]:
+    """The runs with checkpoints below `runs`, the one that saved last first; anything else there is no run."""
+    try:
+        names = [path.name for path in runs.iterdir()]
+    except OSError:
+        return
+    saved = {name: max(map(_saved_at, list_checkpoints(runs / name / "checkpoints")), default=None) for name in names}
+    times = {name: time for name, time in saved.items() if time is not None}
+    for name in sorted(times, key=lambda name: times[name], reverse=True):
+        yield runs / name
+
+
+def _saved_at(checkpoint: Path) -> float:
+    """When it was finished, or begun where it never was."""
+    for path in (checkpoint / MANIFEST, checkpoint):
+        try:
+            return path.stat().st_mtime
+        except OSError:
+            continue
+    return 0.0
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
-    """The model and tokenizer of a verified checkpoint, in evaluation mode."""
-    config = read_json(path / "config.json")
+    """The model and tokenizer of a verified checkpoint, in evaluation mode.
+
+    Raises:
+        ArtefactError: a file is missing or damaged, or one does not fit the others.
+    """
+    config = read_config(path)
     model_config = read_model_config(path, config)
     tokenizer = _load_tokenizer(path, config, model_config)
-    return LoadedModel(load_weights(path, model_config, device), tokenizer, path, config)
+    model = load_weights(path, model_config, device)
+    return LoadedModel(model, tokenizer, path, config.model_dump(), read_manifest(path).step)
 
 
-def _load_tokenizer(path: Path, config: dict[str, Any], model_config: ModelConfig) -> Tokenizer:
+def _load_tokenizer(path: Path, config: CheckpointConfig, model_config: ModelConfig) -> Tokenizer:
     """The checkpoint's tokenizer, which must be the one its model was trained with."""
-    if config.get("tokenizer", "") is None:
+    if config.tokenizer is None:
         raise ArtefactError(
             f"{path}: was imported without a tokenizer, so it cannot read or write text; "
             "import it again with --tokenizer FILE"
         )
-    tokenizer = Tokenizer.load(path / "tokenizer.json")
+    tokenizer = Tokenizer.load(path / TOKENIZER)
     if tokenizer.vocab_size != model_config.vocab_size:
         raise ArtefactError(
-            f"{path / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens where the model has "
+            f"{path / TOKENIZER}: has {tokenizer.vocab_size} tokens where the model has "
             f"{model_config.vocab_size}; put back the tokenizer the model was trained with"
         )
-    if config.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+    if config.tokenizer != tokenizer.fingerprint:
         raise ArtefactError(
-            f"{path / 'tokenizer.json'}: is not the tokenizer that config.json names, so its tokens mean something "
+            f"{path / TOKENIZER}: is not the tokenizer that config.json names, so its tokens mean something "
             "else; put back the tokenizer the model was trained with"
+        )
+    if (config.bos_id, config.eos_id) != (tokenizer.bos_id, tokenizer.eos_id):
+        raise ArtefactError(
+            f"{path / CONFIG}: bos_id {config.bos_id} and eos_id {config.eos_id} are not the tokenizer's "
+            f"{tokenizer.bos_id} and {tokenizer.eos_id}; put back the config.json the model was trained with"
         )
     return tokenizer
 
 
 def load_weights(path: Path, model_config: ModelConfig, device: torch.device | str = "cpu") -> IntegratorLanguageModel:
-    """The model of a verified checkpoint without its tokenizer, in evaluation mode."""
-    with torch.device("meta"):
-        model = IntegratorLanguageModel(model_config)
+    """The model of a verified checkpoint without its tokenizer, in evaluation mode.
+
+    Raises:
+        ArtefactError: the weights are missing, damaged, or not those of `model_config`.
+    """
+    model = fitting_model(path, model_config)
     model.to_empty(device=device)
     model.reset_buffers()
-    weights = load_file(path / "model.safetensors", device=str(device))
     try:
-        problems = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # a tensor of another shape; torch's own first line says only that there is one
-        reason = str(error).split("\n\t")[-1].strip()
-        raise ArtefactError(f"{path / 'model.safetensors'}: does not fit config.json ({reason})") from error
-    if problems.missing_keys or problems.unexpected_keys:
-        wrong = [*problems.missing_keys, *problems.unexpected_keys][0]
-        raise ArtefactError(f"{path / 'model.safetensors'}: does not fit config.json (first difference: {wrong})")
+        weights = load_file(path / WEIGHTS, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path / WEIGHTS}: cannot be read: {error}") from None
+    model.load_state_dict(weights)
     return model.eval()
 
 
-def read_model_config(path: Path, config: dict[str, Any]) -> ModelConfig:
+def fitting_model(path: Path, model_config: ModelConfig) -> IntegratorLanguageModel:
+    """The model of a checkpoint without memory, once the weights' header says that they are this model's.
+
+    Raises:
+        ArtefactError: names the first tensor that is missing, too many, or of another shape or type.
+    """
+    file = path / WEIGHTS
+    integrator = model_config.integrator
+    experts = integrator.controller.experts if integrator else 1
+    shared = integrator is None or integrator.controller.shared
+    with open_tensors(file) as tensors:
+        num_tensors = len(tensors.keys())
+    # Even without memory a model of a million blocks takes minutes to build, so the number of modules is judged first.
+    if model_config.num_layers * (1 if shared else experts) + experts > num_tensors:
+        raise ArtefactError(
+            f"{file}: does not fit config.json ({num_tensors:,} tensors for {model_config.num_layers:,} layers"
+            + (f" of {experts:,} experts)" if experts > 1 else ")")
+        )
+    try:
+        with torch.device("meta"):
+            model = IntegratorLanguageModel(model_config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # a tensor of more elements than torch can count
+        raise ArtefactError(f"{file}: does not fit config.json ({str(error).splitlines()[0]})") from None
+    weights = model.state_dict()
+    check_tensors(file, weights, CONFIG)
+    tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in weights)
+    if tables > max(_LARGEST_TABLE, sum(tensor.nbytes for tensor in weights.values())):
+        raise ArtefactError(
+            f"{path / CONFIG}: model.max_seq_len {model_config.max_seq_len:,} needs tables of {tables / 1e9:,.0f} GB, "
+            "more than the weights; put back the config.json the model was trained with"
+        )
+    return model
+
+
+def read_model_config(path: Path, config: CheckpointConfig) -> ModelConfig:
     """The model section of a checkpoint's config.json, or an ArtefactError that names the first wrong key."""
     try:
-        return ModelConfig.model_validate(config["model"])
-    except KeyError:
-        problem = "it has no 'model'"
+        model = ModelConfig.model_validate(config.model)
     except ValidationError as error:
         key, message = next(iter(find_problems(error, ModelConfig).items()))
         problem = f"{'.'.join(('model', *map(str, key)))}: {message}"
-    raise ArtefactError(f"{path / 'config.json'}: not a model configuration this version knows ({problem})")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an ArtefactError."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ArtefactError(f"{path}: missing") from error
-    except ValueError as error:
-        raise ArtefactError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ArtefactError(f"{path}: not a JSON object")
-    return value
+    else:
+        if model.vocab_size is not None:
+            return model
+        problem = "model.vocab_size: must be a number"
+    raise ArtefactError(f"{path / CONFIG}: not a model configuration this version knows ({problem})")

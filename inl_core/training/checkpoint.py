@@ -14,46 +14,68 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from inl_core.errors import ArtefactError
-from inl_core.inference.artefacts import MANIFEST, file_digest, list_checkpoints, verify_checkpoint
+from inl_core.files import read_record
+from inl_core.inference.checkpoint_files import (
+    MANIFEST,
+    OPTIMIZER,
+    PROGRESS,
+    TRAINING_STATE,
+    WEIGHTS,
+    Count,
+    checkpoint_step,
+    file_digest,
+    list_checkpoints,
+    read_manifest,
+    verify_checkpoint,
+)
+from inl_core.inference.tensor_files import check_tensors
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.optimizers import Optimizers
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-@dataclass
-class TrainState:
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class TrainState(BaseModel):
     """What a run must remember beyond its tensors. Data order, schedule and cycle are functions of `step`."""
 
-    step: int = 0
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    step: Count = 0
     """Optimizer steps done."""
-    samples: int = 0
+    samples: Count = 0
     """Sequences consumed, all ranks together."""
-    tokens: int = 0
+    tokens: Count = 0
     """Target tokens trained on."""
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
     """Time spent in training steps, over all sessions of the run."""
     data_fingerprint: str = ""
     """The data set's fingerprint; a resumed run refuses another."""
-    world_size: int = 1
-    rng: dict[str, list[int]] = field(default_factory=dict)
+    world_size: Annotated[int, Field(gt=0, lt=2**31)] = 1
+    rng: dict[str, list[Byte]] = {}
     """States of torch's generators, as bytes. Nothing of ours draws from them, but a user's own code might."""
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """The record back from progress.json."""
-        return cls(**{entry.name: values[entry.name] for entry in fields(cls)})
+
+def read_progress(path: Path) -> TrainState:
+    """The record in the progress.json of the checkpoint at `path`; ArtefactError when it is not a complete one."""
+    state = read_record(path / PROGRESS, TrainState)
+    missing = TrainState.model_fields.keys() - state.model_fields_set
+    if missing:
+        raise ArtefactError(f"{path / PROGRESS}: damaged: {min(missing)}: Field required")
+    return state
 
 
 def capture_rng() -> dict[str, list[int]]:
@@ -65,11 +87,15 @@ def capture_rng() -> dict[str, list[int]]:
 
 
 def restore_rng(states: dict[str, list[int]]) -> None:
-    """Set the global generators."""
-    if "cpu" in states:
-        torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+    """Set the global generators; ArtefactError when a state is none of this version of torch."""
+    try:
+        if "cpu" in states:
+            torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtefactError(f"{PROGRESS}: damaged: rng: {reason}; use an earlier checkpoint") from None
 
 
 def save_checkpoint(
@@ -92,7 +118,7 @@ def save_checkpoint(
         (aside / "training_state").mkdir()
         _write_weights(aside, model, documents)
         _write_tensors(aside / "training_state", _on_cpu(_tensors(_optimizer_state(model, optimizers))))
-        (aside / "training_state" / "progress.json").write_text(json.dumps(asdict(state)))
+        (aside / "training_state" / "progress.json").write_text(state.model_dump_json())
     return final
 
 
@@ -105,20 +131,29 @@ def save_weights(final: Path, model: IntegratorLanguageModel, documents: dict[st
     Raises:
         OSError: it could not be written; what was there before is untouched.
     """
-    with _written_whole(final, final.parent / f".{final.name}.tmp", step=0) as aside:
+    with _written_whole(final, final.parent / f".{final.name}.tmp", checkpoint_step(final)) as aside:
         _write_weights(aside, model, documents)
 
 
 def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Optimizers) -> TrainState:
-    """Restore weights and optimizer in place, and return the record; `path` must have been verified."""
+    """Restore weights and optimizer in place, and return the record; `path` must have been verified.
+
+    Raises:
+        ArtefactError: a file is damaged, or does not fit the model or the optimizer.
+    """
+    state, step = read_progress(path), read_manifest(path).step
+    if state.step != step:
+        raise ArtefactError(f"{path / PROGRESS}: is of step {state.step:,}, the checkpoint of step {step:,}")
     state_dict = model.state_dict()
+    check_tensors(path / WEIGHTS, state_dict, "the recipe's model")
     _read_tensors(path, state_dict)
     model.load_state_dict(state_dict)
     # Asking for the state of a fresh optimizer makes it allocate its moments; they are then read in place.
     optimizer_state = _optimizer_state(model, optimizers)
-    _read_tensors(path / "training_state", _tensors(optimizer_state))
+    check_tensors(path / OPTIMIZER, _tensors(optimizer_state), "the recipe's optimizer")
+    _read_tensors(path / TRAINING_STATE, _tensors(optimizer_state))
     set_optimizer_state_dict(model, optimizers.parts, optim_state_dict=optimizer_state, options=_FLAT)
-    return TrainState.from_json(json.loads((path / "training_state" / "progress.json").read_text()))
+    return state
 
 
 def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
@@ -126,7 +161,7 @@ def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
     candidates = list_checkpoints(parent)
     for path in reversed(candidates):
         try:
-            verify_checkpoint(path)
+            verify_checkpoint(path, purpose="resume")
         except ArtefactError as error:
             skipped(str(error))
         else:

@@ -8,13 +8,18 @@
 
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inl_core.files import append_line, write_whole
+from inl_core.errors import ArtefactError
+from inl_core.files import append_line, open_regular, write_whole
 from inl_core.recipe import Recipe
 from inl_core.training.mirrors import one_line, open_mirrors
+
+_LARGEST_FILE, _LONGEST_LINE, _MOST_SKIPPED = 1 << 30, 1 << 20, 100_000
+"""Bounds of metrics.jsonl in bytes and lines; three million rows are within them."""
 
 
 class MetricsWriter:
@@ -63,16 +68,51 @@ class Interval:
         return speed
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole rows; a last line cut short by a crash is left out."""
-    path = run / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+def read_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """All whole rows of a run, in the file's order; none when there is no file.
+
+    What is no row (a line cut short by a crash, say) is left out, and `note` hears once how many there were.
+
+    Raises:
+        ArtefactError: metrics.jsonl is not a regular file, too large, or hardly holds a row.
+    """
+    return list(stream_metrics(run, note))
+
+
+def stream_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[dict[str, Any]]:
+    """The rows of `read_metrics` one by one, in memory that does not grow."""
+    path, skipped = run / "metrics.jsonl", 0
+    if not os.path.lexists(path):
+        return
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
+            raise ArtefactError(f"{path}: larger than {_LARGEST_FILE:,} bytes, as no run's metrics are; move it away")
+        while line := file.readline(_LONGEST_LINE):
+            row = _parse_row(line)
+            if row is not None:
+                yield row
+            elif line.strip():
+                skipped += 1
+            if skipped > _MOST_SKIPPED:
+                raise ArtefactError(f"{path}: damaged: more than {_MOST_SKIPPED:,} lines are no rows; move it away")
+    if skipped:
+        note(f"{path}: {skipped:,} lines are no rows of metrics and are left out")
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """A row whose step is a step, and whose figures are numbers where they are read; None for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**63:
+        return None
+    figures = (value for key, value in row.items() if key in ("tokens", "loss") or key.startswith("validation_"))
+    return row if all(value is None or _is_number(value) for value in figures) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def cut_metrics(run: Path, step: int, *, keep_evaluation: bool = True) -> None:

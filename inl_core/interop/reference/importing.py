@@ -6,20 +6,20 @@
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.inference.artefacts import file_digest
+from inl_core.files import is_directory
+from inl_core.inference.checkpoint_files import file_digest
+from inl_core.inference.tensor_files import open_tensors, read_shapes, read_tensor
 from inl_core.interop.reference.conversion import build_config, convert
 from inl_core.interop.reference.layout import ROTARY_BASE, Generation, Layout, read_layout
 from inl_core.model import IntegratorLanguageModel
@@ -73,8 +73,12 @@ def import_reference(
     for name, value in (("num-heads", num_heads), ("num-kv-heads", num_kv_heads), ("max-seq-len", max_seq_len)):
         if value is not None and value < 1:
             raise RecipeError(f"--{name} {value}: must be at least 1")
-    with _open(file) as tensors:
-        layout = read_layout(file, {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()})  # noqa: SIM118
+    if not os.path.lexists(file):
+        raise ArtefactError(f"{file}: no such file")
+    if is_directory(file):
+        raise ArtefactError(f"{file}: is a directory; name the .safetensors file in it")
+    with open_tensors(file) as tensors:
+        layout = read_layout(file, read_shapes(tensors))
         _check_rotary_base(file, layout, tensors)
         heads, kv_heads = choose_heads(file, layout, num_heads=num_heads, num_kv_heads=num_kv_heads)
         config = build_config(
@@ -187,30 +191,14 @@ def load_reference(
 
 
 def _read_finite(file: Path, name: str, tensors: Any) -> Tensor:
-    tensor = tensors.get_tensor(name)
+    tensor = read_tensor(file, name, tensors)
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ArtefactError(f"{file}: {name} is {kind}, quantised; give the weights in a floating-point type")
+    tensor = tensor.float()  # first, for what float64 holds may be infinite here
     if not bool(torch.isfinite(tensor).all()):
         raise ArtefactError(f"{file}: {name} holds values that are not finite; the model is broken")
-    return tensor.float()
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    """The tensors of a safetensors file, or an ArtefactError."""
-    if file.is_dir():
-        raise ArtefactError(f"{file}: is a directory; name the .safetensors file in it")
-    if not file.is_file():
-        raise ArtefactError(f"{file}: no such file")
-    try:
-        opened = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ArtefactError(
-            f"{file}: not a whole safetensors file ({error}); fetch it again, or convert it from another format"
-        ) from None
-    with opened as tensors:
-        yield tensors
+    return tensor
 
 
 def _check_rotary_base(file: Path, layout: Layout, tensors: Any) -> None:
@@ -218,7 +206,7 @@ def _check_rotary_base(file: Path, layout: Layout, tensors: Any) -> None:
     for name in layout.skipped:
         if not name.endswith(".rope.inv_freq"):
             continue
-        frequencies = tensors.get_tensor(name).double()
+        frequencies = read_tensor(file, name, tensors).double().reshape(-1)
         powers = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
         # 2%: the table may have been stored in bfloat16
         if not torch.allclose(frequencies, ROTARY_BASE**-powers, rtol=0.02, atol=0):

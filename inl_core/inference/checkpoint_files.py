@@ -1,0 +1,188 @@
+"""The files of a checkpoint: what its records must hold, and whether each file is the one that was saved.
+
+    step-00000500/  config.json  tokenizer.json  recipe.yaml  model.safetensors  training_state/  manifest.json
+
+- The manifest must name every file that is read, each with its size and SHA-256; no other file is trusted.
+- Evaluation reads no optimizer, so of `training_state` it looks at the sizes alone: that keeps it quick.
+- A checkpoint may be copied under any name of its own, but one called step-N must be of step N.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from inl_core.errors import ArtefactError
+from inl_core.files import entry_path, is_directory, open_regular, read_record
+from inl_core.inference.finite import first_nonfinite
+from inl_core.inference.tensor_files import open_tensors, read_tensor
+
+MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
+TRAINING_STATE = "training_state"
+OPTIMIZER, PROGRESS = f"{TRAINING_STATE}/optimizer.safetensors", f"{TRAINING_STATE}/progress.json"
+
+Purpose = Literal["any", "evaluate", "resume"]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Format = Annotated[int, Field(ge=1, le=1)]
+Scalar = str | int | float | bool | None
+
+_STEP_NAME = re.compile("step-([0-9]+)")
+
+
+class Record(BaseModel):
+    """A JSON record that a checkpoint holds: nothing is converted, and keys of later versions are left out."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FileEntry(Record):
+    """One file of a manifest."""
+
+    bytes: Count
+    sha256: Digest
+
+
+class CheckpointManifest(Record):
+    """manifest.json, which is written last: a directory without it is no checkpoint."""
+
+    format: Format
+    step: Count
+    files: Annotated[dict[str, FileEntry], Field(max_length=10_000)]
+
+
+class CheckpointConfig(Record):
+    """config.json: what the weights are and where they come from."""
+
+    format: Format
+    model: dict[str, Any]
+    """The model section of a recipe, complete; `read_model_config` validates it."""
+    special_tokens: dict[str, Count] = {}
+    bos_id: Count | None = None
+    eos_id: Count | None = None
+    tokenizer: str | None
+    """The tokenizer's fingerprint; null where the weights came without a tokenizer."""
+    sequence_length: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    """Tokens of a training row."""
+    data_directory: Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")] | None = None
+    provenance: list[dict[str, Scalar | list[Scalar]]] = []
+    """What happened to the weights, oldest first."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a regular file, as hex; ArtefactError when it cannot be read."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's name; 0 where it has another name."""
+    found = _STEP_NAME.fullmatch(path.name)
+    return int(found[1]) if found else 0
+
+
+def list_checkpoints(parent: Path) -> list[Path]:
+    """The directories named step-N below `parent`, by step, valid or not."""
+    found = [path for path in parent.glob("step-*") if _STEP_NAME.fullmatch(path.name) and is_directory(path)]
+    return sorted(found, key=checkpoint_step)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is meant to be a checkpoint, intact or not."""
+    return bool(_STEP_NAME.fullmatch(path.name)) or any(os.path.lexists(path / name) for name in (WEIGHTS, CONFIG))
+
+
+def read_config(path: Path) -> CheckpointConfig:
+    """The config.json of the checkpoint at `path`; ArtefactError names what is wrong with it."""
+    return read_record(path / CONFIG, CheckpointConfig)
+
+
+def read_manifest(path: Path) -> CheckpointManifest:
+    """The manifest.json of the checkpoint at `path`; ArtefactError when it is damaged."""
+    file = path / MANIFEST
+    try:
+        return read_record(file, CheckpointManifest)
+    except ArtefactError as error:
+        reason = str(error).removeprefix(f"{file}: ").removeprefix("damaged: ")
+        raise ArtefactError(f"{file}: damaged: {reason}") from None
+
+
+def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = True) -> CheckpointManifest:
+    """The manifest of an intact checkpoint.
+
+    Args:
+        purpose: evaluate leaves the contents of `training_state` unread; resume demands that it is there.
+        contents: False looks at sizes alone, not at checksums and at whether the weights are finite.
+
+    Raises:
+        ArtefactError: names the first thing that is wrong.
+    """
+    if not is_directory(path):
+        raise ArtefactError(f"{path}: no such checkpoint")
+    if not os.path.lexists(path / MANIFEST):
+        raise ArtefactError(f"{path}: has no {MANIFEST}, so the save never finished; use an earlier checkpoint")
+    try:
+        manifest = read_manifest(path)
+        _check_step(path, manifest.step)
+        for name, entry in manifest.files.items():
+            if PurePosixPath(name).as_posix() != name:
+                raise ArtefactError(f"{path / MANIFEST}: damaged: {name!r} is not a plain name of a file")
+            with_digest = contents and (purpose != "evaluate" or not name.startswith(f"{TRAINING_STATE}/"))
+            _check_file(entry_path(path, name), entry, with_digest=with_digest)
+        _check_complete(path, manifest, purpose)
+        if contents:
+            _check_finite(path / WEIGHTS)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; use an earlier checkpoint") from None
+    return manifest
+
+
+def _check_step(path: Path, step: int) -> None:
+    named = _STEP_NAME.fullmatch(path.name)
+    if named and int(named[1]) != step:
+        raise ArtefactError(
+            f"{path}: its {MANIFEST} says step {step}, so the directory was renamed; call it step-{step:08d}, or "
+            "anything that does not begin with step-"
+        )
+
+
+def _check_file(path: Path, entry: FileEntry, *, with_digest: bool) -> None:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.bytes:
+                raise ArtefactError(f"{path}: {size} bytes where the manifest says {entry.bytes}, truncated or changed")
+            if with_digest and hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                raise ArtefactError(f"{path}: its checksum is wrong, the file is damaged")
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _check_finite(path: Path) -> None:
+    """ArtefactError when a weight is NaN or infinite; one tensor at a time is in memory."""
+    with open_tensors(path) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+            if first_nonfinite({name: read_tensor(path, name, tensors)}):
+                raise ArtefactError(f"{path}: {name} holds NaN or infinity, the training had failed")
+
+
+def _check_complete(path: Path, manifest: CheckpointManifest, purpose: Purpose) -> None:
+    """Every file that somebody reads must be in the manifest."""
+    needed = {CONFIG, WEIGHTS}
+    if purpose == "resume":
+        needed |= {OPTIMIZER, PROGRESS}
+    # What lies there is read, so it must be what was saved.
+    needed |= {name for name in (TOKENIZER, "recipe.yaml", OPTIMIZER, PROGRESS) if os.path.lexists(path / name)}
+    needed |= {file.relative_to(path).as_posix() for file in path.glob("*.safetensors")}
+    needed |= {file.relative_to(path).as_posix() for file in path.glob(f"{TRAINING_STATE}/*.safetensors")}
+    if CONFIG in manifest.files and read_config(path).tokenizer is not None:
+        needed.add(TOKENIZER)
+    missing = sorted(needed - manifest.files.keys())
+    if not missing:
+        return
+    if purpose == "resume" and not os.path.lexists(path / TRAINING_STATE):
+        raise ArtefactError(f"{path}: holds no training state, so it can be evaluated but not resumed")
+    raise ArtefactError(f"{path / MANIFEST}: does not name {missing[0]}, so nothing says whether that file is whole")

@@ -1,0 +1,103 @@
+"""Safetensors files, judged by their header before a tensor is read or memory is taken for one.
+
+with open_tensors(path) as tensors:                       # safetensors' own handle
+    ...
+check_tensors(path, model.state_dict(), "config.json")    # the model may be on the meta device
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from inl_core.errors import ArtefactError
+from inl_core.files import open_regular, parse_json_object
+
+HEADER_LIMIT = 16 << 20
+"""Bytes a header may have; that of ten thousand tensors is one."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """The tensors of a safetensors file, mapped into memory: what is not asked for is not read.
+
+    Raises:
+        ArtefactError: it is missing, not a regular file, or not a whole safetensors file.
+    """
+    try:
+        _check_header(path)
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(
+            f"{path}: not a whole safetensors file ({error}); fetch it again, or convert it from another format"
+        ) from None
+    with opened as tensors:
+        yield tensors
+
+
+def read_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of an open file, by name."""
+    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def read_tensor(path: Path, name: str, tensors: Any) -> Tensor:
+    """One tensor of an open file; ArtefactError where torch lacks its type."""
+    try:
+        return tensors.get_tensor(name)
+    except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ArtefactError(f"{path}: {name} cannot be read ({error})") from None
+
+
+def check_tensors(path: Path, expected: Mapping[str, Tensor], other: str) -> None:
+    """Refuse a file whose tensors do not have exactly the expected names, shapes and types.
+
+    Args:
+        expected: by name; their values do not matter, so they may be on the meta device.
+        other: what the tensors were expected from, for the message.
+    """
+    with open_tensors(path) as tensors:
+        shapes = read_shapes(tensors)
+        for name in (*expected, *shapes):
+            if name not in shapes:
+                problem = f"{name} is missing"
+            elif name not in expected:
+                problem = f"{name} belongs to another model"
+            elif shapes[name] != tuple(expected[name].shape):
+                problem = f"size mismatch: {name} has the shape {list(shapes[name])}, not {list(expected[name].shape)}"
+            elif (kind := tensors.get_slice(name).get_dtype()) != _DTYPES[expected[name].dtype]:
+                problem = f"{name} is {kind}, not {_DTYPES[expected[name].dtype]}"
+            else:
+                continue
+            raise ArtefactError(f"{path}: does not fit {other} ({problem})")
+
+
+def _check_header(path: Path) -> None:
+    """Bound the header before safetensors takes memory for it, and refuse names that stand there twice."""
+    with open_regular(path) as file:
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if length > min(HEADER_LIMIT, size):
+            raise ArtefactError(
+                f"{path}: not a whole safetensors file (a header of {length:,} bytes in a file of {size:,}); "
+                "fetch it again, or convert it from another format"
+            )
+        header = file.read(length)
+    try:
+        parse_json_object(header.decode("utf-8"), f"{path}: not a whole safetensors file: its header")
+    except UnicodeDecodeError:
+        raise ArtefactError(f"{path}: not a whole safetensors file: its header is not UTF-8 text") from None
