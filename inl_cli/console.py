@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
 
 import typer
 
+from inl_cli.memory import describe_out_of_memory, is_out_of_memory
 from inl_cli.progress import LineProgress, Progress, SilentProgress, open_bar
 from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
 from inl_core.files import expand_home, shortened
@@ -145,6 +146,11 @@ def errors_to_exit_codes() -> Callable[[Callable[P, R]], Callable[P, R]]:
             except OSError as error:
                 # Shown on every rank: a full disk or a missing right may concern one machine only.
                 show_error(describe_os_error(error))
+                raise typer.Exit(EXIT_FAILURE) from None
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                show_error(describe_out_of_memory(error, command))  # on every rank, too
                 raise typer.Exit(EXIT_FAILURE) from None
 
         run.__dict__["maps_errors"] = True

@@ -9,6 +9,7 @@ from typing import Any
 
 from inl_cli.commands.data import prepare_with_progress
 from inl_cli.console import Console
+from inl_cli.memory import explains_memory
 from inl_cli.progress import amount
 from inl_cli.training_view import TrainingView, show_plan
 from inl_core.analysis.planning import plan_recipe
@@ -30,6 +31,7 @@ from inl_core.training.run import RunFiles, is_taken, new_run_directory
 from inl_core.training.trainer import Trainer
 
 
+@explains_memory
 def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resume: bool = False) -> dict[str, Any]:
     """Prepare, plan, train, evaluate; the outcome as a JSON-able dictionary."""
     with start_world(recipe.training.device) as world:

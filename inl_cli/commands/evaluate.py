@@ -1,5 +1,6 @@
 """`inl eval`: what a checkpoint scores on held-out or any other text."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from inl_cli.options import (
     SplitOption,
     TextOption,
 )
+from inl_core.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from inl_core.corpus.loader import Batch
@@ -84,6 +86,11 @@ def _score(
         num_iterations=iterations,
         early_stopping=not no_early_stopping,
     )
+    if not math.isfinite(scores.loss):
+        raise NonFiniteError(
+            f"{loaded.path}: its loss on {source.name} is {scores.loss:g}; the model overflows there, so use an "
+            "earlier checkpoint"
+        )
     return {
         "checkpoint": loaded.path,
         "step": loaded.step,

@@ -219,6 +219,18 @@ def _write_tensors(directory: Path, tensors: dict[str, Tensor], name: str = "opt
         dcp.save(tensors, storage_writer=writer, no_dist=True)
     (directory / "model-00001-of-00001.safetensors").replace(directory / name)
     (directory / "model.safetensors.index.json").unlink()  # one file needs no index
+    _sort_header(directory / name)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the header's keys in order, so that the same tensors give the same bytes: the library's order is random."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def _read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:

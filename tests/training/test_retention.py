@@ -129,3 +129,15 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path):
         "dynamics/step-00000002.parquet",
         "metrics.jsonl",
     ]
+
+
+def test_the_same_weights_are_the_same_bytes(make_recipe, make_trainer):
+    trainer, _ = make_trainer(make_recipe())
+    files = []
+    for step in (1, 2, 3, 4):  # of random orders of three keys, four are hardly ever the same
+        save_at(trainer, step)
+        at = trainer.run.checkpoints / f"step-{step:08d}"
+        files.append(
+            (at / "model.safetensors").read_bytes() + (at / "training_state/optimizer.safetensors").read_bytes()
+        )
+    assert len(set(files)) == 1

@@ -1,0 +1,82 @@
+"""Out of memory, in one line: how much could not be had, and which settings need less."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from inl_cli.progress import amount
+from inl_core.launcher import place_or_alone
+
+if TYPE_CHECKING:
+    from inl_core.recipe import Recipe
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# torch knows a class for a GPU's memory only; for everything else it raises RuntimeError.
+_SIGNS = ("out of memory", "allocate memory", "not enough memory", "size calculation overflowed", "alloc_failed")
+_ASKED_FOR = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)", re.IGNORECASE)
+_OPTIONS = ("batch_size", "window", "sequence_length", "num_samples", "max_new_tokens", "sample_tokens", "max_tokens")
+_KEYS = (
+    "training.micro_batch_size or training.sequence_length, or set training.recomputation to block, or choose a "
+    "smaller model"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
+
+
+def describe_out_of_memory(error: BaseException, command: Callable[..., Any]) -> str:
+    """One line: what was asked for, and what to do: the error's own note, or the options of `command` that matter."""
+    found = _ASKED_FOR.search(str(error))
+    asked = f" ({_readable(*found.groups())} more could not be had)" if found else ""
+    notes = getattr(error, "__notes__", ())
+    return f"out of memory{asked}: {notes[0] if notes else _advice(command)}"
+
+
+def explains_memory(train: Callable[P, R]) -> Callable[P, R]:
+    """Decorate what trains a recipe, an argument of that name: running out of memory says what the plan needs."""
+    signature = inspect.signature(train)
+
+    @functools.wraps(train)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return train(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                error.add_note(_training_advice(signature.bind(*args, **kwargs).arguments["recipe"]))
+            raise
+
+    return run
+
+
+def _training_advice(recipe: "Recipe") -> str:
+    from inl_core.analysis.planning import plan_recipe
+    from inl_core.analysis.planning.plan import find_vocabulary
+
+    try:
+        vocab_size = find_vocabulary(recipe).size
+        plan = plan_recipe(recipe, vocab_size=vocab_size, world_size=place_or_alone().size)
+    except Exception:  # what is told here must not hide what went wrong
+        return f"lower {_KEYS}"
+    return (
+        f"this training needs {amount(plan.state_bytes, 'B')} for weights, gradients and moments and about "
+        f"{amount(plan.activation_bytes, 'B')} for activations; lower {_KEYS}"
+    )
+
+
+def _advice(command: Callable[..., Any]) -> str:
+    known = inspect.signature(command).parameters
+    options = [f"--{name.replace('_', '-')}" for name in _OPTIONS if name in known]
+    if not options:
+        return "free some, or use a machine with more"
+    return f"lower {' or '.join(options)}, or use a machine with more"
+
+
+def _readable(number: str, unit: str) -> str:
+    return amount(float(number), "B") if unit.lower() == "bytes" else f"{number} {unit}"
