@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from inl_core.corpus.manifest import MANIFEST, load_manifest
+from inl_core.corpus.manifest import load_manifest
+from inl_core.corpus.shard_check import again, check_shards
 from inl_core.errors import ArtefactError
 
 
@@ -101,7 +102,8 @@ class TokenDataset(TokenStream):
         info = manifest.splits.get(split)
         if info is None or not info.documents:
             raise ArtefactError(f"{directory}: holds no {split} documents; prepare it from more text")
-        self._tables = [_open(directory / shard.file, shard.tokens) for shard in info.shards]
+        check_shards(directory, manifest, info.shards)
+        self._tables = [_open(directory / shard.file) for shard in info.shards]
         batches = [batch for table in self._tables for batch in table]
         segments = [batch["tokens"].values.to_numpy(zero_copy_only=True) for batch in batches]
         index = _document_index(batches) if manifest.has_prompts else (None, None)
@@ -120,7 +122,7 @@ class TokenDataset(TokenStream):
     def open(
         cls, directory: str | os.PathLike[str], split: str = "train", *, document_mask: bool = True
     ) -> "TokenDataset":
-        """Map the shards of `train` or `validation`; ArtefactError when one is missing, cut short or not Arrow."""
+        """Map the shards of `train` or `validation`; ArtefactError when one is missing or damaged."""
         return cls(Path(directory), split, document_mask=document_mask)
 
     @cached_property
@@ -129,20 +131,12 @@ class TokenDataset(TokenStream):
         return self.num_tokens / self.num_documents
 
 
-def _open(path: Path, num_tokens: int) -> list[pa.RecordBatch]:
+def _open(path: Path) -> list[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-    except (pa.ArrowException, OSError) as error:
-        reason = "missing" if not path.exists() else f"not a readable Arrow file ({error})"
-        raise ArtefactError(f"{path}: {reason}; prepare the data set again with --overwrite") from None
-    found = sum(len(batch["tokens"].values) for batch in batches)
-    if found != num_tokens:
-        raise ArtefactError(
-            f"{path}: {found:,} tokens, {path.parent / MANIFEST} says {num_tokens:,}; "
-            "prepare the data set again with --overwrite"
-        )
-    return batches
+        return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:  # it was whole a moment ago
+        raise ArtefactError(f"{path}: not a readable Arrow file ({error}); {again(path.parent)}") from None
 
 
 def _document_index(batches: list[pa.RecordBatch]) -> tuple[np.ndarray, np.ndarray]:

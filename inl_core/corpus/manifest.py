@@ -3,20 +3,27 @@
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from inl_core.corpus.builtin import python_signature
 from inl_core.corpus.paths import absolute_source, local_path, portable
+from inl_core.corpus.shard_check import again, check_shards
 from inl_core.corpus.sources import BUILTIN_PYTHON, STDIN, SourceFile, hash_file, resolve_sources
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
+from inl_core.files import read_record
 from inl_core.recipe.data import DataSettings
 
 MANIFEST, TOKENIZER, QUARANTINE, WORK = "manifest.json", "tokenizer.json", "quarantine.jsonl", ".prepare"
 SPLITS = ("train", "validation")
+
+_MANIFEST_LIMIT = 1 << 30
+"""Bytes: it names every source file, and there may be millions."""
+
+Count = Annotated[int, Field(strict=True, ge=0, le=1 << 60)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 24)]
 
 
 class _Frozen(BaseModel):
@@ -27,20 +34,27 @@ class Shard(_Frozen):
     """One Arrow file: `size` and `sha256` of the file, `bytes` of its documents' text."""
 
     file: str
-    documents: int
-    tokens: int
-    bytes: int
-    size: int
+    documents: Count
+    tokens: Count
+    bytes: Count
+    size: Count
     sha256: str
 
 
 class SplitInfo(_Frozen):
     """Totals of a split; `bytes` counts UTF-8 text without special tokens."""
 
-    documents: int
-    tokens: int
-    bytes: int
+    documents: Count
+    tokens: Count
+    bytes: Count
     shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        for name in ("documents", "tokens", "bytes"):
+            if sum(getattr(shard, name) for shard in self.shards) != getattr(self, name):
+                raise ValueError(f"{name} is not the sum of the shards'")
+        return self
 
 
 class Source(_Frozen):
@@ -50,7 +64,7 @@ class Source(_Frozen):
     path: str
     argument: str
     format: str
-    size: int
+    size: Count
     modified: int
     sha256: str
 
@@ -61,19 +75,33 @@ class Manifest(_Frozen):
     format: Literal[1] = 1
     fingerprint: str
     tokenizer_fingerprint: str
-    vocab_size: int
-    bos_id: int
-    eos_id: int
+    vocab_size: Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
+    bos_id: TokenId
+    eos_id: TokenId
     document_policy: str
     has_prompts: bool
     splits: dict[str, SplitInfo]
-    rows: int
-    duplicates: int
-    empty: int
-    quarantined: int
+    rows: Count
+    duplicates: Count
+    empty: Count
+    quarantined: Count
     sources: tuple[Source, ...]
     settings: dict[str, Any]
     notes: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"splits must be {' and '.join(SPLITS)}")
+        if max(self.bos_id, self.eos_id) >= self.vocab_size:
+            raise ValueError("bos_id and eos_id must be below vocab_size")
+        sources = self.settings.get("sources")
+        if not isinstance(sources, list | tuple) or not all(isinstance(source, str) for source in sources):
+            raise ValueError("settings.sources must be a list of names")
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        if self.fingerprint != data_fingerprint(self.tokenizer_fingerprint, shards):
+            raise ValueError("the fingerprint is not that of the tokenizer and the shards")
+        return self
 
 
 def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) -> dict[str, Any]:
@@ -117,25 +145,22 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Read manifest.json; ArtefactError when the data set is missing, unfinished or not one."""
     directory = Path(directory)
     path = directory / MANIFEST
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         if (directory / WORK).exists():
-            raise ArtefactError(f"{directory}: preparation was not finished; run the same prepare-data again") from None
-        raise ArtefactError(f"{directory}: no data set here (no {MANIFEST}); make one with inl prepare-data") from None
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise ArtefactError(f"{path}: damaged: {where}: {first['msg']}; {_again(directory)}") from None
+            raise ArtefactError(f"{directory}: preparation was not finished; run the same prepare-data again")
+        raise ArtefactError(f"{directory}: no data set here (no {MANIFEST}); make one with inl prepare-data")
+    try:
+        return read_record(path, Manifest, limit=_MANIFEST_LIMIT)
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; {again(directory)}") from None
 
 
 def verify(directory: str | os.PathLike[str], *, deep: bool = False, settings: DataSettings | None = None) -> Manifest:
     """Check a data set and return its manifest.
 
-    Always: every file is there with its size, the tokenizer is the one that encoded it, and the sources that still
-    exist are unchanged (size and time; the hash when only the time differs). `deep` hashes the shards too.
+    Every shard is what the preparation wrote (read once, then remembered: shard_check.py; `deep` reads it anyway), the
+    tokenizer is the one that encoded it, and the sources that still exist are unchanged (size and time; the hash when
+    only the time differs).
     With `settings`, they must be those it was prepared with.
 
     Raises:
@@ -145,9 +170,9 @@ def verify(directory: str | os.PathLike[str], *, deep: bool = False, settings: D
     manifest = load_manifest(directory)
     _check_files(directory, manifest, deep=deep)
     if settings is not None and (problem := settings_difference(manifest, settings)):
-        raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {_again(directory)}")
+        raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {again(directory)}")
     if problem := stale_source(directory, manifest):
-        raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {_again(directory)}")
+        raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {again(directory)}")
     return manifest
 
 
@@ -192,28 +217,22 @@ def data_fingerprint(tokenizer_fingerprint: str, shards: list[Shard]) -> str:
 
 
 def _check_files(directory: Path, manifest: Manifest, *, deep: bool) -> None:
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            path = directory / shard.file
-            if not path.is_file():
-                raise ArtefactError(f"{path}: missing; {_again(directory)}")
-            size = path.stat().st_size
-            if size != shard.size:
-                raise ArtefactError(f"{path}: {size:,} bytes, the manifest says {shard.size:,}; {_again(directory)}")
-            if deep and sha256_of(path) != shard.sha256:
-                raise ArtefactError(f"{path}: damaged (its sha256 is not the manifest's); {_again(directory)}")
-            if deep:
-                _check_arrow(path, directory)
     path = directory / TOKENIZER
-    if Tokenizer.load(path).fingerprint != manifest.tokenizer_fingerprint:
-        raise ArtefactError(f"{path}: not the tokenizer that encoded this data set; {_again(directory)}")
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise ArtefactError(f"{path}: not the tokenizer that encoded this data set; {again(directory)}")
+    check_ids(directory, manifest, tokenizer)
+    check_shards(directory, manifest, [s for split in manifest.splits.values() for s in split.shards], anew=deep)
 
 
-def _check_arrow(path: Path, directory: Path) -> None:
-    try:
-        pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowException, OSError) as error:
-        raise ArtefactError(f"{path}: not a readable Arrow file ({error}); {_again(directory)}") from None
+def check_ids(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    """ArtefactError when the manifest's vocabulary and document ends are not those of its tokenizer."""
+    for name in ("vocab_size", "bos_id", "eos_id"):
+        said, is_so = getattr(manifest, name), getattr(tokenizer, name)
+        if said != is_so:
+            raise ArtefactError(
+                f"{directory / MANIFEST}: damaged: {name} is {said:,}, the tokenizer's is {is_so:,}; {again(directory)}"
+            )
 
 
 def sha256_of(path: Path) -> str:
@@ -236,10 +255,6 @@ def _changed(file: SourceFile, before: Source | None) -> str | None:
     if file.modified != before.modified and hash_file(file).sha256 != before.sha256:
         return f"{file.name} changed"
     return None
-
-
-def _again(directory: Path) -> str:
-    return f"prepare it again: inl prepare-data ... --output {directory} --overwrite"
 
 
 def _absolute(source: str) -> str:

@@ -32,6 +32,7 @@ from inl_core.corpus.manifest import (
     settings_key,
     verify,
 )
+from inl_core.corpus.shard_check import check_shards
 from inl_core.corpus.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.split import Split, in_sample
 from inl_core.corpus.spool import HashedDocuments, Spool, write_text_aside
@@ -283,6 +284,7 @@ class _Preparation:
             notes=tuple(self.notes),
         )
         write_text_aside(self.directory / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        check_shards(self.directory, manifest, [shard for info in splits.values() for shard in info.shards])
         self.report(PrepareProgress("done", 1, 1))
         return manifest
 

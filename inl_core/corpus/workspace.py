@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, TOKENIZER, WORK
+from inl_core.corpus.shard_check import VERIFIED
 from inl_core.corpus.sources import copy_stdin
 from inl_core.errors import ArtefactError, RecipeError
 
@@ -81,7 +82,7 @@ def clear(work: Path, *, keep_stdin: bool = False) -> None:
 
 def remove_data_set(directory: Path) -> None:
     """The manifest first: from then on there is no data set, whatever else is left."""
-    for path in [directory / MANIFEST, directory / TOKENIZER, directory / QUARANTINE]:
+    for path in [directory / name for name in (MANIFEST, TOKENIZER, QUARANTINE, VERIFIED)]:
         path.unlink(missing_ok=True)
     for pattern in ("train-*.arrow*", "validation-*.arrow*"):  # .tmp too, from a killed run
         for path in directory.glob(pattern):

@@ -17,6 +17,7 @@ import pytest
 
 from inl_core.corpus import ingest, shards
 from inl_core.corpus.manifest import default_directory
+from inl_core.corpus.shard_check import VERIFIED
 from inl_core.corpus.shards import PrepareProgress, load_manifest, prepare, verify
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError, RecipeError
@@ -38,7 +39,8 @@ def texts_of(directory: Path, split: str) -> list[str]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+    """Every file of a data set but what is remembered of this copy's own files."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != VERIFIED}
 
 
 def test_every_document_is_in_exactly_one_split(text_directory: Path, text_data: Path) -> None:
@@ -192,9 +194,9 @@ def test_stdin_is_read_as_what_it_looks_like(tmp_path: Path, piped) -> None:
 def test_nothing_is_done_twice_and_nothing_replaced_unasked(text_directory: Path, tmp_path: Path) -> None:
     chosen = settings(text_directory)
     manifest = prepare(chosen, tmp_path / "out")
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in contents(tmp_path / "out")}
     assert prepare(chosen, tmp_path / "out") == manifest
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in contents(tmp_path / "out")} == before
     with pytest.raises(ArtefactError, match="vocab_size was 300, is now 310"):
         prepare(settings(text_directory, vocab_size=310), tmp_path / "out")
     replaced = prepare(settings(text_directory, num_shards=2), tmp_path / "out", overwrite=True)
@@ -341,10 +343,11 @@ DAMAGE = [
     ("train-00001-of-00003.arrow", Path.unlink, False, "missing"),
     ("train-00001-of-00003.arrow", lambda path: os.truncate(path, 100), False, "100 bytes, the manifest says"),
     ("train-00001-of-00003.arrow", flip, True, "damaged"),
-    ("tokenizer.json", Path.unlink, False, "cannot read the tokenizer"),
+    ("train-00001-of-00003.arrow", flip, False, "damaged"),
+    ("tokenizer.json", Path.unlink, False, "missing"),
     ("tokenizer.json", lambda path: path.write_text("{}"), False, "not a tokenizer.json"),
     ("manifest.json", Path.unlink, False, "no data set here"),
-    ("manifest.json", lambda path: os.truncate(path, 300), False, "damaged"),
+    ("manifest.json", lambda path: os.truncate(path, 300), False, "not valid JSON"),
     ("manifest.json", lambda path: path.write_text("{}"), False, "damaged"),
 ]
 

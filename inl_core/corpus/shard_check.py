@@ -1,0 +1,143 @@
+"""Whether the shards of a data set are what its manifest says: a digest and a look at every row, once.
+
+- What was found whole is remembered in a small file beside the shards, by size, times and inode; from then on a start
+  costs one `stat` a shard. Where that file cannot be written, each process looks once.
+- The file only saves time: whoever can write it can write the shards and the manifest too.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from inl_core.errors import ArtefactError
+from inl_core.files import entry_path, open_regular, read_json, write_whole
+
+if TYPE_CHECKING:
+    from inl_core.corpus.manifest import Manifest, Shard
+
+VERIFIED = ".verified.json"
+
+_SETTLED_NS = 50_000_000
+"""A file changed less than this before it was read could change again without another time on it."""
+
+_TOKEN_TYPES = (pa.large_list(pa.uint16()), pa.large_list(pa.uint32()))
+
+
+def check_shards(directory: Path, manifest: "Manifest", shards: "Iterable[Shard]", *, anew: bool = False) -> None:
+    """Check some of the manifest's shards; `anew` reads them whatever is remembered.
+
+    Raises:
+        ArtefactError: one is missing, is no regular file, lies outside the directory, or is not the one that the
+            preparation wrote; or its rows are not documents of this vocabulary.
+    """
+    about = hashlib.sha256(repr((manifest.vocab_size, manifest.bos_id, manifest.eos_id, manifest.splits)).encode())
+    key = about.hexdigest()
+    known = {} if anew else _remembered(directory, key)
+    found = dict(known)
+    for shard in shards:
+        path = entry_path(directory, shard.file)
+        identity = _identity(path, shard.size)
+        if known.get(shard.file) == identity:
+            continue
+        is_settled = time.time_ns() - max(identity[1:3]) > _SETTLED_NS
+        look = _look if is_settled and not anew else _look.__wrapped__
+        totals, ends = (shard.documents, shard.tokens, shard.bytes), (manifest.bos_id, manifest.eos_id)
+        look(path, tuple(identity), _Expected(shard.sha256, totals, manifest.vocab_size, *ends))
+        if is_settled:
+            found[shard.file] = identity
+    if found != known:
+        _remember(directory, key, found)
+
+
+def again(directory: Path) -> str:
+    """The fix for a damaged data set, in words."""
+    return f"prepare it again: inl prepare-data ... --output {directory} --overwrite"
+
+
+def _identity(path: Path, size: int) -> list[int]:
+    """[size, time of its content, time of its last change, inode] of a file that must have this size."""
+    try:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno())
+    except ArtefactError as error:
+        raise ArtefactError(f"{error}; {again(path.parent)}") from None
+    if found.st_size != size:
+        raise ArtefactError(f"{path}: {found.st_size:,} bytes, the manifest says {size:,}; {again(path.parent)}")
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+class _Expected(NamedTuple):
+    """What the manifest says of a shard; totals are documents, tokens, bytes."""
+
+    sha256: str
+    totals: tuple[int, int, int]
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+
+@lru_cache(maxsize=65536)
+def _look(path: Path, identity: tuple[int, ...], expected: _Expected) -> None:
+    """Read a shard whole; `identity` is what the cache knows the file by."""
+    with open_regular(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore - a real file has readinto
+    problem = "its sha256 is not the manifest's" if digest != expected.sha256 else None
+    try:
+        problem = problem or _problem(path, expected)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        problem = f"not a readable Arrow file: {' '.join(str(error).split())}"
+    if problem is not None:
+        raise ArtefactError(f"{path}: damaged ({problem}); {again(path.parent)}")
+
+
+def _problem(path: Path, expected: _Expected) -> str | None:
+    """What is wrong with the rows, in words, or None."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    types = dict(zip(reader.schema.names, reader.schema.types, strict=True))
+    plain = {"prompt_length": pa.int32(), "num_bytes": pa.int32()}
+    if types.pop("tokens", None) not in _TOKEN_TYPES or types != plain:
+        return "its columns are not those of token shards"
+    totals = np.zeros(3, dtype=np.int64)
+    for index in range(reader.num_record_batches):
+        batch = reader.get_batch(index)
+        batch.validate(full=True)
+        if any(column.null_count for column in batch.columns) or batch["tokens"].values.null_count:
+            return "it has empty cells"
+        tokens, offsets = batch["tokens"].values.to_numpy(), batch["tokens"].offsets.to_numpy()
+        prompts, sizes = batch["prompt_length"].to_numpy(), batch["num_bytes"].to_numpy()
+        if not batch.num_rows:
+            continue
+        lengths = np.diff(offsets)
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 2:
+            return "its rows do not divide its tokens into documents"
+        if int(tokens.max()) >= expected.vocab_size:
+            return f"token id {int(tokens.max()):,}, the vocabulary has {expected.vocab_size:,}"
+        if (tokens[offsets[:-1]] != expected.bos_id).any() or (tokens[offsets[1:] - 1] != expected.eos_id).any():
+            return "a document does not begin and end as it must"
+        if (prompts < 0).any() or (prompts >= lengths).any() or (sizes < 0).any():
+            return "a document's prompt or size is impossible"
+        totals += (batch.num_rows, len(tokens), int(sizes.sum(dtype=np.int64)))
+    return None if tuple(totals.tolist()) == expected.totals else "its totals are not the manifest's"
+
+
+def _remembered(directory: Path, key: str) -> dict[str, Any]:
+    try:
+        content = read_json(directory / VERIFIED)
+    except ArtefactError:
+        return {}
+    shards = content.get("shards")
+    return shards if content.get("manifest") == key and isinstance(shards, dict) else {}
+
+
+def _remember(directory: Path, key: str, found: dict[str, Any]) -> None:
+    with suppress(OSError):  # read-only, or full: the next process looks again
+        write_whole(directory / VERIFIED, json.dumps({"manifest": key, "shards": found}, indent=1) + "\n")
