@@ -70,9 +70,9 @@ class TrainingView:
 
     def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
         """One line for each evaluation."""
-        self.evaluation = f"{evaluation.bits_per_byte:.4f} bits per byte at step {step}"
+        self.evaluation = f"{evaluation.bits_per_byte_text} bits per byte at step {step}"
         self._line(
-            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte:.4f} bits per byte, "
+            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte_text} bits per byte, "
             f"accuracy {evaluation.accuracy:.1%} on {evaluation.tokens:,} tokens in {evaluation.seconds:.1f} s"
         )
 

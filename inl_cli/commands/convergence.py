@@ -98,9 +98,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     console.write("\n" + "".join(f"{sentence}\n" for sentence in sentences(summary)) + "\n")
     bits = summary["bits_per_byte"]
     rows = [_bits_cells(row["iterations"], row) for row in bits["by_iterations"]]
-    title = (
-        f"Bits per byte with T iterations in every layer (0: skipped); the model as it is: {bits['bits_per_byte']:.4f}"
-    )
+    own_bits = _bits_cells(0, {"change": None, "standard_error": None, **bits})[1]
+    title = f"Bits per byte with T iterations in every layer (0: skipped); the model as it is: {own_bits}"
     console.table(title, ("T", *_BITS_COLUMNS), rows)
     console.write("\n")
     rows = [_bits_cells(row["layer"], row) for row in bits["without_layer"]]
@@ -128,5 +127,8 @@ def _cells(layer: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _bits_cells(key: int, row: dict[str, Any]) -> tuple[Any, ...]:
+    from inl_core.analysis.convergence.markdown import signed
+
     error = None if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-    return (key, f"{row['bits_per_byte']:.4f}", f"{row['change']:+.4f}", error)
+    bits = "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+    return (key, bits, signed(row["change"]), error)

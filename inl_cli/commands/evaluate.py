@@ -79,10 +79,12 @@ def _score(
     window = default_window(loaded) if window is None else window
     batches = source.windows(window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
     total = min(source.num_targets, max_tokens or source.num_targets)
+    counts = source.byte_counts(max_tokens)
     scores = evaluation.evaluate(
         loaded.model,
         _counted(console, batches, total),
-        loaded.tokenizer.token_num_bytes,
+        counts.token_num_bytes,
+        num_bytes=counts.num_bytes,
         num_iterations=iterations,
         early_stopping=not no_early_stopping,
     )
@@ -116,10 +118,13 @@ def _counted(console: Console, batches: "Iterator[Batch]", total: int) -> "Itera
 def _show(console: Console, result: dict[str, Any]) -> None:
     stride, window = result["stride"], result["window"]
     context = f"windows of {window:,} tokens, stride {stride:,}"
+    bits = ("-", "this tokenizer does not tell the bytes of the tokens scored")
+    if result["bits_per_byte"] is not None:
+        bits = (f"{result['bits_per_byte']:.4f}", f"over {result['bytes']:,} bytes of text")
     rows = [
         ("loss", f"{result['loss']:.4f}", "nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}", "per token"),
-        ("bits per byte", f"{result['bits_per_byte']:.4f}", f"over {result['bytes']:,} bytes of text"),
+        ("bits per byte", *bits),
         ("accuracy", f"{result['accuracy']:.2%}", f"of {result['tokens']:,} tokens"),
     ]
     if result["max_iterations"]:

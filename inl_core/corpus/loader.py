@@ -183,16 +183,20 @@ def text_batches(
 ) -> Iterator[Batch]:
     """`evaluation_batches` of one raw text, or its tokens, as one document: bos, tokens, eos."""
     tokens = tokenizer.encode(text_or_tokens) if isinstance(text_or_tokens, str) else text_or_tokens
-    document = np.concatenate([[tokenizer.bos_id], np.asarray(tokens, dtype=np.int64), [tokenizer.eos_id]])
-    stream = TokenStream([document], bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
     return _sequential(
-        stream,
+        text_stream(tokenizer, tokens),
         sequence_length=sequence_length,
         stride=stride or sequence_length,
         batch_size=batch_size,
         max_tokens=max_tokens,
         document_mask=False,
     )
+
+
+def text_stream(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> TokenStream:
+    """The tokens of one text as a stream of one document: bos, tokens, eos."""
+    document = np.concatenate([[tokenizer.bos_id], np.asarray(tokens, dtype=np.int64), [tokenizer.eos_id]])
+    return TokenStream([document], bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
 
 
 def _sequential(

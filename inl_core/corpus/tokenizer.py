@@ -3,7 +3,8 @@
 - Text is never turned into special tokens: a document that spells `<|bos|>` gets ordinary tokens, so that it cannot
   forge a document boundary.
 - No normaliser, no prefix space: decode(encode(text)) == text for every str that UTF-8 can hold.
-- A tokenizer.json made elsewhere is accepted too; its own rules then decide what is lossless.
+- A tokenizer.json made elsewhere is accepted too. Many of those do not keep every byte of a text (`keeps_every_byte`):
+  nobody can say how many of its bytes one of their tokens stands for.
 """
 
 import codecs
@@ -20,6 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from inl_core.errors import ArtefactError, RecipeError
+from inl_core.files import read_text
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 ROLES = ("system", "user", "assistant")
@@ -31,6 +33,17 @@ EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftex
 _WINDOW = 64
 _LONGEST_WORD = 500
 """Characters; when a tokenizer is trained, longer words are cut."""
+
+_MOST_IDS = 1 << 24
+"""Vocabulary ids are below this: sixteen times the largest vocabulary in use. Tables have a row for each."""
+
+_EVERY_BYTE = (
+    "".join(map(chr, range(0x800)))
+    + "".join(chr(first << 12 | 0x1F6) for first in range(16))
+    + "".join(chr(first << 18 | 0x1F600) for first in range(4))
+    + "\U0010ffff"
+)
+"""A text with every byte that UTF-8 has, upper and lower case, composed and combining characters, all of ASCII."""
 
 
 class Tokenizer:
@@ -49,6 +62,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, origin: str = "tokenizer") -> None:
         backend.no_truncation()
         backend.no_padding()
+        _check_ids(backend, origin)
         bos = _first_known(backend, BOS_NAMES, f"{origin}: no beginning-of-text token; add one of")
         eos = _first_known(backend, EOS_NAMES, f"{origin}: no end-of-text token; add one of")
         # A file may hold them as ordinary tokens, and then text could spell them.
@@ -60,23 +74,21 @@ class Tokenizer:
         self.bos_id, self.eos_id = self._vocab[bos], self._vocab[eos]
         added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: id for id, token in sorted(added.items()) if token.special}
-        canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
+        self._content: dict[str, Any] = json.loads(backend.to_str())
+        canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
-        self._byte_level = '"type":"ByteLevel"' in json.dumps(
-            json.loads(canonical).get("decoder"), separators=(",", ":")
-        )
+        self._byte_level = '"type": "ByteLevel"' in json.dumps(self._content.get("decoder"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
         """Read a tokenizer.json; ArtefactError when it is missing, is not one, or has no bos/eos."""
         path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArtefactError(f"{path}: cannot read the tokenizer: {_reason(error)}") from None
+        text = read_text(path)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises bare Exception
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # bare Exception, and for some files Rust's panics, which are no Exception
             raise ArtefactError(
                 f"{path}: not a tokenizer.json of the `tokenizers` library ({error}); "
                 "name a file written by its save(), or train one by leaving the tokenizer file out"
@@ -147,8 +159,38 @@ class Tokenizer:
 
     @cached_property
     def token_num_bytes(self) -> np.ndarray:
-        """(V,) int32: bytes of each token, special tokens 0; over an encoded text it sums to the text's UTF-8 size."""
-        return np.array([len(token) for token in self.token_bytes], dtype=np.int32)
+        """(V,) float64: bytes of text that each token stands for; 0 for special tokens and unused ids.
+
+        NaN where nobody can tell: the unknown token, which stands for any text, and every token of a tokenizer that
+        does not keep every byte. So a sum over an encoded text is the text's UTF-8 size or NaN.
+        """
+        sizes = np.array([len(token) for token in self.token_bytes], dtype=np.float64)
+        if not self.keeps_every_byte:
+            sizes[sizes > 0] = np.nan
+        if self.unknown_id is not None:
+            sizes[self.unknown_id] = np.nan
+        return sizes
+
+    @cached_property
+    def keeps_every_byte(self) -> bool:
+        """Whether the bytes of an encoded text's tokens are the text's: nothing is added, dropped or rewritten.
+
+        Found by encoding a text that has every byte, spaces of every kind, and each added token between spaces; what no
+        single text can try (rules for some text only) is looked for in the tokenizer's own description.
+        """
+        added = [token["content"] for token in self._content["added_tokens"] if not token["special"]]
+        probes = ["a", f"  A  b\t\r\n\n {_EVERY_BYTE}  ", " ".join(f" {content}  a" for content in added)]
+        if _rewrites_some_text(self._content):
+            return False
+        return all(b"".join(self.token_bytes[id] for id in self.encode(text)) == text.encode() for text in probes)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id that stands for text the vocabulary cannot spell, or None."""
+        model = self._content["model"]
+        if model.get("unk_id") is not None:
+            return int(model["unk_id"])
+        return self._vocab.get(model.get("unk_token"))
 
     @property
     def is_byte_level(self) -> bool:
@@ -202,39 +244,90 @@ def _is_one_word(text: str) -> bool:
 
 
 class StreamDecoder:
-    """Ids in, text out, never half a code point: join of all pushes and the flush == tokenizer.decode(ids)."""
+    """Ids in, text out, never half a code point: join of all pushes and the flush == tokenizer.decode(ids).
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    With `context`, the tokens before them, it is what they add to its text: how many tokenizers spell a token depends
+    on whether one stands before it. A text that was shown is never taken back, also where a decoder would.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.special_ids.values())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []  # only for tokenizers whose tokens depend on their neighbours
         self._shown = 0
+        if tokenizer.is_byte_level:
+            self._utf8.decode(b"".join(tokenizer.token_bytes[id] for id in context))
+        else:
+            self._ids = list(context)
+            whole = self._without_unfinished(self._ids)
+            text = self._decode(whole)
+            self._shown = len(text)
+            if len(whole) == len(self._ids):
+                self._forget(text)
 
     def push(self, token_id: int) -> str:
         """The text that became complete with this token; empty while a character is unfinished."""
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(self._tokenizer.token_bytes[token_id])
+        if token_id in self._special:
+            return ""
         self._ids.append(int(token_id))
-        text = self._tokenizer.decode(self._ids)
+        text = self._decode(self._ids)
         if text.endswith("\ufffd"):
             return ""
         new = self._advance(text)
-        if len(self._ids) > _WINDOW:  # a few neighbours suffice; decoding everything each time would be quadratic
-            tail = self._ids[-_WINDOW // 4 :]
-            tail_text = self._tokenizer.decode(tail)
-            if "\ufffd" not in tail_text and text.endswith(tail_text):  # else the tail begins inside a character
-                self._ids, self._shown = tail, len(tail_text)
+        if len(self._ids) > _WINDOW:
+            self._forget(text)
         return new
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character."""
         if self._tokenizer.is_byte_level:
             return self._utf8.decode(b"", final=True)
-        return self._advance(self._tokenizer.decode(self._ids))
+        return self._advance(self._decode(self._ids))
+
+    def _decode(self, ids: list[int]) -> str:
+        # The context's unknown tokens count as text here: what follows them does not begin a text.
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _without_unfinished(self, ids: list[int]) -> list[int]:
+        """The ids without the at most three bytes of a character that they begin: the rest of it is yet to come."""
+        for end in range(len(ids), max(-1, len(ids) - 4), -1):
+            if not self._decode(ids[:end]).endswith("\ufffd"):
+                return ids[:end]
+        return ids  # the text ends with U+FFFD itself
 
     def _advance(self, text: str) -> str:
         new, self._shown = text[self._shown :], max(self._shown, len(text))
         return new
+
+    def _forget(self, text: str) -> None:
+        """Keep the last few neighbours, all of whose `text` was shown: decoding everything each time is quadratic."""
+        size = _WINDOW // 4
+        while size < len(self._ids):
+            tail = self._decode(self._ids[-size:])
+            if "\ufffd" not in tail and text.endswith(tail):  # else it begins inside a character
+                self._ids, self._shown = self._ids[-size:], len(tail)
+                return
+            size *= 4
+
+
+def _check_ids(backend: tokenizers.Tokenizer, origin: str) -> None:
+    """ArtefactError when there is no token, or an id beyond every real vocabulary's."""
+    largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= largest < _MOST_IDS:
+        found = f"a token with id {largest:,}; ids must be below {_MOST_IDS:,}" if largest >= 0 else "no token"
+        raise ArtefactError(f"{origin}: has {found}; name another tokenizer.json")
+
+
+def _rewrites_some_text(content: dict[str, Any]) -> bool:
+    """Whether a rule may change or drop text that has a certain form: any normaliser but SentencePiece's for spaces."""
+    normalizer = content.get("normalizer")
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    only_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    is_rewritten = any(step != only_spaces for step in steps)
+    return is_rewritten or '"behavior": "Removed"' in json.dumps(content.get("pre_tokenizer"))
 
 
 def _first_known(backend: tokenizers.Tokenizer, names: tuple[str, ...], problem: str) -> str:
@@ -242,10 +335,6 @@ def _first_known(backend: tokenizers.Tokenizer, names: tuple[str, ...], problem:
         if backend.token_to_id(name) is not None:
             return name
     raise ArtefactError(f"{problem} {' '.join(names)}")
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def _unicode_to_byte() -> dict[str, int]:

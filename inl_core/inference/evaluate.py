@@ -1,7 +1,11 @@
 """Cross-entropy, perplexity, bits per byte and accuracy of a model on token windows.
 
-- Bits per byte = bits spent on text tokens / bytes of those tokens. Special tokens have no bytes, so neither their bits
-  nor their bytes count; loss, perplexity and accuracy count every target.
+- Bits per byte = bits spent on text tokens / bytes of the source text that they stand for. Special tokens have no
+  bytes, so neither their bits nor their bytes count, here and in training; loss, perplexity and accuracy count every
+  target.
+- Many tokenizers do not keep every byte (they drop or add spaces, change case). For those the bytes are known of a
+  whole text only: of a part none are claimed, and bits per byte is None. Nor is it claimed where an unknown token is
+  scored: it stands for any text, which the model is spared predicting.
 - Sums are kept in float64, so the order of the batches does not matter to the printed digits.
 """
 
@@ -10,16 +14,47 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inl_core.corpus.loader import Batch
+from inl_core.corpus.loader import Batch, TokenStream
+from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
 from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.model.vocabulary import logit_rows
+
+_TOKENS_AT_ONCE = 1 << 20
+
+
+class ByteCounts(NamedTuple):
+    """What is known of the bytes behind a text's tokens, as `evaluate` takes it."""
+
+    token_num_bytes: np.ndarray
+    """(V,) bytes of each token, 0 for special ones, NaN where nobody can tell."""
+    num_bytes: int | None
+    """Bytes of the source text when all of it is scored; None where that is not known, or part of it is unknown."""
+
+
+def byte_counts(tokenizer: Tokenizer, stream: TokenStream, num_bytes: int) -> ByteCounts:
+    """The byte counts of a source text of `num_bytes` bytes that became the tokens of `stream`.
+
+    The tokens' own bytes are believed only where they add up to the text's: no rule of the tokenizer changed it then.
+    """
+    table, total, has_unknown = tokenizer.token_num_bytes, 0.0, False
+    for segment in stream.segments:
+        for start in range(0, len(segment), _TOKENS_AT_ONCE):
+            part = segment[start : start + _TOKENS_AT_ONCE]
+            total += float(table[part].sum())
+            has_unknown |= tokenizer.unknown_id is not None and bool((part == tokenizer.unknown_id).any())
+    if total != num_bytes:
+        table = np.where(table > 0, np.nan, table)
+    # A prompt's tokens are not scored, and its bytes are not told apart from the completion's.
+    is_known = not has_unknown and stream.prompt_lengths is None
+    return ByteCounts(table, num_bytes if is_known else None)
 
 
 class NothingToScore(ArtefactError):
@@ -33,16 +68,22 @@ class Evaluation:
     loss: float
     """Mean nats per target token."""
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None: nobody can tell how many bytes the scored tokens stand for."""
     accuracy: float
     """Share of targets that are the most probable token."""
     iterations: float
     """Mean integrator iterations per token and layer."""
     tokens: int
     """Target tokens."""
-    bytes: int
+    bytes: int | None
     """Bytes of text behind them."""
     seconds: float
+
+    @property
+    def bits_per_byte_text(self) -> str:
+        """Bits per byte for people."""
+        return "-" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}"
 
 
 @torch.inference_mode()
@@ -51,6 +92,7 @@ def evaluate(
     batches: Iterable[Batch],
     token_num_bytes: np.ndarray,
     *,
+    num_bytes: int | None = None,
     num_iterations: int | None = None,
     early_stopping: bool = True,
     autocast: AbstractContextManager | None = None,
@@ -59,7 +101,8 @@ def evaluate(
     """Score `batches`; the model is left in the mode it came in.
 
     Args:
-        token_num_bytes: (V,) bytes of each token, 0 for special ones.
+        token_num_bytes: (V,) bytes of each token, 0 for special ones, NaN where nobody can tell (Tokenizer has it).
+        num_bytes: bytes of the source text, where the batches are all of it; they go before the tokens' own.
         num_iterations: T instead of the model's own; without an integrator it means nothing.
         early_stopping: False lets no token stop before T iterations.
         reduce: adds the sums over ranks, when each rank scores a part.
@@ -70,26 +113,28 @@ def evaluate(
     was_training, start = model.training, time.perf_counter()
     model.eval()
     device = model.embedding.table.weight.device
-    byte_table = torch.from_numpy(token_num_bytes.astype(np.int64)).to(device)
+    byte_table = torch.from_numpy(token_num_bytes.astype(np.float64)).to(device)
     options = Options(num_iterations=num_iterations, early_stopping=early_stopping)
     # nats, nats of text, targets, bytes, correct, iterations
     sums = torch.zeros(6, dtype=torch.float64)
     for batch in batches:
         with autocast or nullcontext():
             sums += _score(model, batch, byte_table, options, device).cpu()
-    nats, text_nats, tokens, num_bytes, correct, iterations = reduce(sums.to(device)).tolist()
+    nats, text_nats, tokens, token_bytes, correct, iterations = reduce(sums.to(device)).tolist()
     model.train(was_training)
     if not tokens:
         raise NothingToScore("evaluation: the text holds no target token; give it more text")
     loss = nats / tokens
+    if num_bytes is None and math.isfinite(token_bytes):
+        num_bytes = int(token_bytes)
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        bits_per_byte=text_nats / math.log(2) / num_bytes if num_bytes else math.nan,
+        bits_per_byte=text_nats / math.log(2) / num_bytes if num_bytes else None,
         accuracy=correct / tokens,
         iterations=iterations / tokens,
         tokens=int(tokens),
-        bytes=int(num_bytes),
+        bytes=num_bytes,
         seconds=time.perf_counter() - start,
     )
 
@@ -117,7 +162,7 @@ def _score(
         num_bytes = byte_table[part]
         correct = (logits.argmax(-1) == part).sum().double()
         sums[:5] += torch.stack(
-            (nats.sum(), nats[num_bytes > 0].sum(), nats.new_tensor(len(part)), num_bytes.sum().double(), correct)
+            (nats.sum(), nats[num_bytes != 0].sum(), nats.new_tensor(len(part)), num_bytes.sum(), correct)
         )
     sums[5] = output.iterations()[valid].double().sum()
     return sums

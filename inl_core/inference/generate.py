@@ -101,7 +101,8 @@ def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[tuple[str,
 
     A character made of several tokens belongs to the last of them; tokens beyond a stop string have no text.
     """
-    decoder, left, parts = StreamDecoder(tokenizer), completion.text, []
+    decoder = StreamDecoder(tokenizer, tokenizer.encode(completion.prompt))
+    left, parts = completion.text, []
     for index, token in enumerate(completion.token_ids):
         is_last = index + 1 == len(completion.token_ids)
         text = "" if is_last and completion.finish_reason == "eos" else decoder.push(token)
@@ -176,7 +177,7 @@ def _make_rows(
                 prompt_index=index,
                 sample_index=sample,
                 random=_row_random(settings.seed, prompt, repeats[prompt]),
-                text=TextStream(tokenizer, settings.stop),
+                text=TextStream(tokenizer, settings.stop, prompt_ids=ids[1:]),  # without bos
                 limit=limit,
                 limit_reason="length" if settings.max_new_tokens <= room else "context",
             )

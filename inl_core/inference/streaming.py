@@ -46,10 +46,10 @@ class StopStrings:
 
 
 class TextStream:
-    """The visible text of one completion as its tokens arrive."""
+    """The visible text of one completion as its tokens arrive: what they add to the text of `prompt_ids`."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
-        self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(stops)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, prompt_ids: Sequence[int] = ()) -> None:
+        self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), StopStrings(stops)
         self.text = ""
 
     @property

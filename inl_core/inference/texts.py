@@ -11,12 +11,14 @@ import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from inl_core.corpus.loader import Batch, TokenDataset, evaluation_batches, text_batches
-from inl_core.corpus.manifest import MANIFEST, load_manifest
+from inl_core.corpus.loader import Batch, TokenDataset, evaluation_batches, text_batches, text_stream
+from inl_core.corpus.manifest import MANIFEST, check_ids, load_manifest
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import LoadedModel
+from inl_core.inference.evaluate import ByteCounts, byte_counts
 from inl_core.recipe.load import load_recipe
 
 SPLITS = ("train", "validation")
@@ -31,12 +33,25 @@ class Text:
     loaded: LoadedModel
     source: TokenDataset | list[int]
     """A split, or the tokens of one text."""
+    num_bytes: int
+    """Size of the source text in UTF-8."""
     warnings: tuple[str, ...] = ()
 
     @property
     def num_targets(self) -> int:
         """Tokens that can be predicted."""
         return self.source.num_tokens - 1 if isinstance(self.source, TokenDataset) else len(self.source) + 1
+
+    def byte_counts(self, max_tokens: int | None = None) -> ByteCounts:
+        """The bytes behind its tokens, when the first `max_tokens` targets are scored (None is all)."""
+        is_whole = max_tokens is None or max_tokens >= self.num_targets
+        return self._byte_counts if is_whole else self._byte_counts._replace(num_bytes=None)
+
+    @cached_property
+    def _byte_counts(self) -> ByteCounts:
+        tokenizer, source = self.loaded.tokenizer, self.source
+        stream = source if isinstance(source, TokenDataset) else text_stream(tokenizer, source)
+        return byte_counts(tokenizer, stream, self.num_bytes)
 
     def windows(
         self, *, window: int, stride: int | None = None, batch_size: int = 16, max_tokens: int | None = None
@@ -82,8 +97,15 @@ def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = 
             f"{directory}: encoded by another tokenizer than the model's ({sizes}); prepare the text with "
             f"inl prepare-data ... --tokenizer {loaded.path / 'tokenizer.json'}"
         )
+    check_ids(directory, manifest, loaded.tokenizer)
     dataset = TokenDataset.open(directory, split, document_mask=_document_mask(loaded))
-    return Text(f"{directory}, {split} split", loaded, dataset, _leakage(loaded, directory, manifest.fingerprint))
+    name, warnings = f"{directory}, {split} split", _leakage(loaded, directory, manifest.fingerprint)
+    return Text(name, loaded, dataset, dataset.num_bytes, warnings)
+
+
+def plain_text(loaded: LoadedModel, name: str, text: str) -> Text:
+    """A text as one document, called `name`."""
+    return Text(name, loaded, loaded.tokenizer.encode(text), len(text.encode()))
 
 
 def open_text(loaded: LoadedModel, path: Path) -> Text:
@@ -103,7 +125,7 @@ def open_text(loaded: LoadedModel, path: Path) -> Text:
         ) from None
     if not text:
         raise ArtefactError(f"{name}: is empty; there is nothing to measure")
-    return Text(name, loaded, loaded.tokenizer.encode(text))
+    return plain_text(loaded, name, text)
 
 
 def open_default(loaded: LoadedModel) -> Text:
@@ -112,7 +134,7 @@ def open_default(loaded: LoadedModel) -> Text:
         return open_split(loaded)
     except ArtefactError as error:
         name = f"the source of Python's argparse ({error})"
-        return Text(name, loaded, loaded.tokenizer.encode(inspect.getsource(argparse)))
+        return plain_text(loaded, name, inspect.getsource(argparse))
 
 
 def _own_data(loaded: LoadedModel) -> Path:

@@ -23,10 +23,13 @@ class Gradients:
         self.config, self.settings, self.world = model.config, settings, world
         self.loss_module = parallelize(LossModule(model, autocast), world)
 
-    def backward(self, parts: list[MicroBatch], now: Regime, step: int, count: float) -> dict[str, Tensor]:
+    def backward(
+        self, parts: list[MicroBatch], now: Regime, step: int, count: float, *, special_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Gradients of the whole global batch of `count` target tokens.
 
-        The loss terms come back as they are on the device, summed over micro-batches and ranks.
+        The loss terms come back as they are on the device, summed over micro-batches and ranks; with `special_ids`,
+        also the part of the task loss that falls on these targets.
         """
         weights, drawn = self._weights(now), self.drawn_iterations(step)
         divisor = torch.full((), count, device=self.world.device)
@@ -37,7 +40,7 @@ class Gradients:
             # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
             waits = self.world.size > 1 and index + 1 < len(parts)
             with self.loss_module.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                terms = self.loss_module(part, weights, divisor, whole, drawn)
+                terms = self.loss_module(part, weights, divisor, whole, drawn, special_ids)
                 (terms.pop("total") * self.world.size).backward()
             for name, value in terms.items():
                 totals[name] = value.detach() + totals[name] if name in totals else value.detach()

@@ -129,9 +129,12 @@ def cut_metrics(run: Path, step: int, *, keep_evaluation: bool = True) -> None:
 
 
 def read_scores(run: Path, scored_on: str) -> dict[int, float]:
-    """Validation bits per byte by step, of the evaluations whose rows say `scored_on`."""
+    """Validation bits per byte by step, of the evaluations whose rows say `scored_on`.
+
+    Where the tokenizer does not tell the bytes it is the loss, which puts scores of the same text in the same order.
+    """
     rows = [row for row in read_metrics(run) if row.get("scored_on") == scored_on]
-    scores = {row["step"]: row.get("validation_bits_per_byte") for row in rows}
+    scores = {row["step"]: row.get("validation_bits_per_byte") or row.get("validation_loss") for row in rows}
     return {step: score for step, score in scores.items() if isinstance(score, int | float) and math.isfinite(score)}
 
 

@@ -70,6 +70,7 @@ class LossModule(nn.Module):
         count: Tensor,
         whole: dict[str, Tensor] | None,
         num_iterations: tuple[int, ...] | None = None,
+        special_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Shares of every loss in the global mean over `count` target tokens.
 
@@ -80,11 +81,14 @@ class LossModule(nn.Module):
         Args:
             whole: `moments` and `loads` of the whole batch when this is only a part of it; None when it is all of it.
             num_iterations: each layer's iterations in this step; None is the configured ones.
+            special_ids: where given, `special` is the part of `task`, without gradient, that falls on these targets.
         """
         output, mask = self.run(batch, weights, num_iterations), batch.mask
         with self.autocast:
             task = self.model.loss_sum(output.hidden, batch.targets, output.table) / count
         terms = {"task": task}
+        if special_ids is not None:
+            terms["special"] = self._loss_on(special_ids, output, batch.targets) / count
         local = state_moments(output.layers, mask) if weights.mean > 0 or weights.adapts_mu else None
         if local is not None:
             terms["moments"] = local.detach()
@@ -104,3 +108,12 @@ class LossModule(nn.Module):
             if name in terms:
                 loss = loss + getattr(weights, name) * terms[name]
         return {**terms, "total": loss}
+
+    @torch.no_grad()
+    def _loss_on(self, ids: Tensor, output: ModelOutput, targets: Tensor) -> Tensor:
+        """The cross-entropy in nats of the targets among `ids`: few rows, so it costs next to nothing."""
+        chosen = torch.isin(targets, ids)
+        if not chosen.any():
+            return torch.zeros((), device=targets.device)
+        with self.autocast:
+            return self.model.loss_sum(output.hidden[chosen], targets[chosen])

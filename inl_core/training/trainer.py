@@ -63,6 +63,7 @@ class Trainer:
         self.recipe, self.settings, self.world, self.run, self.observer = recipe, settings, world, run, observer
         self.model = model.to(world.device)
         self.token_num_bytes = run.tokenizer.token_num_bytes
+        self.special_ids = torch.tensor(sorted(run.tokenizer.special_ids.values()), device=world.device)
         self.micro_batch = settings.micro_batch(world.size)
         self.loader = BatchLoader(
             train,
@@ -83,7 +84,7 @@ class Trainer:
         self.metrics = MetricsWriter(run.path, recipe, self._warn) if world.is_main else None
         self.validation = Validation(
             validation,
-            self.token_num_bytes,
+            run.tokenizer,
             sequence_length=settings.sequence_length,
             batch_size=self.micro_batch,
             autocast=self.autocast,
@@ -130,7 +131,7 @@ class Trainer:
         if self.num_empty:
             self._warn(f"{self.num_empty:,} steps had no target token and updated nothing")
         if not saved:
-            score = f" ({evaluation.bits_per_byte:.4f} bits per byte)" if evaluation else ""
+            score = f" ({evaluation.bits_per_byte_text} bits per byte)" if evaluation else ""
             raise InlError(
                 f"{self.run.path}: trained to step {total}{score}, but the "
                 f"last checkpoint could not be saved; make room, then `inl resume {self.run.path}` repeats the rest"
@@ -188,7 +189,9 @@ class Trainer:
         self, parts: list[MicroBatch], now: Regime, step: int, count: float
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The loss terms and the norm of the gradient, which is left clipped in the parameters."""
-        terms = self.gradients.backward(parts, now, step, count)
+        # Bits per byte leave special tokens out (inference/evaluate.py); only a row that is written needs them apart.
+        apart = self.special_ids if self._logs_after(step + 1) else None
+        terms = self.gradients.backward(parts, now, step, count, special_ids=apart)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
         self.watch.observe(step, terms["task"], norm)
         return terms, norm
@@ -302,7 +305,7 @@ class Trainer:
         row: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens, "loss": task}
         row |= {f"loss_{name}": terms[name].item() for name in ("mean", "speed", "energy", "balance") if name in terms}
         row |= {
-            "bits_per_byte": task * count / math.log(2) / num_bytes if num_bytes else None,
+            "bits_per_byte": _bits_per_byte(task - terms["special"].item(), count, num_bytes) if terms else None,
             "learning_rate": rate,
             "gradient_norm": math.nan if norm is None else norm.item(),
             "tokens_per_second": speed,
@@ -390,6 +393,11 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _bits_per_byte(nats: float, count: float, num_bytes: float) -> float | None:
+    """Of `count` tokens of so many nats; None where there are no bytes, or nobody can tell how many (they are NaN)."""
+    return nats * count / math.log(2) / num_bytes if num_bytes > 0 else None
 
 
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:

@@ -1,13 +1,14 @@
 """The validation split as a run scores it: a part periodically, all of it at the end unless told otherwise."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import islice
 
-import numpy as np
 import torch
 
 from inl_core.corpus.loader import Batch, TokenDataset, evaluation_batches
-from inl_core.inference.evaluate import Evaluation, NothingToScore, evaluate
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.inference.evaluate import ByteCounts, Evaluation, NothingToScore, byte_counts, evaluate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.distributed import World
 
@@ -18,14 +19,14 @@ class Validation:
     def __init__(
         self,
         split: TokenDataset,
-        token_num_bytes: np.ndarray,
+        tokenizer: Tokenizer,
         *,
         sequence_length: int,
         batch_size: int,
         autocast: torch.autocast,
         world: World,
     ) -> None:
-        self.split, self.token_num_bytes = split, token_num_bytes
+        self.split, self.tokenizer = split, tokenizer
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.autocast, self.world = autocast, world
 
@@ -45,7 +46,19 @@ class Validation:
             max_tokens=tokens,
         )
         own = islice(batches, self.world.rank, None, self.world.size)
+        counts, is_whole = self._byte_counts, tokens is None or tokens >= self.split.num_tokens - 1
         try:
-            return evaluate(model, own, self.token_num_bytes, autocast=self.autocast, reduce=self.world.sum)
+            return evaluate(
+                model,
+                own,
+                counts.token_num_bytes,
+                num_bytes=counts.num_bytes if is_whole else None,
+                autocast=self.autocast,
+                reduce=self.world.sum,
+            )
         except NothingToScore:  # on every rank: the sums are of all ranks
             return None
+
+    @cached_property
+    def _byte_counts(self) -> ByteCounts:
+        return byte_counts(self.tokenizer, self.split, self.split.num_bytes)

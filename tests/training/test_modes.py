@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from inl_core.analysis.planning.activations import saved_bytes
+from inl_core.inference.evaluate import evaluate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training import distributed
 from inl_core.training.distributed import prepare_blocks
@@ -15,6 +16,18 @@ def losses(make_recipe, make_trainer, name: str, **training) -> list[float]:
     trainer, _ = make_trainer(make_recipe(training={"steps": 4, **training}), name)
     trainer.fit()
     return [row["loss"] for row in read_metrics(trainer.run.path) if "loss" in row]
+
+
+@pytest.mark.parametrize("batch_tokens", [256, 512])
+def test_bits_per_byte_of_a_step_are_what_an_evaluation_of_its_batch_gives(make_recipe, make_trainer, batch_tokens):
+    trainer, listener = make_trainer(make_recipe(training={"steps": 1, "batch_tokens": batch_tokens}))
+    batch, table = trainer.loader.batch(0), trainer.token_num_bytes
+    assert (table[batch.targets[batch.targets != -100]] == 0).any()  # special tokens, which do not count
+    wanted = evaluate(trainer.model, [batch], table)
+    trainer.fit()
+    row = next(row for row in listener.rows if row["step"] == 1)
+    assert row["bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-5)
+    assert row["loss"] == pytest.approx(wanted.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("part", ["block", "integrator"])

@@ -6,6 +6,7 @@
 - Of many layers a few are shown, evenly spaced; summary.json holds all.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,11 @@ def _stability(summary: Summary, _: pa.Table) -> "Figure":
     return _finish(figure, "iteration t (dotted: own T)", "share")
 
 
+def _number(value: float | None) -> float:
+    """NaN, which is not drawn, for bits per byte that nobody can tell."""
+    return math.nan if value is None else value
+
+
 def _bits(summary: Summary, _: pa.Table) -> "Figure":
     from matplotlib.figure import Figure
 
@@ -104,10 +110,12 @@ def _bits(summary: Summary, _: pa.Table) -> "Figure":
     left, right = figure.subplots(1, 2)
     points = summary["bits_per_byte"]["by_iterations"]
     counts = [point["iterations"] for point in points]
-    values = [point["bits_per_byte"] for point in points]
+    values = [_number(point["bits_per_byte"]) for point in points]
     errors = [point["standard_error"] or 0.0 for point in points]
     left.errorbar(counts, values, yerr=errors, marker="o", markersize=4, capsize=3, color=_COLOURS[0])
     for count, value in zip(counts, values, strict=True):
+        if math.isnan(value):
+            continue
         left.annotate(f"{value:.3f}", (count, value), xytext=(4, 7), textcoords="offset points", fontsize=8)
     left.margins(x=0.08, y=0.12)
     own = summary["num_iterations"]
@@ -117,7 +125,7 @@ def _bits(summary: Summary, _: pa.Table) -> "Figure":
     _whole_numbers(left)
     left.legend(fontsize=8)
     layers = summary["bits_per_byte"]["without_layer"]
-    changes = [row["change"] for row in layers]
+    changes = [_number(row["change"]) for row in layers]
     errors = [row["standard_error"] or 0.0 for row in layers]
     right.bar([row["layer"] for row in layers], changes, yerr=errors, capsize=3, color=_COLOURS[1], width=0.7)
     right.axhline(0, color="black", linewidth=0.8)

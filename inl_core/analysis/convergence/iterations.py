@@ -25,7 +25,7 @@ MOST_POINTS = 12
 
 @dataclass(frozen=True)
 class Score:
-    """Bits and bytes of text, batch by batch."""
+    """Bits and bytes of text, batch by batch; NaN where the tokenizer does not tell the bytes."""
 
     bits: np.ndarray
     num_bytes: np.ndarray
@@ -63,8 +63,9 @@ def score(
             continue
         settings: dict[str, Any] = {"num_iterations": num_iterations, "early_stopping": early_stopping}
         found = evaluate(model, [batch], token_num_bytes, **settings)
-        bits.append(found.bits_per_byte * found.bytes if found.bytes else 0.0)
-        sizes.append(found.bytes)
+        size = math.nan if found.bytes is None else found.bytes
+        bits.append(found.bits_per_byte * size if found.bits_per_byte is not None else 0.0)
+        sizes.append(size)
     if not bits:
         raise ArtefactError("evaluation: the text holds no target token; give it more text")
     return Score(np.array(bits), np.array(sizes, dtype=np.float64))

@@ -42,6 +42,11 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def signed(value: float | None) -> str:
+    """A change, with its sign; a dash when nobody can tell."""
+    return "-" if value is None else f"{value:+.4f}"
+
+
 def _head(summary: Summary) -> str:
     own, followed = summary["num_iterations"], summary["iterations_followed"]
     return (
@@ -94,7 +99,7 @@ def _stopping(summary: Summary) -> str:
     most = max(len(counts) for counts in stopping["tokens_by_iterations"])
     return (
         f"## Early stopping\n\nThreshold {shown(stopping['convergence_threshold'])}: bits per byte "
-        f"{shown(stopping['bits_per_byte'])}, {stopping['change']:+.4f} against all iterations.\n\n"
+        f"{shown(stopping['bits_per_byte'])}, {signed(stopping['change'])} against all iterations.\n\n"
         + _table(("layer", "mean iterations", *(f"used {t}" for t in range(1, most))), rows)
     )
 

@@ -144,7 +144,7 @@ def report_convergence(
     if not statistics:
         raise ArtefactError(f"{text.name}: holds no target token; give it more text")
     advance()
-    byte_table = loaded.tokenizer.token_num_bytes
+    byte_table = text.byte_counts(max_tokens).token_num_bytes
     bits = measure_iterations(model, windows, byte_table, done=advance)
     stopping = measure_stopping(model, windows, byte_table)
     report = ConvergenceReport(
