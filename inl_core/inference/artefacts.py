@@ -40,6 +40,7 @@ from inl_core.recipe.problems import find_problems
 __all__ = [
     "MANIFEST",
     "LoadedModel",
+    "check_tables",
     "checkpoint_step",
     "file_digest",
     "find_checkpoint",
@@ -212,15 +213,20 @@ def fitting_model(path: Path, model_config: ModelConfig) -> IntegratorLanguageMo
             model = IntegratorLanguageModel(model_config)
     except (RuntimeError, TypeError, OverflowError) as error:  # a tensor of more elements than torch can count
         raise ArtefactError(f"{file}: does not fit config.json ({str(error).splitlines()[0]})") from None
+    check_tensors(file, model.state_dict(), CONFIG)
+    check_tables(path / CONFIG, model)
+    return model
+
+
+def check_tables(source: Path, model: IntegratorLanguageModel) -> None:
+    """Refuse a context whose tables of positions take more memory than the weights; `source` says how long it is."""
     weights = model.state_dict()
-    check_tensors(file, weights, CONFIG)
     tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in weights)
     if tables > max(_LARGEST_TABLE, sum(tensor.nbytes for tensor in weights.values())):
         raise ArtefactError(
-            f"{path / CONFIG}: model.max_seq_len {model_config.max_seq_len:,} needs tables of {tables / 1e9:,.0f} GB, "
-            "more than the weights; put back the config.json the model was trained with"
+            f"{source}: a context of {model.config.max_seq_len:,} tokens needs tables of {tables / 1e9:,.0f} GB, more "
+            "than the weights; correct its max_seq_len"
         )
-    return model
 
 
 def read_model_config(path: Path, config: CheckpointConfig) -> ModelConfig:

@@ -96,7 +96,7 @@ def stream_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -
             if skipped > _MOST_SKIPPED:
                 raise ArtefactError(f"{path}: damaged: more than {_MOST_SKIPPED:,} lines are no rows; move it away")
     if skipped:
-        note(f"{path}: {skipped:,} lines are no rows of metrics and are left out")
+        note(f"{path}: left out what is no row of metrics: {skipped:,} line(s)")
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
@@ -108,23 +108,35 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**63:
         return None
     figures = (value for key, value in row.items() if key in ("tokens", "loss") or key.startswith("validation_"))
-    return row if all(value is None or _is_number(value) for value in figures) else None
+    is_whole = all(value is None or _is_number(value) for value in figures) and _is_shallow(row, depth=3)
+    return row if is_whole else None
+
+
+def _is_shallow(value: Any, *, depth: int) -> bool:
+    """Whether lists and objects are nested at most so deep: a value a layer, an expert."""
+    if not isinstance(value, list | dict):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_is_shallow(item, depth=depth - 1) for item in items)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
-def cut_metrics(run: Path, step: int, *, keep_evaluation: bool = True) -> None:
+def cut_metrics(
+    run: Path, step: int, *, keep_evaluation: bool = True, note: Callable[[str], None] = lambda text: None
+) -> None:
     """Drop the rows after `step`, and what is left of a torn one.
 
     `keep_evaluation` False also drops the evaluation at `step`: a finished run that is resumed makes it again.
+    `note` hears as in `read_metrics`.
     """
     path = run / "metrics.jsonl"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
-    rows = [row for row in read_metrics(run) if row["step"] <= step]
-    kept = [row for row in rows if keep_evaluation or row["step"] < step or "validation_loss" not in row]
+    rows = (row for row in stream_metrics(run, note) if row["step"] <= step)
+    kept = (row for row in rows if keep_evaluation or row["step"] < step or "validation_loss" not in row)
     write_whole(path, "".join(json.dumps(_finite(row)) + "\n" for row in kept))
 
 
@@ -133,7 +145,7 @@ def read_scores(run: Path, scored_on: str) -> dict[int, float]:
 
     Where the tokenizer does not tell the bytes it is the loss, which puts scores of the same text in the same order.
     """
-    rows = [row for row in read_metrics(run) if row.get("scored_on") == scored_on]
+    rows = (row for row in stream_metrics(run) if row.get("scored_on") == scored_on)
     scores = {row["step"]: row.get("validation_bits_per_byte") or row.get("validation_loss") for row in rows}
     return {step: score for step, score in scores.items() if isinstance(score, int | float) and math.isfinite(score)}
 

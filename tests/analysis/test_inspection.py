@@ -1,6 +1,7 @@
 """`inl inspect`: every kind is recognised, shown and written as JSON, damaged ones too."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from inl_cli.app import app
 from inl_core.analysis.inspection import sparkline
 from inl_core.corpus.shards import load_manifest
 from inl_core.recipe.load import dump_recipe
+from tests.damage import put
 from tests.inference.tiny import recipe, tiny_model, write_checkpoint
 
 CHECKPOINT = "runs/v4/checkpoints/step-00000007"
@@ -186,3 +188,44 @@ def test_a_sparkline_falls_with_its_values_and_has_its_width() -> None:
     assert sparkline([float(-value) for value in range(800)], width=8) == "".join(reversed(bars))
     assert sparkline([2.0, 2.0]) == bars[0] * 2
     assert sparkline([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("recipe.yaml", b"- a\n", "recipe.yaml"),
+        ("metrics.jsonl", None, "metrics.jsonl: a FIFO"),
+        ("environment.json", b"[]", "environment.json: holds a JSON list"),
+        ("environment.json", b'{"a": {"b": {"c": 1}}}', "environment.json: damaged: a"),
+        ("environment.json", b'{"a":' * 100_000, "environment.json: nested too deeply"),
+        ("preempted.json", b'{"signal": 15}', "preempted.json: damaged: signal"),
+        ("preempted.json", None, "preempted.json: a FIFO"),
+    ],
+)
+def test_what_can_be_read_of_a_damaged_run_is_shown(
+    inl: Callable[..., Result], workplace: Path, tmp_path: Path, file: str, content: bytes | None, problem: str
+) -> None:
+    run = Path(shutil.copytree(workplace / "runs" / "v4", tmp_path / "run"))
+    (run / "metrics.jsonl").write_text('{"step": 9, "loss": 1.5}\n[]\n{"step": 10, "loss": Infinity}\n')
+    (run / file).unlink(missing_ok=True)
+    (run / file).write_bytes(content) if content else os.mkfifo(run / file)
+    result = inl("inspect", str(run), "--json")
+    data = json.loads(result.stdout)
+    assert result.exit_code == 4, result.output
+    assert problem in data["problem"] == result.stderr.strip()
+    assert [row["intact"] for row in data["checkpoints"]] == [True]
+    if file != "metrics.jsonl":
+        assert (data["run"]["step"], data["loss"]["last"]) == (10, None)
+        assert "no row of metrics: 1 line(s)" in data["run"]["note"]
+
+
+def test_a_quarantine_of_any_shape_is_counted(inl: Callable[..., Result], workplace: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(workplace / "data" / "tiny", tmp_path / "tiny"))
+    put(data / "manifest.json", "quarantined", 5)
+    lines = [b'{"reason": "bad"}', b"[]", b"\xff", b'{"reason": 5}', b"[" * 100_000]
+    (data / "quarantine.jsonl").write_bytes(b"\n".join(lines))
+    result = inl("inspect", str(data), "--json")
+    assert json.loads(result.stdout)["quarantine"] == [
+        {"reason": "(a damaged row)", "rows": 4},
+        {"reason": "bad", "rows": 1},
+    ]

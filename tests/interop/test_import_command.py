@@ -11,6 +11,9 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
+from inl_core.errors import ArtefactError
+from inl_core.interop.reference.layout import read_layout
+from tests.damage import WHOLE_FILE, write_header
 from tests.inference.test_commands import assert_refused
 from tests.inference.tiny import TEXT
 from tests.interop.reference_files import GENERATIONS, LAYERS, Tensors, ignored_tensors, random_tensors, write_file
@@ -214,3 +217,39 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, file: Path, monkeypatc
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "No space left on device"
     assert list(tmp_path.iterdir()) == [file]
+
+
+COSINES = "layers.0.attention.rope.cos_cached"
+ODD_FILES: list[tuple[Callable[[Tensors], Tensors], str]] = [
+    (new("layers.9999999999.norm1.weight", 128), "layers.3.inl.inl.mu_global is missing"),
+    (lambda tensors: {**tensors, COSINES: torch.zeros(1, 1, 10**9, 0)}, "a context of 1,000,000,000 tokens"),
+    (changed("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn)), "lm_head.weight is float8_e4m3fn, quantised"),
+    (changed("lm_head.weight", lambda t: t.double() * 1e300), "lm_head.weight holds values that are not finite"),
+    (changed("layers.1.attention.rope.inv_freq", lambda t: t.sum()), "rope.inv_freq is not a table of base"),
+    (changed("layers.1.attention.rope.inv_freq", lambda t: t.to(torch.int64)), "rope.inv_freq is not a table of base"),
+    (lambda tensors: {}, "it is not a language model of a reference generation"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), ODD_FILES, ids=[message[:40] for _, message in ODD_FILES])
+def test_a_file_that_asks_for_too_much_or_holds_odd_types_is_one_line(
+    tmp_path: Path, damage: Callable[[Tensors], Tensors], message: str
+) -> None:
+    file = write_file(tmp_path / "a.safetensors", damage(random_tensors("released") | ignored_tensors("released")))
+    assert_refused(inl("import-reference", file, "--output", tmp_path / "out", "--iterations", 2), 4, message)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("damage", [*WHOLE_FILE.values(), lambda path: write_header(path, b"{}", length=2**63)])
+def test_a_file_of_any_kind_is_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    file = tmp_path / "a.safetensors"
+    write_header(file, b'{"lm_head.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', bytes(4))
+    damage(file)
+    assert_refused(inl("import-reference", file, "--output", tmp_path / "out", "--iterations", 2), 4, str(file))
+
+
+def test_many_layers_that_are_not_there_cost_no_time(tmp_path: Path) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in random_tensors("released").items()}
+    shapes |= {f"layers.{number}.x": () for number in range(3, 20_000)}
+    with pytest.raises(ArtefactError, match=r"layers\.3\.inl\.inl\.mu_global is missing"):
+        read_layout(tmp_path / "a", shapes)

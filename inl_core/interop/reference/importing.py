@@ -18,6 +18,7 @@ from torch import Tensor
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import is_directory
+from inl_core.inference.artefacts import check_tables
 from inl_core.inference.checkpoint_files import file_digest
 from inl_core.inference.tensor_files import open_tensors, read_shapes, read_tensor
 from inl_core.interop.reference.conversion import build_config, convert
@@ -168,6 +169,7 @@ def load_reference(
     """The model on the CPU in float32, and the names of the tensors it was filled from: all that were expected."""
     with torch.device("meta"):
         model = IntegratorLanguageModel(config)
+    check_tables(file, model)
     model.to_empty(device="cpu")
     model.reset_buffers()
     used: list[str] = []

@@ -100,7 +100,10 @@ def read_layout(path: Path, shapes: Mapping[str, Shape]) -> Layout:
             tensors |= _released_shapes(d_model, key_value_dim, hidden_dim)
         else:
             tensors |= _earlier_shapes(d_model, hidden_dim)
-        expected |= {f"layers.{layer}.{name}": shape for name, shape in tensors.items()}
+        tensors = {f"layers.{layer}.{name}": shape for name, shape in tensors.items()}
+        expected |= tensors
+        if not tensors.keys() <= shapes.keys():
+            break  # the file may speak of a million layers and hold none of them
     file.compare(expected, skipped)
     return Layout(
         generation=generation,
