@@ -115,7 +115,7 @@ def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = 
 
     Args:
         purpose: evaluate leaves the contents of `training_state` unread; resume demands that it is there.
-        contents: False looks at sizes alone, not at checksums and at whether the weights are finite.
+        contents: False looks at sizes alone, not at checksums and at whether the numbers are finite.
 
     Raises:
         ArtefactError: names the first thing that is wrong.
@@ -134,7 +134,8 @@ def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = 
             _check_file(entry_path(path, name), entry, with_digest=with_digest)
         _check_complete(path, manifest, purpose)
         if contents:
-            _check_finite(path / WEIGHTS)
+            for name in (WEIGHTS, OPTIMIZER) if purpose == "resume" else (WEIGHTS,):
+                _check_finite(path / name)
     except ArtefactError as error:
         raise ArtefactError(f"{error}; use an earlier checkpoint") from None
     return manifest
@@ -162,7 +163,7 @@ def _check_file(path: Path, entry: FileEntry, *, with_digest: bool) -> None:
 
 
 def _check_finite(path: Path) -> None:
-    """ArtefactError when a weight is NaN or infinite; one tensor at a time is in memory."""
+    """ArtefactError when a number is NaN or infinite; one tensor at a time is in memory."""
     with open_tensors(path) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (not a mapping)
             if first_nonfinite({name: read_tensor(path, name, tensors)}):

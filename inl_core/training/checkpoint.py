@@ -39,6 +39,7 @@ from inl_core.inference.checkpoint_files import (
     read_manifest,
     verify_checkpoint,
 )
+from inl_core.inference.finite import first_nonfinite
 from inl_core.inference.tensor_files import check_tensors
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.optimizers import Optimizers
@@ -129,8 +130,11 @@ def save_weights(final: Path, model: IntegratorLanguageModel, documents: dict[st
         documents: as in `save_checkpoint`.
 
     Raises:
+        ArtefactError: a weight is NaN or infinite.
         OSError: it could not be written; what was there before is untouched.
     """
+    if name := first_nonfinite(model.state_dict()):
+        raise ArtefactError(f"{final}: not written, because {name} holds NaN or infinity")
     with _written_whole(final, final.parent / f".{final.name}.tmp", checkpoint_step(final)) as aside:
         _write_weights(aside, model, documents)
 

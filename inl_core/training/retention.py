@@ -57,7 +57,7 @@ def remove_leftovers(run: Path) -> None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        verify_checkpoint(path, contents=False)
+        verify_checkpoint(path, purpose="resume", contents=False)
     except (ArtefactError, OSError):
         return False
     return True

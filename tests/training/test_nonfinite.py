@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from inl_cli.app import app
 from inl_core.errors import ArtefactError, NonFiniteError
 from inl_core.inference.artefacts import list_checkpoints, verify_checkpoint
 from inl_core.inference.finite import first_nonfinite
-from inl_core.training.checkpoint import newest_valid, save_checkpoint
+from inl_core.training.checkpoint import newest_valid, save_checkpoint, save_weights
 from tests.training.test_retention import SCORE
 
 
@@ -50,22 +53,59 @@ def test_an_update_that_is_not_finite_is_not_saved(make_recipe, make_trainer, po
     assert list_checkpoints(trainer.run.checkpoints)[-1].name == f"step-0000000{bad_step - 2}"
 
 
-def test_a_checkpoint_with_weights_that_are_not_finite_is_passed_over(make_recipe, make_trainer):
+def sealed(trainer, step: int) -> Path:
+    """A checkpoint as it is, saved without a look at its numbers."""
+    trainer.state.step = step
+    documents = trainer.run.documents(trainer.state)
+    return save_checkpoint(trainer.run.checkpoints, trainer.state, trainer.model, trainer.optimizers, documents)
+
+
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_passed_over(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe())
-    for step in (1, 2):
-        trainer.state.step = step
-        if step == 2:
-            poison_weights(trainer)
-        documents = trainer.run.documents(trainer.state)
-        saved = save_checkpoint(trainer.run.checkpoints, trainer.state, trainer.model, trainer.optimizers, documents)
+    sealed(trainer, 1)
+    poison_moments(trainer)  # the moments are there since the first save
+    verify_checkpoint(sealed(trainer, 2), purpose="evaluate")
+    poison_weights(trainer)
     with pytest.raises(ArtefactError, match=r"blocks.0.attention.output.weight holds NaN or infinity"):
-        verify_checkpoint(saved)
-    assert newest_valid(trainer.run.checkpoints, lambda text: None).name == "step-00000001"
+        verify_checkpoint(sealed(trainer, 3))
+    skipped: list[str] = []
+    assert newest_valid(trainer.run.checkpoints, skipped.append).name == "step-00000001"
+    assert len(skipped) == 2
+
+
+@pytest.mark.parametrize(
+    "command", [["eval"], ["inspect-params"], ["generate", "--prompt", "a"], ["convergence-report"]]
+)
+def test_no_command_takes_weights_that_are_not_finite(make_recipe, make_trainer, command):
+    trainer, _ = make_trainer(make_recipe())
+    poison_weights(trainer)
+    result = CliRunner().invoke(app, [*command, str(sealed(trainer, 3))])
+    assert result.exit_code == 4
+    assert len(result.stderr.splitlines()) == 1
+    assert "blocks.0.attention.output.weight holds NaN or infinity" in result.stderr
+
+
+def test_a_model_that_overflows_on_a_text_exits_with_3(make_recipe, make_trainer, tmp_path):
+    trainer, _ = make_trainer(make_recipe())
+    with torch.no_grad():
+        trainer.model.embedding.table.weight.fill_(3e38)
+    (tmp_path / "text.txt").write_text("some text")
+    result = CliRunner().invoke(app, ["eval", str(sealed(trainer, 3)), "--text", str(tmp_path / "text.txt")])
+    assert result.exit_code == 3
+    assert "text.txt is nan" in result.stderr
+
+
+def test_imported_weights_must_be_finite(make_recipe, make_trainer, tmp_path):
+    trainer, _ = make_trainer(make_recipe())
+    poison_weights(trainer)
+    with pytest.raises(ArtefactError, match=r"not written, because blocks.0.attention.output.weight holds NaN"):
+        save_weights(tmp_path / "imported", trainer.model, {})
+    assert not (tmp_path / "imported").exists()
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(make_recipe, make_trainer):
     recipe = make_recipe(training={"evaluation": {"every": 2, "tokens": 512}, "checkpoint": {"every": 2}})
     trainer, _ = make_trainer(recipe)
-    trainer.validation.score = lambda model, tokens: replace(SCORE, loss=math.nan, bits_per_byte=math.nan)
+    trainer.validation.score = lambda *given: replace(SCORE, loss=math.nan, bits_per_byte=math.nan)
     with pytest.raises(NonFiniteError, match=r"step 2: validation loss nan.*goes on from .*step-00000002"):
         trainer.fit()
