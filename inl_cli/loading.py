@@ -29,19 +29,19 @@ def open_model(
     return loaded
 
 
-def check_source(data: Path | None, text: Path | None) -> None:
+def check_source(data: Path | None, text: str | None) -> None:
     """Refuse a data set and a text together, before anything is loaded."""
-    if data and text:
+    if data and text is not None:
         raise RecipeError("--data and --text: give one of them")
 
 
 def open_source(
-    console: Console, loaded: "LoadedModel", data: Path | None, text: Path | None, split: Literal["validation", "train"]
+    console: Console, loaded: "LoadedModel", data: Path | None, text: str | None, split: Literal["validation", "train"]
 ) -> "Text":
-    """The text file named, else a split of the data set named, else of the one the model was trained on."""
+    """The text named, else a split of the data set named, else of the one the model was trained on."""
     from inl_core.inference.texts import open_split, open_text
 
-    source = open_text(loaded, text) if text else open_split(loaded, data, split)
+    source = open_split(loaded, data, split) if text is None else open_text(loaded, text, note=console.info)
     for warning in source.warnings:
         console.warn(warning)
     return source

@@ -39,6 +39,14 @@ DataOption = Annotated[
     Path | None, typer.Option("--data", help="A prepared data set; default the one the model was trained on.")
 ]
 
-TextOption = Annotated[Path | None, typer.Option("--text", help="A UTF-8 text file as one document, or - for stdin.")]
+TextOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="SOURCE",
+        help="Text in any form that prepare-data reads, or - for stdin. A text file is one document; of prompts and "
+        "chats only the completions are scored.",
+    ),
+]
 
 SplitOption = Annotated[Literal["validation", "train"], typer.Option("--split", help="Which split of the data set.")]

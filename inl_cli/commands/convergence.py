@@ -73,7 +73,7 @@ def _measure(
     checkpoint: Path | None,
     device: str,
     output: Path | None,
-    chosen: tuple[Path | None, Path | None, Literal["validation", "train"]],
+    chosen: tuple[Path | None, str | None, Literal["validation", "train"]],
     max_tokens: int,
     settings: dict[str, Any],
 ) -> "tuple[ConvergenceReport, Written]":

@@ -1,11 +1,7 @@
 """`inl generate`: prompts -> text, streamed."""
 
-import json as json_module
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +15,6 @@ from inl_cli.options import (
     NoEarlyStoppingOption,
     QuietOption,
 )
-from inl_core.errors import RecipeError
 from inl_core.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -31,8 +26,12 @@ PromptOption = Annotated[
     list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated; none starts from nothing.")
 ]
 PromptFileOption = Annotated[
-    Path | None,
-    typer.Option(help='One prompt a line; in .jsonl each line is a string or {"prompt": ...}; - reads lines of stdin.'),
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Prompts in any form that prepare-data reads, or - for stdin: of text every line that is not blank, "
+        'of JSON Lines a string or {"prompt": ...} a line, of Parquet the column prompt.',
+    ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens to generate, at most.")]
 TemperatureOption = Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")]
@@ -97,7 +96,7 @@ def generate(
         early_stopping=not no_early_stopping,
         compiled=compile,
     )
-    prompts = _prompts(prompt, prompt_file)
+    prompts = _prompts(console, prompt, prompt_file)
     for remark in settings.without_effect():
         console.warn(remark)
     _run(console, open_model(console, checkpoint, device, iterations=iterations), prompts, settings, show_iterations)
@@ -125,38 +124,13 @@ def _run(
     console.info(view.summary(completions, seconds))
 
 
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+def _prompts(console: Console, given: list[str] | None, file: str | None) -> list[str]:
     """All prompts, from the options and the file; one empty prompt when there is neither."""
+    from inl_core.corpus.whole import check_utf8, read_prompts
+
     prompts = list(given or [])
+    for prompt in prompts:
+        check_utf8(prompt, "--prompt")
     if file is not None:
-        found = list(_read_prompts(file))
-        if not found:
-            raise RecipeError(f"{file}: holds no prompt; write one a line")
-        prompts += found
+        prompts += read_prompts(file, note=console.info)
     return prompts or [""]
-
-
-def _read_prompts(file: Path) -> Iterator[str]:
-    name = "stdin" if str(file) == "-" else str(file)
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        lines = data.decode("utf-8").split("\n")
-    except FileNotFoundError:
-        raise RecipeError(f"{name}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{name}: not UTF-8 text (byte {error.start:,}: {error.reason})") from None
-    for number, line in enumerate(lines, start=1):
-        line = line.removesuffix("\r")
-        if line.strip():
-            yield _json_prompt(line, f"{name}:{number}") if file.suffix == ".jsonl" else line
-
-
-def _json_prompt(line: str, place: str) -> str:
-    try:
-        value: Any = json_module.loads(line)
-    except ValueError as error:
-        raise RecipeError(f"{place}: not JSON ({error})") from None
-    prompt = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(prompt, str):
-        raise RecipeError(f'{place}: neither a string nor an object with a string "prompt"')
-    return prompt

@@ -23,8 +23,13 @@ PathArgument = Annotated[
     Path, typer.Argument(metavar="PATH", help="A recipe, or the directory of a data set, a run or a checkpoint.")
 ]
 MeasuredTextOption = Annotated[
-    Path | None,
-    typer.Option("--text", help="Measure on this UTF-8 file; default the run's validation split where it is at hand."),
+    str | None,
+    typer.Option(
+        "--text",
+        metavar="SOURCE",
+        help="Measure on this text, in any form that prepare-data reads; default the run's validation split where it "
+        "is at hand.",
+    ),
 ]
 MeasuredTokensOption = Annotated[int, typer.Option("--max-tokens", "--tokens", min=1, help="Tokens to measure on.")]
 CsvOption = Annotated[bool, typer.Option("--csv", help="Print the layers' statistics as CSV on stdout.")]
@@ -61,7 +66,8 @@ def inspect_params(
     from inl_core.analysis.parameters import report_parameters
     from inl_core.inference.texts import open_default, open_text
 
-    report = report_parameters(loaded, open_text(loaded, text) if text else open_default(loaded), max_tokens=max_tokens)
+    measured = open_default(loaded) if text is None else open_text(loaded, text, note=console.info)
+    report = report_parameters(loaded, measured, max_tokens=max_tokens)
     if csv:
         _write_csv(report)
     else:

@@ -22,6 +22,7 @@ class TokenStream:
     """Consecutive arrays of token ids read as one, with the ids that mark documents.
 
     document_starts, prompt_lengths: (N,) positions and prompt sizes; given only when there are prompts.
+    document_mask: whether batches carry document ids and positions.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class TokenStream:
         eos_id: int,
         document_starts: np.ndarray | None = None,
         prompt_lengths: np.ndarray | None = None,
+        document_mask: bool = False,
     ) -> None:
         self.segments = [segment for segment in segments if len(segment)]
         self.bos_id, self.eos_id = bos_id, eos_id
         self.document_starts, self.prompt_lengths = document_starts, prompt_lengths
+        self.document_mask = document_mask
         self._ends = np.cumsum([len(segment) for segment in self.segments], dtype=np.int64)
         self._begins = [0, *self._ends.tolist()]
         self.num_tokens = self._begins[-1]
@@ -94,7 +97,6 @@ class TokenDataset(TokenStream):
     Attributes:
         num_tokens, num_documents, num_bytes: totals; bytes of text, without special tokens.
         fingerprint: names the data set's content, both splits and the tokenizer.
-        document_mask: whether batches carry document ids and positions.
     """
 
     def __init__(self, directory: Path, split: str, *, document_mask: bool) -> None:
@@ -113,8 +115,9 @@ class TokenDataset(TokenStream):
             eos_id=manifest.eos_id,
             document_starts=index[0],
             prompt_lengths=index[1],
+            document_mask=document_mask,
         )
-        self.directory, self.split, self.document_mask = directory, split, document_mask
+        self.directory, self.split = directory, split
         self.num_documents, self.num_bytes = info.documents, info.bytes
         self.vocab_size, self.fingerprint = manifest.vocab_size, manifest.fingerprint
 

@@ -12,6 +12,7 @@ from itertools import chain
 
 import numpy as np
 
+from inl_core.corpus.dataset import TokenStream
 from inl_core.corpus.rows import PROMPT_ROLES, ROLE_OF_CODE, Document
 from inl_core.corpus.spool import HashedDocuments, TokenChunk
 from inl_core.corpus.tokenizer import Tokenizer
@@ -54,6 +55,25 @@ def encode_document(tokenizer: Tokenizer, document: Document, parts: Sequence[li
             tokens.append(tokenizer.role_id("end"))
     tokens.append(tokenizer.eos_id)
     return tokens, prompt_length
+
+
+def document_stream(tokenizer: Tokenizer, documents: Sequence[Document], *, document_mask: bool) -> TokenStream:
+    """Documents as the stream of tokens that a preparation would make of them, in their order."""
+    encoded = [encode_document(tokenizer, d, tokenizer.encode_documents(d.texts)) for d in documents]
+    # A foreign tokenizer's normaliser may leave nothing of a document.
+    encoded = [(tokens, prompt_length) for tokens, prompt_length in encoded if len(tokens) > 2]
+    rows = [np.array(tokens, dtype=token_dtype(tokenizer)) for tokens, _ in encoded]
+    prompts = np.array([prompt_length for _, prompt_length in encoded], dtype=np.int64)
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)[:-1]
+    has_prompts = bool(prompts.any())
+    return TokenStream(
+        [np.concatenate(rows)] if rows else [],
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        document_starts=starts if has_prompts else None,
+        prompt_lengths=prompts if has_prompts else None,
+        document_mask=document_mask,
+    )
 
 
 def encode_chunks(

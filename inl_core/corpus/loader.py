@@ -150,7 +150,7 @@ def make_batch(stream: TokenStream, starts: np.ndarray, sequence_length: int, *,
 
 
 def evaluation_batches(
-    dataset: TokenDataset,
+    dataset: TokenStream,
     *,
     sequence_length: int,
     stride: int | None = None,

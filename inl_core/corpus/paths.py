@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from inl_core.errors import ArtefactError, RecipeError
+from inl_core.files import expand_home
 
 _URI = "file://"
 
@@ -28,7 +29,7 @@ def local_path(source: str) -> Path:
     """The path a source or a recorded file stands for; a leading ~ is the home directory.
 
     Raises:
-        RecipeError: the source is empty, or cannot be a path.
+        RecipeError: the source is empty, holds a NUL byte, or begins with the home of nobody.
     """
     if not source:
         raise RecipeError("an empty source (a shell variable that is not set?); name a file, a directory or a glob")
@@ -36,10 +37,7 @@ def local_path(source: str) -> Path:
         raise RecipeError(f"{shown(source)}: no file name holds a NUL byte")
     if source.startswith(_URI):
         return Path(os.fsdecode(unquote_to_bytes(source[len(_URI) :])))
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:  # ~name of a user who does not exist
-        raise RecipeError(f"{shown(source)}: no such home directory; write the path out") from None
+    return expand_home(source)
 
 
 def absolute_source(source: str) -> str:

@@ -56,7 +56,7 @@ def read_text(path: Path, name: str, compression: str | None, note: Note) -> Ite
     note(TEXT if num_pieces < 2 else f"text, cut at line ends into {num_pieces} documents of at most 1 MiB")
     with opened(path, compression, name) as file:
         for number, piece in enumerate(_pieces(file, encoding)):
-            yield Document(name if num_pieces < 2 else f"{name}#{number}", (piece,))
+            yield Document(name if num_pieces < 2 else f"{name}#{number}", (piece,), continues=number > 0)
 
 
 def read_jsonl(path: Path, name: str, compression: str | None, note: Note) -> Iterator[Item]:
@@ -142,7 +142,8 @@ def bounded(item: Item) -> Iterator[Item]:
         yield item
     else:
         pieces = _cut(iter(item.texts))
-        yield from (Document(f"{item.origin}#{number}", (piece,)) for number, piece in enumerate(pieces))
+        for number, piece in enumerate(pieces):
+            yield Document(f"{item.origin}#{number}", (piece,), continues=number > 0)
 
 
 def text_lines(path: Path, name: str, compression: str | None) -> Iterator[tuple[str, str | BadRow]]:

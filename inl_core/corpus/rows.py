@@ -25,6 +25,8 @@ class Document:
     origin: str
     texts: tuple[str, ...]
     roles: str = ""
+    continues: bool = False
+    """Whether it is a piece of a long text, and not the first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The text a model is measured on: a split of a prepared data set, a text file, or Python's own sources.
+"""The text a model is measured on: a split of a prepared data set, text in any form, or Python's own sources.
 
 - The split is the run's validation split unless told otherwise; its tokenizer must be the model's, or the figures would
   mean nothing.
@@ -8,14 +8,18 @@
 
 import argparse
 import inspect
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from inl_core.corpus.loader import Batch, TokenDataset, evaluation_batches, text_batches, text_stream
+from inl_core.corpus.encoding import document_stream
+from inl_core.corpus.loader import Batch, TokenDataset, TokenStream, evaluation_batches
 from inl_core.corpus.manifest import MANIFEST, check_ids, load_manifest
+from inl_core.corpus.paths import shown
+from inl_core.corpus.rows import Document
+from inl_core.corpus.sources import STDIN
+from inl_core.corpus.whole import whole_documents
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import LoadedModel
 from inl_core.inference.evaluate import ByteCounts, byte_counts
@@ -31,8 +35,7 @@ class Text:
     name: str
     """What it is, in words."""
     loaded: LoadedModel
-    source: TokenDataset | list[int]
-    """A split, or the tokens of one text."""
+    source: TokenStream
     num_bytes: int
     """Size of the source text in UTF-8."""
     warnings: tuple[str, ...] = ()
@@ -40,7 +43,7 @@ class Text:
     @property
     def num_targets(self) -> int:
         """Tokens that can be predicted."""
-        return self.source.num_tokens - 1 if isinstance(self.source, TokenDataset) else len(self.source) + 1
+        return self.source.num_tokens - 1
 
     def byte_counts(self, max_tokens: int | None = None) -> ByteCounts:
         """The bytes behind its tokens, when the first `max_tokens` targets are scored (None is all)."""
@@ -49,9 +52,7 @@ class Text:
 
     @cached_property
     def _byte_counts(self) -> ByteCounts:
-        tokenizer, source = self.loaded.tokenizer, self.source
-        stream = source if isinstance(source, TokenDataset) else text_stream(tokenizer, source)
-        return byte_counts(tokenizer, stream, self.num_bytes)
+        return byte_counts(self.loaded.tokenizer, self.source, self.num_bytes)
 
     def windows(
         self, *, window: int, stride: int | None = None, batch_size: int = 16, max_tokens: int | None = None
@@ -64,10 +65,9 @@ class Text:
         self.check_window(window)
         if stride is not None and not 0 < stride <= window:
             raise RecipeError(f"stride {stride}: must be between 1 and the window of {window:,} tokens")
-        settings = {"sequence_length": window, "stride": stride, "batch_size": batch_size, "max_tokens": max_tokens}
-        if isinstance(self.source, TokenDataset):
-            return evaluation_batches(self.source, **settings)
-        return text_batches(self.loaded.tokenizer, self.source, **settings)
+        return evaluation_batches(
+            self.source, sequence_length=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens
+        )
 
     def check_window(self, window: int) -> None:
         """RecipeError when the window does not fit the model's context."""
@@ -105,27 +105,27 @@ def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = 
 
 def plain_text(loaded: LoadedModel, name: str, text: str) -> Text:
     """A text as one document, called `name`."""
-    return Text(name, loaded, loaded.tokenizer.encode(text), len(text.encode()))
+    return _text(loaded, name, [Document(name, (text,))])
 
 
-def open_text(loaded: LoadedModel, path: Path) -> Text:
-    """A text file (`-` is stdin) as one document; RecipeError when it is missing, ArtefactError when not UTF-8."""
-    name = "stdin" if str(path) == "-" else str(path)
-    try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from None
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ArtefactError(
-            f"{name}: not UTF-8 text (byte {error.start:,}: {error.reason}); convert it first"
-        ) from None
-    if not text:
+def open_text(loaded: LoadedModel, source: str | Path, *, note: Callable[[str], None] = lambda message: None) -> Text:
+    """Text as a preparation reads it: a file, a directory or a glob of any format, or `-` for stdin.
+
+    A text file is one document; of prompts and chats only what a model is trained on is scored.
+
+    Raises:
+        RecipeError: it is missing or cannot be used.
+        ArtefactError: it is empty, a file is damaged, or a row cannot be used.
+    """
+    name = "stdin" if str(source) == STDIN else shown(source)
+    documents = whole_documents(str(source), note=note)
+    if not documents:
         raise ArtefactError(f"{name}: is empty; there is nothing to measure")
-    return plain_text(loaded, name, text)
+    if len(documents) > 1:
+        name += f" ({len(documents):,} documents)"
+    if any(document.roles for document in documents):
+        name += ", completions only"
+    return _text(loaded, name, documents)
 
 
 def open_default(loaded: LoadedModel) -> Text:
@@ -135,6 +135,14 @@ def open_default(loaded: LoadedModel) -> Text:
     except ArtefactError as error:
         name = f"the source of Python's argparse ({error})"
         return plain_text(loaded, name, inspect.getsource(argparse))
+
+
+def _text(loaded: LoadedModel, name: str, documents: list[Document]) -> Text:
+    document_mask = len(documents) > 1 and _document_mask(loaded)
+    stream = document_stream(loaded.tokenizer, documents, document_mask=document_mask)
+    if not stream.num_tokens:
+        raise ArtefactError(f"{name}: this tokenizer leaves nothing of it; there is nothing to measure")
+    return Text(name, loaded, stream, sum(len(text.encode()) for document in documents for text in document.texts))
 
 
 def _own_data(loaded: LoadedModel) -> Path:

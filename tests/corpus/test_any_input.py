@@ -102,7 +102,7 @@ def test_an_unreadable_directory_is_an_error(tree: Path, monkeypatch: pytest.Mon
 REFUSED = [
     ("", "an empty source"),
     ("a\0b", "NUL byte"),
-    ("~nobody-of-this-name/x", "no such home directory"),
+    ("~nobody-of-this-name/x", "no home directory is known"),
     ("x" * 5000, "no such file"),
     ("broken.txt", "a link to nowhere"),
     ("pipe.txt", "not a regular file"),
