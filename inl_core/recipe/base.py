@@ -1,9 +1,13 @@
-"""What recipe sections are made of: their base, typed, frozen, closed and documented field by field; paths."""
+"""What recipe sections are made of: their base, typed, frozen, closed and documented field by field; numbers; paths.
+
+- Every number has a lower and an upper bound, generous and finite: whatever a recipe may hold can be planned in bounded
+  time, fits 64-bit integers and neither vanishes nor overflows in float32.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from inl_core.files import expand_home
 
@@ -19,6 +23,37 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+"""A dimension of a tensor, or a number of heads."""
+
+Length = Annotated[int, Field(gt=0, le=1 << 23)]
+"""Tokens in a row."""
+
+Vocabulary = Annotated[int, Field(gt=0, le=100_000_000)]
+"""Tokens that are told apart."""
+
+Iterations = Annotated[int, Field(gt=0, le=10_000)]
+"""Integrator iterations of one layer."""
+
+Count = Annotated[int, Field(gt=0, le=10**12)]
+"""Steps, epochs, sequences, tokens in a batch."""
+
+CountOrNone = Annotated[int, Field(ge=0, le=10**12)]
+"""The same, where 0 stands for never."""
+
+Total = Annotated[int, Field(gt=0, le=10**18)]
+"""Tokens or bytes in all."""
+
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
+"""A number above 0."""
+
+NonNegative = Annotated[float, Field(ge=0, le=1e30)]
+"""A number from 0 up."""
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+"""A share of something."""
 
 
 def _whole_path(value: Any) -> Any:

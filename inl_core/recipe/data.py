@@ -2,9 +2,9 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from inl_core.recipe.base import FilePath, Section, Source
+from inl_core.recipe.base import FilePath, Section, Source, Total, Unit
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -12,11 +12,11 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class TokenizerSettings(Section):
     """The byte-level BPE tokenizer."""
 
-    vocab_size: Annotated[int, Field(ge=272)] = 2048
+    vocab_size: Annotated[int, Field(ge=272, le=100_000_000)] = 2048
     """Size of a tokenizer trained on the data, special tokens included."""
     file: FilePath | None = None
     """Use this tokenizer.json and train none."""
-    sample_bytes: PositiveInt = 200_000_000
+    sample_bytes: Total = 200_000_000
     """The tokenizer trains on at most this many bytes of text, taken evenly from the training documents."""
 
 
@@ -31,9 +31,9 @@ class DataSettings(Section):
     """The tokenizer."""
     validation_fraction: Fraction = 0.05
     """Share of the documents held out, chosen by a hash of their text."""
-    num_shards: PositiveInt = 8
+    num_shards: Annotated[int, Field(gt=0, le=10_000)] = 8
     """Training shards; documents go to them by hash, which is the global shuffle."""
-    max_bad_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_bad_ratio: Unit = 0.01
     """Preparation fails when a larger share of the rows is unreadable."""
     document_mask: bool = True
     """Attention does not cross documents inside a window, and positions restart."""

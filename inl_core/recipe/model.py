@@ -7,15 +7,18 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from inl_core.recipe.base import Section
+from inl_core.recipe.base import Iterations, Length, NonNegative, Positive, Section, Vocabulary, Width
 from inl_core.recipe.presets import PRESETS, merge
 from inl_core.recipe.problems import shown
 from inl_core.recipe.sizes import ALIASES, SIZES, find_size
 
-NonNegative = Annotated[float, Field(ge=0)]
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
+Layers = Annotated[int, Field(gt=0, le=1000)]
+Experts = Annotated[int, Field(gt=0, le=1024)]
+
+_MOST_CONTROLLERS = 4096
 
 
 def _list_as_tuple(value: Any) -> Any:
@@ -28,9 +31,9 @@ class MuConfig(Section):
 
     form: Literal["per_dim", "hierarchical", "fixed"] = "per_dim"
     """per_dim: D values a layer; hierarchical: one global value and an offset per group; fixed: not learned."""
-    group_size: PositiveInt = 64
+    group_size: Width = 64
     """Dimensions that share one offset (hierarchical only)."""
-    init: float = 0.0
+    init: Annotated[float, Field(ge=-1e30, le=1e30)] = 0.0
     """Where mu starts."""
     adaptation_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """eta of the moving average mu <- (1-eta) mu + eta mean(state) after each step; 0 is off."""
@@ -48,7 +51,7 @@ class ExcitationConfig(Section):
 class ControllerConfig(Section):
     """The small network that computes alpha, beta, gate (and the candidate velocity) from (h, x, v)."""
 
-    width: PositiveInt = 64
+    width: Width = 64
     """C, the hidden width."""
     shared: bool = True
     """One controller for all layers, with a modulation per layer; false gives each layer its own."""
@@ -56,9 +59,9 @@ class ControllerConfig(Section):
     """What a layer adds to the shared controller: one scale and bias per output group, or one per channel."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """The hidden activation."""
-    experts: PositiveInt = 1
+    experts: Experts = 1
     """E: more than one is a mixture of integrators, whose router picks expert controllers for every token."""
-    top_k: PositiveInt = 2
+    top_k: Experts = 2
     """Experts per token (with more than one expert)."""
 
     @model_validator(mode="after")
@@ -73,9 +76,9 @@ class BudgetConfig(Section):
 
     strategy: Literal["uniform", "learned", "dynamic", "hybrid"] = "uniform"
     """uniform: T each; learned: by gradient; dynamic: by each layer's measured residual; hybrid: learned, corrected."""
-    min_iterations: PositiveInt = 1
+    min_iterations: Iterations = 1
     """Fewest iterations of a layer (dynamic)."""
-    max_iterations: PositiveInt | None = None
+    max_iterations: Iterations | None = None
     """Most iterations of a layer (dynamic); null is 2 T."""
 
 
@@ -84,30 +87,30 @@ class EarlyStoppingConfig(Section):
 
     convergence_threshold: NonNegative = 0.0
     """A token stops when the rms change of its state, less the excitation's, falls below this; 0 is off."""
-    min_iterations: PositiveInt = 1
+    min_iterations: Iterations = 1
     """No token stops before this many iterations."""
 
 
 class IntegratorConfig(Section):
     """The second-order dynamical system inside a block (model.md section 1)."""
 
-    num_iterations: PositiveInt = 2
+    num_iterations: Iterations = 2
     """T, integrator iterations per layer."""
-    iterations_per_layer: Annotated[tuple[PositiveInt, ...], BeforeValidator(_list_as_tuple)] | None = None
+    iterations_per_layer: Annotated[tuple[Iterations, ...], BeforeValidator(_list_as_tuple)] | None = None
     """T of every layer, bottom up, where they are not all num_iterations; only with the uniform budget."""
-    dt: PositiveFloat = 0.7
+    dt: Positive = 0.7
     """Step size of the state update."""
-    velocity_scale: PositiveFloat = 1.0
+    velocity_scale: Positive = 1.0
     """Constant factor on the velocity in the state update."""
     dynamic_alpha: bool = True
     """alpha shrinks near the equilibrium: alpha = alpha_base (1 - exp(-kappa rms(x - mu)))."""
-    kappa: PositiveFloat = 1.0
+    kappa: Positive = 1.0
     """Sensitivity of the dynamic alpha."""
-    beta_max: PositiveFloat | None = 2.0
+    beta_max: Positive | None = 2.0
     """Upper clamp of beta; null leaves it unbounded as released seeds' weights have it, and may end in NaN."""
     init_alpha: OpenUnit = 0.5
     """alpha_base at the start."""
-    init_beta: PositiveFloat = 0.05
+    init_beta: Annotated[float, Field(ge=1e-30, le=100)] = 0.05
     """beta at the start."""
     init_gate: OpenUnit = 0.9
     """gate at the start."""
@@ -158,29 +161,29 @@ class ModelConfig(Section):
     """The generation whose values fill every key not given here."""
     size: str | None = None
     """One of the documents' sizes (small, medium, large, xlarge, 3B, 7B, 13B, 3072x32): fills the dimensions."""
-    d_model: PositiveInt = 128
+    d_model: Width = 128
     """D, width of the residual stream."""
-    num_layers: PositiveInt = 4
+    num_layers: Layers = 4
     """L, number of blocks."""
-    num_heads: PositiveInt = 4
+    num_heads: Width = 4
     """Query heads; must divide d_model."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Width | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
-    feedforward_dim: PositiveInt | None = None
+    feedforward_dim: Width | None = None
     """Nominal feed-forward width; SwiGLU uses two thirds of it. Null means 4 d_model."""
-    feedforward_hidden: PositiveInt | None = None
+    feedforward_hidden: Width | None = None
     """The feed-forward's real hidden width; null derives it from feedforward_dim and feed_forward_rounding."""
-    max_seq_len: PositiveInt = 1024
+    max_seq_len: Length = 1024
     """Longest context the model accepts, in tokens."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Vocabulary | None = None
     """V; null takes the tokenizer's."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation of the block inputs and of the final state."""
-    norm_eps: PositiveFloat = 1e-6
+    norm_eps: Positive = 1e-6
     """Added to the mean square in every norm."""
     positions: Literal["rope", "sinusoidal"] = "rope"
     """Rotary positions in attention, or sinusoids added to the embedding."""
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: Positive = 10_000.0
     """Base of the rotary frequencies."""
     feed_forward: Literal["swiglu", "gelu"] = "swiglu"
     """Kind of feed-forward."""
@@ -188,7 +191,7 @@ class ModelConfig(Section):
     """Rounding of the derived hidden width: v4 rounds down (its controller takes the difference), the baseline up."""
     bias: bool = False
     """Biases in attention and feed-forward matrices."""
-    embedding_rank: PositiveInt | Literal["auto"] | None = None
+    embedding_rank: Width | Literal["auto"] | None = None
     """R of a factored embedding; auto is max(64, D/8); null is a full one."""
     embedding_norm: bool = True
     """RMS-normalise the embeddings after the look-up."""
@@ -227,6 +230,11 @@ class ModelConfig(Section):
         mu = self.integrator.mu if self.integrator else None
         if mu and mu.form == "hierarchical" and self.d_model % mu.group_size:
             raise ValueError(f"integrator.mu.group_size {mu.group_size} must divide d_model {self.d_model}")
+        if self.hidden_dim < 1:
+            raise ValueError(f"feedforward_dim {self.feedforward_dim} leaves no hidden width; raise it")
+        controllers = self.num_layers * self.integrator.controller.experts if self.integrator else 0
+        if controllers > _MOST_CONTROLLERS:
+            raise ValueError(f"num_layers x experts is {controllers:,}, above {_MOST_CONTROLLERS:,}; lower one of them")
         each = self.integrator.iterations_per_layer if self.integrator else None
         if each is not None and len(each) != self.num_layers:
             raise ValueError(f"integrator.iterations_per_layer has {len(each)} entries for {self.num_layers} layers")

@@ -9,6 +9,8 @@ from inl_core.recipe.data import DataSettings
 from inl_core.recipe.model import ModelConfig
 from inl_core.recipe.training import TrainingSettings
 
+_MOST_NUMBERS = 10**13
+
 
 class Recipe(Section):
     """One experiment: the model, its data and its training."""
@@ -37,7 +39,18 @@ class Recipe(Section):
         if integrator is None and self.training.cycle:
             raise ValueError("training.cycle drives the integrator and this model has none: remove it")
         self._check_min_iterations()
+        self._check_window()
         return self
+
+    def _check_window(self) -> None:
+        """A window's largest tensor must have a size that 64-bit integers can count, for a whole batch of windows."""
+        model, length = self.model, self.training.sequence_length
+        width = max(model.vocab_size or 0, model.hidden_dim, 8 * model.d_model, model.num_heads * model.head_dim)
+        if length * width > _MOST_NUMBERS:
+            raise ValueError(
+                f"training.sequence_length {length:,} x {width:,}, the model's widest tensor, is above "
+                f"{_MOST_NUMBERS:,}; shorten the windows"
+            )
 
     def _check_min_iterations(self) -> None:
         fewest, integrator = self.training.min_iterations, self.model.integrator

@@ -6,12 +6,25 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from inl_core.recipe.base import Section
+from inl_core.recipe.base import (
+    Count,
+    CountOrNone,
+    Iterations,
+    Length,
+    NonNegative,
+    Positive,
+    Section,
+    Total,
+    Unit,
+)
 
-NonNegative = Annotated[float, Field(ge=0)]
-Unit = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+_MOST_TOKENS = 2 * 10**18
+"""Positions in the token stream are 64-bit integers."""
 
 
 class OptimizerSettings(Section):
@@ -19,13 +32,13 @@ class OptimizerSettings(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon applies torch.optim.Muon to the blocks' 2-D matrices; the assignment is printed."""
-    learning_rate: PositiveFloat = 3e-3
+    learning_rate: Positive = 3e-3
     """Peak learning rate of AdamW."""
-    muon_learning_rate: PositiveFloat | None = None
+    muon_learning_rate: Positive | None = None
     """Peak learning rate of Muon (muon only), whose update is scaled to AdamW's size; null is learning_rate."""
-    betas: tuple[Unit, Unit] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decays."""
-    eps: PositiveFloat = 1e-8
+    eps: Positive = 1e-8
     """AdamW's epsilon."""
     weight_decay: NonNegative = 0.1
     """Decoupled decay of matrices; norms, biases, mu, gamma, phi, gains and modulations get none."""
@@ -67,7 +80,7 @@ class LossSettings(Section):
     """Weight of the speed loss, which asks for early arrival at mu."""
     lambda_energy: NonNegative = 0.0
     """Weight of the energy loss on the velocity (a cycle sets its own)."""
-    energy_power: PositiveFloat = 2.0
+    energy_power: Annotated[float, Field(ge=1, le=100)] = 2.0
     """p of |v|^p in the energy loss."""
     lambda_balance: NonNegative = 0.01
     """Weight of the experts' load balancing (with integrator.controller.experts above 1 only)."""
@@ -80,7 +93,7 @@ class PhaseSettings(Section):
     """Weight of the mean loss in this phase."""
     excitation_amplitude: NonNegative | None = None
     """A in this phase."""
-    duration_epochs: PositiveInt | None = None
+    duration_epochs: Count | None = None
     """Length of the phase."""
 
 
@@ -93,33 +106,33 @@ class CycleSettings(Section):
     """Overrides of the equilibrium phase."""
     exploration: PhaseSettings = PhaseSettings()
     """Overrides of the exploration phase."""
-    num_cycles: PositiveInt | None = None
+    num_cycles: Count | None = None
     """Number of cycles; null is the preset's."""
-    warmup_epochs: NonNegativeInt | None = None
+    warmup_epochs: CountOrNone | None = None
     """Epochs before the first cycle; null is the preset's."""
-    steps_per_epoch: PositiveInt | None = None
+    steps_per_epoch: Count | None = None
     """Steps that count as one epoch; null maps the whole schedule onto the run."""
 
 
 class EvaluationSettings(Section):
     """Periodic evaluation on the validation split."""
 
-    every: NonNegativeInt = 250
+    every: CountOrNone = 250
     """Steps between evaluations; 0 evaluates at the end only."""
-    tokens: PositiveInt = 65_536
+    tokens: Total = 65_536
     """Validation tokens in a periodic evaluation (the first of the split, the same each time)."""
-    final_tokens: PositiveInt | None = None
+    final_tokens: Total | None = None
     """Validation tokens in the last evaluation; null is the whole split."""
 
 
 class CheckpointSettings(Section):
     """When to save, and what to keep."""
 
-    every: NonNegativeInt = 500
+    every: CountOrNone = 500
     """Steps between checkpoints; 0 saves at the end (and on a signal) only."""
-    keep_last: PositiveInt = 2
+    keep_last: Count = 2
     """The newest checkpoints that are kept."""
-    keep_every: PositiveInt | None = None
+    keep_every: Count | None = None
     """Also keep the checkpoints at multiples of this step."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation bits per byte, and save one after each periodic evaluation
@@ -129,9 +142,9 @@ class CheckpointSettings(Section):
 class LoggingSettings(Section):
     """What a run writes while it trains; metrics.jsonl is always written."""
 
-    every: PositiveInt = 10
+    every: Count = 10
     """Steps between metric rows."""
-    dynamics_every: NonNegativeInt = 100
+    dynamics_every: CountOrNone = 100
     """Steps between records of mu, gamma, phi, alpha, beta, gate and velocity; 0 is off."""
     tensorboard: bool = False
     """Mirror the metrics to TensorBoard (`pip install "inl[logging]"`)."""
@@ -142,17 +155,17 @@ class LoggingSettings(Section):
 class TrainingSettings(Section):
     """One training run."""
 
-    steps: PositiveInt | None = None
+    steps: Count | None = None
     """Optimizer steps; give this or tokens."""
-    tokens: PositiveInt | None = None
+    tokens: Total | None = None
     """Tokens to train on, rounded up to whole steps; give this or steps."""
-    sequence_length: PositiveInt = 128
+    sequence_length: Length = 128
     """S, tokens in a window."""
-    batch_tokens: PositiveInt = 2048
+    batch_tokens: Count = 2048
     """Tokens in one global batch: micro-batch x sequence_length x world size must divide it."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Count | None = None
     """Sequences in one forward pass of one process; null takes the whole share of the process."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of initialisation and data order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
@@ -162,10 +175,10 @@ class TrainingSettings(Section):
     """torch.compile each block."""
     recomputation: Literal["none", "block", "integrator"] = "none"
     """What the backward pass computes again, for memory: nothing, each block, or each integrator's T iterations."""
-    min_iterations: PositiveInt | None = None
+    min_iterations: Iterations | None = None
     """Draw each layer's iterations t anew each step, from this many to its T with odds of 1/t, so that stopping early
     costs less in use; null always runs T."""
-    gradient_clip: PositiveFloat = 1.0
+    gradient_clip: Positive = 1.0
     """Largest global norm of the gradient."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer."""
@@ -193,6 +206,8 @@ class TrainingSettings(Section):
                 f"try batch_tokens {max(1, self.batch_tokens // self.sequence_length) * self.sequence_length}"
             )
         self.micro_batch(1)
+        if self.num_steps * self.batch_tokens > _MOST_TOKENS:
+            raise ValueError(f"{self.num_steps:,} steps of {self.batch_tokens:,} tokens are above {_MOST_TOKENS:,}")
         return self
 
     @property

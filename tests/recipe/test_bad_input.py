@@ -74,7 +74,7 @@ BAD_FILES = [
     ),
     (
         MINIMAL + "  optimizer:\n    betas:\n      - 0.9\n      - 1.5\n",
-        "7 training.optimizer.betas.1: expected a number of at most 1.0, got 1.5",
+        "7 training.optimizer.betas.1: expected a number less than 1.0, got 1.5",
     ),
     ("name: 1e3\ntraining:\n  steps: 10\n", "1 name: expected text, got 1000 (text goes in quotes)"),
     ("name: a/b\ntraining:\n  steps: 10\n", "1 name: expected text that matches "),

@@ -6,6 +6,7 @@
   have to be kept true to every switch of the model by hand.
 - One block is like the next from the second on, and one iteration like the next from the second on: two and three of
   each are run, and the rest is extrapolated, which is exact.
+- Many experts are extrapolated from few in the same way: together they always keep k copies of each token.
 - Iterations differ between layers or are divided by a budget: what is kept depends on their sum alone, so each layer
   gets the mean. Experts get equal shares of the tokens, for the same reason.
 - The batch is a large prime: a storage whose size it divides grows with the batch, any other does not.
@@ -39,6 +40,7 @@ Recomputation = Literal["none", "block", "integrator"]
 RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "integrator", "block")
 
 _ROWS = 10_007  # prime, and no dimension of a model
+_FEW_EXPERTS = 4
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ def saved_activations(
         two, three = at(2, iterations), at(3, iterations)
         return two.plus(three - two, config.num_layers - 2)
 
+    fewer = _fewer_experts(config)
+    if fewer:
+        given = {"recomputation": recomputation, "bf16": bf16, "document_mask": document_mask}
+        some, more = (saved_activations(model, length, **given, energy_power=energy_power) for model in fewer)
+        experts, (first, second) = _num_experts(config), map(_num_experts, fewer)
+        return some.plus(more - some, (experts - first) / (second - first))
     mean = config.mean_iterations
     if mean in (0, 1, 2, 3):
         return over_layers(int(mean))
@@ -123,6 +131,24 @@ def _reduced(config: ModelConfig, layers: int, iterations: int) -> ModelConfig:
     each = {"num_iterations": iterations, "iterations_per_layer": None}
     integrator = config.integrator and config.integrator.model_copy(update=each)
     return config.model_copy(update={"num_layers": layers, "integrator": integrator})
+
+
+def _num_experts(config: ModelConfig) -> int:
+    return config.integrator.controller.experts if config.integrator else 1
+
+
+def _fewer_experts(config: ModelConfig) -> tuple[ModelConfig, ModelConfig] | None:
+    """The model with few and with twice as many experts, which stand for many: tracing one takes a second."""
+    integrator = config.integrator
+    first = max(_FEW_EXPERTS, integrator.controller.top_k) if integrator else 0
+    if integrator is None or integrator.controller.experts <= 2 * first:
+        return None
+
+    def with_experts(experts: int) -> ModelConfig:
+        controller = integrator.controller.model_copy(update={"experts": experts})
+        return config.model_copy(update={"integrator": integrator.model_copy(update={"controller": controller})})
+
+    return with_experts(first), with_experts(2 * first)
 
 
 def _trace(

@@ -39,8 +39,8 @@ class Saving:
 
 def compare_optimisations(config: ModelConfig) -> list[Saving]:
     """A row for each part the model has, and one for the whole model."""
-    full, optimised, here = (
-        count_parameters(meta_model(variant)) for variant in (_without(config), _with(config), config)
+    here, full, optimised = (
+        count_parameters(meta_model(variant)) for variant in (config, _without(config), _with(config))
     )
     rows = [
         Saving(part, name, full[part], optimised[part], here[part])

@@ -1,5 +1,8 @@
 """Parameters by part, counted on the real module tree without memory, so that the count cannot drift from the model."""
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 
 from inl_core.model import IntegratorLanguageModel
@@ -30,6 +33,11 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def meta_model(config: ModelConfig) -> IntegratorLanguageModel:
-    """The model without memory."""
+    """The model without memory; the same object for the same configuration, not to be changed."""
+    return _built(config)
+
+
+@lru_cache(maxsize=1)  # a plan asks for one model several times, and a deep one takes seconds
+def _built(config: Any) -> IntegratorLanguageModel:
     with torch.device("meta"):
         return IntegratorLanguageModel(config)
