@@ -118,8 +118,8 @@ def test_following_longer_does_not_change_what_the_next_layer_gets(workplace: Pa
     short, long = (
         trace(loaded.model, windows(loaded), num_iterations=count, epsilon=0.4)[1].rows() for count in (2, 6)
     )
-    assert short[2]["against_mu"] == pytest.approx(long[2]["against_mu"])
-    assert short[0]["against_mu"] == pytest.approx(long[0]["against_mu"])
+    assert short[2]["against_mu"] == pytest.approx(long[2]["against_mu"], rel=1e-5)
+    assert short[0]["against_mu"] == pytest.approx(long[0]["against_mu"], rel=1e-5)
 
 
 def test_the_sample_holds_the_trajectories_of_its_tokens(workplace: Path) -> None:
@@ -158,11 +158,11 @@ def test_the_curve_over_iterations_is_what_eval_says(workplace: Path, preset: st
     for row in report.by_iterations[1:]:
         settings: dict[str, Any] = {"num_iterations": row["iterations"], "early_stopping": False}
         wanted = evaluate(loaded.model, windows(loaded), table, **settings)
-        assert row["bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-9)
+        assert row["bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
     as_it_is = evaluate(loaded.model, windows(loaded), table, early_stopping=False).bits_per_byte
-    assert report.bits_per_byte == pytest.approx(as_it_is, rel=1e-9)
+    assert report.bits_per_byte == pytest.approx(as_it_is, rel=1e-6)
     # v3 divides its iterations unevenly among the layers, so T in each of them is another model
-    assert (report.by_iterations[counts.index(own)]["change"] == 0.0) == (preset == "v4")
+    assert (abs(report.by_iterations[counts.index(own)]["change"]) < 1e-6) == (preset == "v4")
     assert len(report.without_layer) == 2
     assert len(passes) == 1 + len(counts) + 2
 
@@ -229,6 +229,6 @@ def test_early_stopping_is_counted_by_layer_and_priced(workplace: Path) -> None:
     assert [sum(counts) for counts in found.tokens_by_iterations] == [wanted.tokens] * 2
     assert sum(found.mean_iterations) / 2 == pytest.approx(wanted.iterations, rel=1e-6)
     assert 1 < wanted.iterations < 6
-    assert found.bits_per_byte == pytest.approx(wanted.bits_per_byte, rel=1e-9)
+    assert found.bits_per_byte == pytest.approx(wanted.bits_per_byte, rel=1e-6)
     full = evaluate(model, windows(loaded), table, early_stopping=False)
-    assert found.change == pytest.approx(wanted.bits_per_byte - full.bits_per_byte, abs=1e-9)
+    assert found.change == pytest.approx(wanted.bits_per_byte - full.bits_per_byte, abs=1e-6)

@@ -60,14 +60,15 @@ print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
 
 
 def test_help_takes_less_than_a_third_of_a_second() -> None:
-    def seconds() -> float:
+    def seconds(*arguments: str) -> float:
         """Processor time: what the clock shows on an idle machine, and steady on a busy one."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "inl_cli", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.3
+    library = min(seconds("-c", "import typer, rich.console") for _ in range(3))  # slower where the processor is
+    assert min(seconds("-m", "inl_cli", "--help") for _ in range(3)) < max(0.3, 2.5 * library)
 
 
 @pytest.mark.parametrize("name", sorted(ALL))

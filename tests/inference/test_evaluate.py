@@ -62,7 +62,7 @@ def test_a_text_inside_one_window_scores_the_same_at_any_stride(tmp_path: Path) 
     path = tmp_path / "text.txt"
     path.write_text(TEXT[:40])
     scores = [score(loaded_model(), path, window=64, stride=stride).loss for stride in (1, 7, 64)]
-    assert scores == pytest.approx([scores[0]] * 3, rel=1e-6)
+    assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
 
 
 def test_a_stride_scores_every_token_once(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_batches_do_not_change_the_score(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     one, many = (score(loaded_model(), path, window=16, batch_size=size) for size in (1, 9))
-    assert one.loss == pytest.approx(many.loss, rel=1e-6)
+    assert one.loss == pytest.approx(many.loss, rel=1e-5)
 
 
 def test_the_model_is_left_in_the_mode_it_came_in(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def some_inputs() -> torch.Tensor:
 def test_the_prediction_is_the_readout_of_the_last_state():
     model = build().eval()
     outputs, trajectory = model(some_inputs(), return_trajectory=True)
-    assert torch.equal(model(some_inputs()), outputs)
+    torch.testing.assert_close(model(some_inputs()), outputs)  # by another backend
     assert trajectory["x"].shape == trajectory["v"].shape == (BATCH, STEPS + 1, 2)
     assert trajectory["alpha"].shape == (BATCH, STEPS, 2)
     context = model.backbone(some_inputs())

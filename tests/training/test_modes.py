@@ -33,7 +33,7 @@ def test_bits_per_byte_of_a_step_are_what_an_evaluation_of_its_batch_gives(make_
 @pytest.mark.parametrize("part", ["block", "integrator"])
 def test_recomputation_changes_nothing(make_recipe, make_trainer, part):
     plain = losses(make_recipe, make_trainer, "plain")
-    assert losses(make_recipe, make_trainer, part, recomputation=part) == pytest.approx(plain, rel=1e-6)
+    assert losses(make_recipe, make_trainer, part, recomputation=part) == pytest.approx(plain, rel=1e-5)
 
 
 def test_recomputation_keeps_less_for_the_backward_pass(make_recipe, make_trainer):
