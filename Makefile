@@ -12,10 +12,10 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-slow lint types imports format schema check clean
+.PHONY: help quickstart smoke test test-slow test-machines lint types imports format schema check clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 15
 
 quickstart: $(BIN)/.core  ## data, training, evaluation, a sample and the learned parameters, from nothing
 	$(BIN)/inl train recipes/tiny.yaml
@@ -36,6 +36,12 @@ test: $(BIN)/.dev  ## the quick tests
 
 test-slow: $(BIN)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: there are none
+
+test-machines: $(BIN)/.dev  ## the numerical tests as on another machine: its sums, two threads, no compiler
+	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
+	env -u CXX PATH="$(CURDIR)/$(BIN)" XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=2 \
+		MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
+		$(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) tests/model tests/seeds tests/inference
 
 lint: $(BIN)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
