@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from inl_cli.commands.data import prepare_with_progress
 from inl_cli.console import Console
@@ -14,72 +15,80 @@ from inl_cli.progress import amount
 from inl_cli.training_view import TrainingView, show_plan
 from inl_core.analysis.planning import plan_recipe
 from inl_core.analysis.planning.plan import describe_operations, plans_backend
-from inl_core.corpus.loader import TokenDataset
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError, InlError, RecipeError
+from inl_core.inference.artefacts import checkpoint_step, list_checkpoints
 from inl_core.inference.checkpoint_files import read_config
 from inl_core.model.native.build import is_to_be_compiled
 from inl_core.recipe import Recipe
-from inl_core.recipe.differences import recipe_differences
-from inl_core.recipe.load import load_recipe
-from inl_core.training.checkpoint import newest_valid
+from inl_core.training.claim import claim, claim_new, join
 from inl_core.training.distributed import World, start_world
 from inl_core.training.dynamics import cut_records
+from inl_core.training.interruption import StopSignal
 from inl_core.training.launch import RunData, build_model, open_data
 from inl_core.training.metrics import cut_metrics
 from inl_core.training.mirrors import check_mirrors
-from inl_core.training.run import RunFiles, is_taken, new_run_directory
+from inl_core.training.resuming import choose_checkpoint
+from inl_core.training.run import RunFiles, is_taken
 from inl_core.training.trainer import Trainer
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """How `inl resume` was asked to go on."""
+
+    allowed: tuple[str, ...] = ()
+    """Keys whose change is accepted though it makes another experiment."""
+    must_advance: bool = False
+    """Whether a run that has reached the last step already is refused."""
 
 
 @explains_memory
-def run_training(console: Console, recipe: Recipe, *, run_dir: Path | None, resume: bool = False) -> dict[str, Any]:
-    """Prepare, plan, train, evaluate; the outcome as a JSON-able dictionary."""
-    with start_world(recipe.training.device) as world:
+def run_training(
+    console: Console,
+    recipe: Recipe,
+    *,
+    stop: StopSignal,
+    run_dir: Path | None,
+    resumption: Resumption | None = None,
+) -> dict[str, Any]:
+    """Claim the run's directory, prepare, plan, train, evaluate; the outcome as a JSON-able dictionary.
+
+    Args:
+        run_dir: where the run is or goes; None takes runs/NAME, or NAME-2, ... if that is taken.
+        resumption: goes on with the run in `run_dir` instead of starting one.
+        stop: who listens for signals.
+
+    Raises:
+        RecipeError: the recipe does not fit the number of processes, the machine or the run.
+        ArtefactError: data or run are damaged, do not fit, or another process is at work on them.
+        NonFiniteError: as Trainer.fit.
+        Interrupted: a signal stopped the run; it can be resumed.
+    """
+    with start_world(recipe.training.device) as world, ExitStack() as held:
         _check_batch(recipe, world)
         check_mirrors(recipe)
-        data = open_data(recipe, world, lambda settings, path: prepare_with_progress(settings, path, console))
-        if world.is_main and world.device.type == "cpu" and is_to_be_compiled():
-            console.info("compiling the operations in C++ for this machine: some seconds, once")
-        model = build_model(recipe, data.tokenizer, world)
-        directory, checkpoint = _choose_run(console, recipe, run_dir, resume, world)
-        provenance = tuple(read_config(checkpoint).provenance) if checkpoint else ()
-        run = RunFiles(directory, recipe, data.tokenizer, data.directory, provenance)
-        if world.is_main and not checkpoint:
-            run.create()
-        world.barrier()
-        view = TrainingView(console, num_steps=recipe.training.num_steps)
-        trainer = Trainer(recipe, model, data.train, data.validation, run, world, view)
-        if checkpoint:
-            _continue(trainer, checkpoint, data.train, world)
-            view.first_step = trainer.state.step
-        _show(console, recipe, data, trainer, directory, world)
-        with view:
-            evaluation = trainer.fit()
-    saved = run.checkpoints / f"step-{trainer.state.step:08d}"
-    return {
-        "run": str(directory),
-        "checkpoint": str(saved) if saved.is_dir() else None,
-        "step": trainer.state.step,
-        "tokens": trainer.state.tokens,
-        "seconds": round(trainer.state.seconds, 2),
-        "evaluation": asdict(evaluation) if evaluation else None,
-    }
+        directory = _on_main(world, lambda: _claim(console, recipe, run_dir, held, is_new=resumption is None))
+        if not world.is_main:
+            held.enter_context(join(directory))
+        session = _Session(console, recipe, world, directory, resumption, stop)
+        try:
+            return session.run()
+        except KeyboardInterrupt:
+            session.leave_word()
+            raise
 
 
-def changed_recipe(console: Console, run: Path, overrides: Sequence[str], allowed: Sequence[str]) -> Recipe:
-    """The run's recipe with `overrides`; changes are listed by class, those that alter the experiment need leave."""
-    if not (run / "recipe.yaml").is_file():
-        raise ArtefactError(f"{run}: not a run (it has no recipe.yaml); `inl train RECIPE` starts one")
-    old, new = load_recipe(run / "recipe.yaml"), load_recipe(run / "recipe.yaml", overrides)
-    refused = []
-    for change in recipe_differences(old, new):
-        console.info(f"{change.kind}: {change.path} {change.old} -> {change.new}")
-        if change.kind == "identity" and change.path not in allowed:
-            refused.append(change.path)
-    if refused:
-        flags = " ".join(f"--allow-change {path}" for path in refused)
-        raise RecipeError(f"{run}: {', '.join(refused)} would make this another experiment; if it is meant: {flags}")
-    return new
+def _claim(console: Console, recipe: Recipe, run_dir: Path | None, held: ExitStack, *, is_new: bool) -> Path:
+    """The run's directory, ours for as long as `held` lasts."""
+    if run_dir is None:
+        new = claim_new(Path("runs") / recipe.name, lambda path: not is_taken(path), console.warn)
+        return held.enter_context(new)
+    held.enter_context(claim(run_dir, console.warn))
+    if is_new and is_taken(run_dir):
+        raise ArtefactError(f"{run_dir}: not empty; `inl resume {run_dir}` continues it, another --run-dir starts anew")
+    return run_dir
 
 
 def _check_batch(recipe: Recipe, world: World) -> None:
@@ -89,48 +98,122 @@ def _check_batch(recipe: Recipe, world: World) -> None:
         raise RecipeError(f"training.batch_tokens: {error}") from error
 
 
-def _choose_run(
-    console: Console, recipe: Recipe, run_dir: Path | None, resume: bool, world: World
-) -> tuple[Path, Path | None]:
-    """The run's directory and, when resuming, the checkpoint to start from; the same on every rank."""
-    chosen: Any = None
+def _on_main(world: World, work: Callable[[], Result]) -> Result:
+    """What rank 0 finds, on every rank; an error of its too, or the others would wait for ever."""
+    found: Any = None
     if world.is_main:
         try:
-            chosen = _choose(console, recipe, run_dir, resume)
-        except ArtefactError as error:
-            chosen = error
-    chosen = world.broadcast(chosen)
-    if isinstance(chosen, ArtefactError):
-        raise chosen
-    return chosen
+            found = work()
+        except (InlError, OSError) as error:
+            found = error
+    found = world.broadcast(found)
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
-def _choose(console: Console, recipe: Recipe, run_dir: Path | None, resume: bool) -> tuple[Path, Path | None]:
-    if resume:
-        assert run_dir is not None
-        return run_dir, newest_valid(run_dir / "checkpoints", lambda text: console.warn(f"skipped: {text}"))
-    if run_dir is None:
-        return new_run_directory(Path("runs") / recipe.name), None
-    if is_taken(run_dir):
-        raise ArtefactError(f"{run_dir}: not empty; `inl resume {run_dir}` continues it, another --run-dir starts anew")
-    return run_dir, None
+@dataclass
+class _Session:
+    """From a claimed directory to the end of training."""
 
+    console: Console
+    recipe: Recipe
+    world: World
+    directory: Path
+    resumption: Resumption | None
+    stop: StopSignal
+    run_files: RunFiles | None = None
+    """The run's files, once they exist."""
 
-def _continue(trainer: Trainer, checkpoint: Path, train: TokenDataset, world: World) -> None:
-    """Load the checkpoint, check that the data is the same, and cut what was logged after it."""
-    trainer.resume(checkpoint)
-    before = trainer.state.data_fingerprint
-    if before != train.fingerprint:
-        raise ArtefactError(
-            f"{checkpoint}: was trained on data with fingerprint {before[:12]}, this is {train.fingerprint[:12]}; "
-            "put back the data set, or start a new run"
+    def run(self) -> dict[str, Any]:
+        """Do all of it."""
+        console, recipe, world = self.console, self.recipe, self.world
+        checkpoint = _on_main(world, self._choose)  # first: what is refused should not wait for the data
+        data = open_data(
+            recipe, world, lambda settings, path: prepare_with_progress(settings, path, console, wait=True)
         )
-    if world.is_main:
-        trainer.run.create()  # not earlier: a resume that is refused changes nothing
-        finished = trainer.state.step == trainer.settings.num_steps
-        cut_metrics(trainer.run.path, trainer.state.step, keep_evaluation=not finished)
-        cut_records(trainer.run.path, trainer.state.step)
-    world.barrier()
+        if world.is_main and world.device.type == "cpu" and is_to_be_compiled():
+            console.info("compiling the operations in C++ for this machine: some seconds, once")
+        view = TrainingView(console, num_steps=recipe.training.num_steps)
+        trainer = self._open(data, view, checkpoint)
+        view.first_step = trainer.state.step
+        _show(console, recipe, data, trainer, self.directory, world)
+        with view:
+            evaluation = trainer.fit(self.stop)
+        saved = trainer.run.checkpoints / f"step-{trainer.state.step:08d}"
+        return {
+            "run": str(self.directory),
+            "checkpoint": str(saved) if saved.is_dir() else None,
+            "step": trainer.state.step,
+            "tokens": trainer.state.tokens,
+            "seconds": round(trainer.state.seconds, 2),
+            "evaluation": asdict(evaluation) if evaluation else None,
+        }
+
+    def leave_word(self) -> None:
+        """A signal came where there was nothing to save: what a scheduler looks for must stand there all the same."""
+        if self.world.is_main and self.run_files is not None:
+            newest = list_checkpoints(self.run_files.checkpoints)[-1:]
+            with suppress(OSError):
+                self.run_files.write_preempted(max(map(checkpoint_step, newest), default=0), self.stop.name)
+
+    def _choose(self) -> Path | None:
+        if self.resumption is None:
+            return None
+        allowed, must_advance = self.resumption.allowed, self.resumption.must_advance
+        return choose_checkpoint(
+            self.directory, self.recipe, allowed, must_advance=must_advance, warn=self.console.warn
+        )
+
+    def _open(self, data: RunData, view: TrainingView, checkpoint: Path | None) -> Trainer:
+        """A trainer at the checkpoint's step; one that was damaged since it was verified is skipped too."""
+        while checkpoint is not None:
+            trainer, problem = None, ""
+            try:
+                trainer = self._load(data, view, checkpoint)
+            except (OSError, ValueError) as error:
+                problem = str(error)
+            if not self.world.sum_numbers(float(trainer is None))[0]:
+                assert trainer is not None
+                self._accept(trainer)
+                return trainer
+            before, checkpoint = checkpoint, _on_main(self.world, self._choose)
+            if checkpoint in (before, None):
+                raise ArtefactError(problem or f"{before}: could not be read by another process")
+            self.console.warn(f"skipped: {before} changed while it was opened: {problem}")
+        trainer = self._build(data, view, ())
+        self._accept(trainer)
+        return trainer
+
+    def _build(self, data: RunData, view: TrainingView, provenance: tuple[dict[str, Any], ...]) -> Trainer:
+        model = build_model(self.recipe, data.tokenizer, self.world)
+        run = RunFiles(self.directory, self.recipe, data.tokenizer, data.directory, provenance)
+        return Trainer(self.recipe, model, data.train, data.validation, run, self.world, view)
+
+    def _load(self, data: RunData, view: TrainingView, checkpoint: Path) -> Trainer:
+        """ArtefactError when the data is not that of the checkpoint."""
+        provenance = _on_main(self.world, lambda: tuple(read_config(checkpoint).provenance))
+        trainer = self._build(data, view, provenance)
+        trainer.resume(checkpoint)
+        before = trainer.state.data_fingerprint
+        if before != data.train.fingerprint:
+            raise ArtefactError(
+                f"{checkpoint}: was trained on data with fingerprint {before[:12]}, this is "
+                f"{data.train.fingerprint[:12]}; put back the data set, or start a new run"
+            )
+        return trainer
+
+    def _accept(self, trainer: Trainer) -> None:
+        """Write what a new session changes in the run; not earlier, since a resume that is refused changes nothing."""
+
+        def write() -> None:
+            trainer.run.create()
+            finished = trainer.state.step == trainer.settings.num_steps
+            cut_metrics(trainer.run.path, trainer.state.step, keep_evaluation=not finished)
+            cut_records(trainer.run.path, trainer.state.step)
+
+        _on_main(self.world, write)
+        self.run_files = trainer.run
 
 
 def _show(console: Console, recipe: Recipe, data: RunData, trainer: Trainer, directory: Path, world: World) -> None:

@@ -55,6 +55,29 @@ def place_or_alone() -> Place:
         return Place()
 
 
+def refuse_separate_tasks(environment: Mapping[str, str] | None = None) -> None:
+    """RecipeError when a launcher started several tasks that know nothing of each other: each would train alone."""
+    given = os.environ if environment is None else environment
+    if "WORLD_SIZE" in given:
+        return
+    tasks = {"srun": _srun_tasks(given), "mpirun": given.get("OMPI_COMM_WORLD_SIZE") or given.get("PMI_SIZE")}
+    for launcher, found in tasks.items():
+        if found and found.isdecimal() and int(found) > 1:
+            raise RecipeError(
+                f"{launcher} started {found} tasks, which would train {found} times the same: start one task a machine "
+                "that runs torchrun --nproc-per-node N -m inl_cli ..., or, for runs of their own, each with one task"
+            )
+
+
+def _srun_tasks(given: Mapping[str, str]) -> str | None:
+    """The number of tasks of the step that this process is one of; None outside of Slurm and in its batch scripts."""
+    if "SLURM_PROCID" not in given:
+        return None
+    # A batch script is task 0 of its job and one process, however many tasks the job may start with srun.
+    is_script = "SLURM_JOB_ID" in given and given["SLURM_PROCID"] == "0"
+    return given.get("SLURM_STEP_NUM_TASKS", None if is_script else given.get("SLURM_NTASKS"))
+
+
 def _number(given: Mapping[str, str], name: str, *, least: int) -> int:
     text = given.get(name, str(least)).strip()
     if not (text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER and int(text) >= least):

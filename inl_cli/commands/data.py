@@ -71,9 +71,12 @@ def prepare_data(
 
 
 def prepare_with_progress(
-    settings: "DataSettings", directory: Path, console: Console, *, overwrite: bool = False
+    settings: "DataSettings", directory: Path, console: Console, *, overwrite: bool = False, wait: bool = False
 ) -> "Manifest":
-    """Prepare a data set while the console shows how far it is; Interrupted on Ctrl-C, which loses nothing."""
+    """Prepare a data set while the console shows how far it is; Interrupted on Ctrl-C, which loses nothing.
+
+    `wait` waits for another process that prepares the same.
+    """
     from inl_core.corpus.shards import prepare
 
     stage = ""
@@ -90,7 +93,7 @@ def prepare_with_progress(
                 progress.update(event.done, event.total)
 
         try:
-            return prepare(settings, directory, progress=report, overwrite=overwrite)
+            return prepare(settings, directory, progress=report, overwrite=overwrite, wait=wait)
         except KeyboardInterrupt:
             raise Interrupted(f"{directory}: stopped; the same command goes on where it was") from None
 

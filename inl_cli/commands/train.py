@@ -30,11 +30,14 @@ def train(
     Ctrl-C saves first; `inl resume RUN` goes on. For several processes:
     torchrun --nproc-per-node N -m inl_cli train RECIPE.
     """
-    from inl_cli.training_flow import run_training
-    from inl_core.recipe.load import load_recipe
+    from inl_core.training.interruption import StopSignal
 
     console = Console(json=json, quiet=quiet)
-    result = run_training(console, load_recipe(recipe, overrides or ()), run_dir=run_dir)
+    with StopSignal() as stop:  # before torch is imported, which takes seconds
+        from inl_cli.training_flow import run_training
+        from inl_core.recipe.load import load_recipe
+
+        result = run_training(console, load_recipe(recipe, overrides or ()), run_dir=run_dir, stop=stop)
     _report(console, result)
 
 
@@ -48,12 +51,23 @@ def resume(
     quiet: QuietOption = False,
 ) -> None:
     """Continue a run exactly from its newest intact checkpoint, and say how its recipe differs, if it does."""
-    from inl_cli.training_flow import changed_recipe, run_training
+    from inl_core.training.interruption import StopSignal
 
-    console = Console(json=json, quiet=quiet)
+    console, allowed = Console(json=json, quiet=quiet), tuple(allow_change or ())
     given = [*(overrides or ()), *([f"training.steps={steps}", "training.tokens=null"] if steps else ())]
-    recipe = changed_recipe(console, run, given, allow_change or ())
-    result = run_training(console, recipe, run_dir=run, resume=True)
+    with StopSignal() as stop:  # before torch is imported, which takes seconds
+        from inl_cli.training_flow import Resumption, run_training
+        from inl_core.training.resuming import changed_recipe
+
+        recipe = changed_recipe(
+            run,
+            given,
+            allowed,
+            show=lambda change: console.info(f"{change.kind}: {change}"),
+            warn=console.warn,
+        )
+        resumption = Resumption(allowed, must_advance=steps is not None)
+        result = run_training(console, recipe, run_dir=run, resumption=resumption, stop=stop)
     _report(console, result)
 
 

@@ -77,11 +77,13 @@ def prepare(
     *,
     progress: Report | None = None,
     overwrite: bool = False,
+    wait: bool = False,
 ) -> Manifest:
     """Prepare the sources into `directory`, or return its manifest when it holds exactly that already.
 
     A preparation that was stopped goes on where it was. Another data set in the directory, or one whose sources
-    changed, is replaced only with `overwrite`.
+    changed, is replaced only with `overwrite`. Another preparation of the same directory is an error, or waited for
+    with `wait`.
 
     Raises:
         RecipeError: a source is missing or cannot be used, or the directory holds something else.
@@ -89,15 +91,20 @@ def prepare(
     """
     directory = Path(directory)
     check_directory(directory)
-    finished = (directory / MANIFEST).exists() and not overwrite
-    if finished and STDIN not in settings.sources and not (directory / WORK).exists():
+    report = progress or (lambda event: None)
+    is_finished = (directory / MANIFEST).exists() and not overwrite
+    if is_finished and STDIN not in settings.sources and not (directory / WORK).exists():
         return verify(directory, settings=settings)  # before anything is written: the disk may be read-only
-    with locked(directory) as work:
+
+    def waiting() -> None:
+        report(PrepareProgress("hash", message=f"{directory}: another process is preparing it; waiting for it to end"))
+
+    with locked(directory, waiting if wait else None) as work:
+        is_finished = (directory / MANIFEST).exists() and not overwrite  # by now, perhaps
         stdin_copy = keep_stdin(work) if STDIN in settings.sources else None
-        if finished:
+        if is_finished:
             manifest = _keep_existing(settings, directory, stdin_copy)
         else:
-            report = progress or (lambda event: None)
             manifest = _Preparation(settings, directory, stdin_copy, report).run()
         clear(work)
     return manifest

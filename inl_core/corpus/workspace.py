@@ -1,10 +1,14 @@
 """The directory of a data set while it is being prepared: the lock, the plan, stdin's copy, and cleaning up."""
 
+import errno
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, TOKENIZER, WORK
 from inl_core.corpus.shard_check import VERIFIED
@@ -24,23 +28,14 @@ def check_directory(directory: Path) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[Path]:
-    """The working directory, for one preparation at a time; the system drops the lock of a killed process."""
-    work = directory / WORK
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        file = (work / _LOCK).open("w")
-    except OSError as error:
-        raise ArtefactError(f"{directory}: cannot be written: {error.strerror or error}") from None
-    with file:
-        try:
-            import fcntl
+def locked(directory: Path, waiting: Callable[[], None] | None = None) -> Iterator[Path]:
+    """The working directory, for one preparation at a time; the system drops the lock of a killed process.
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: without the guard
-            pass
-        except OSError:
-            raise ArtefactError(f"{directory}: another process is preparing this data set; wait for it") from None
+    Args:
+        waiting: called once when another preparation has to be waited for; without it that is an ArtefactError.
+    """
+    with _lock(directory, waiting):
+        work = directory / WORK
         try:
             yield work
         finally:
@@ -49,6 +44,48 @@ def locked(directory: Path) -> Iterator[Path]:
                 shutil.rmtree(work)
                 if not any(directory.iterdir()):
                     directory.rmdir()
+
+
+def _lock(directory: Path, waiting: Callable[[], None] | None) -> IO[bytes]:
+    path = directory / WORK / _LOCK
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        except FileNotFoundError:
+            continue  # a preparation that ends has just removed the directory
+        except OSError as error:
+            raise ArtefactError(f"{directory}: cannot be written: {error.strerror or error}") from None
+        if _try_lock(file):
+            # A preparation that ends removes the file while it is locked: it may not be what has the name now.
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    return file
+        elif waiting is None:
+            file.close()
+            raise ArtefactError(f"{directory}: another process is preparing this data set; wait for it")
+        else:
+            waiting()
+            waiting = _say_nothing
+            time.sleep(0.2)
+        file.close()
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """False when another process has the lock; where there are no locks there is no guard."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _say_nothing() -> None:
+    pass
 
 
 def keep_stdin(work: Path) -> Path:

@@ -19,7 +19,11 @@ _KINDS: dict[str, Kind] = {
     "model": "identity",  # the weights belong to this function
     "model.integrator.backend": "operational",
     "data": "identity",  # samples consumed are counted in this stream
-    "data.directory": "operational",  # a data set may move: its fingerprint is what resume compares
+    # A data set and its sources may move: what resume compares is the fingerprint of the prepared data.
+    "data.directory": "operational",
+    "data.sources": "operational",
+    "data.tokenizer.file": "operational",
+    "data.tokenizer.sample_bytes": "operational",
     "data.max_bad_ratio": "operational",  # acts while preparing, and the fingerprint covers the outcome
     "training": "identity",
     "training.steps": "schedule",
@@ -40,6 +44,36 @@ _KINDS: dict[str, Kind] = {
     "training.logging": "operational",
 }
 
+_FIXED = {
+    "data.num_shards",
+    "data.tokenizer.vocab_size",
+    "data.validation_fraction",
+    "model.bias",
+    "model.d_model",
+    "model.embedding_rank",
+    "model.feed_forward",
+    "model.feed_forward_rounding",
+    "model.feedforward_dim",
+    "model.feedforward_hidden",
+    "model.integrator",
+    "model.integrator.budget.strategy",
+    "model.integrator.candidate",
+    "model.integrator.controller.experts",
+    "model.integrator.controller.modulation",
+    "model.integrator.controller.shared",
+    "model.integrator.controller.width",
+    "model.integrator.excitation.sparsity",
+    "model.integrator.mu.form",
+    "model.integrator.mu.group_size",
+    "model.integrator.readout",
+    "model.num_kv_heads",
+    "model.num_layers",
+    "model.tie_head",
+    "model.vocab_size",
+    "training.optimizer.name",
+}
+"""Keys that no leave can change in a run: its weights, its optimizer's state or its data would not fit any more."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -49,6 +83,11 @@ class Difference:
     old: Any
     new: Any
     kind: Kind
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a run's checkpoints or data cannot go on with the new value, whoever allows it."""
+        return self.path in _FIXED
 
     def __str__(self) -> str:
         return f"{self.path}: {self.old} -> {self.new}"

@@ -31,6 +31,7 @@ _EXPECTED = {
     "less_than": "a number less than {lt}",
     "less_than_equal": "a number of at most {le}",
     "string_pattern_mismatch": "text that matches {pattern}",
+    "string_too_long": "at most {max_length} characters",
     "tuple_type": "a list",
     "list_type": "a list",
     "too_long": "at most {max_length} values",

@@ -15,7 +15,7 @@ _MOST_NUMBERS = 10**13
 class Recipe(Section):
     """One experiment: the model, its data and its training."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=100)]
     """Names the run directory, runs/NAME."""
     model: ModelConfig = ModelConfig()
     """The architecture."""

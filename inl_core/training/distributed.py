@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from inl_core.errors import RecipeError
-from inl_core.launcher import read_place
+from inl_core.launcher import read_place, refuse_separate_tasks
 from inl_core.recipe import TrainingSettings
 
 # Every reducer of this process, held to its end. Freeing one frees the process group it holds, which waits for gloo's
@@ -90,6 +90,7 @@ def start_world(device: str) -> Iterator[World]:
     Raises:
         RecipeError: the environment makes no sense, or the device is not there.
     """
+    refuse_separate_tasks()
     place = read_place()
     size, rank = place.size, place.rank
     chosen = choose_device(device, place.local_rank)

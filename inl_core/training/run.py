@@ -20,11 +20,13 @@ import torch
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
+from inl_core.files import read_json, write_whole
 from inl_core.inference.artefacts import verify_checkpoint
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
-from inl_core.recipe.load import dump_recipe
+from inl_core.recipe.load import dump_recipe, load_recipe
 from inl_core.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, training_bytes
+from inl_core.training.claim import OWNER, RANKS
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import TRIAL
 
@@ -46,10 +48,21 @@ class RunFiles:
         return self.path / "checkpoints"
 
     def create(self) -> None:
-        """Make the directory, with the recipe and the environment in it."""
+        """Make the directory, with the recipe and the environment in it; what is there already is left as it is.
+
+        Raises:
+            OSError: a file could not be written; the one before it is untouched.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        (self.path / "recipe.yaml").write_text(dump_recipe(self.recipe))
-        (self.path / "environment.json").write_text(json.dumps(describe_environment(), indent=1))
+        path, text = self.path / "recipe.yaml", dump_recipe(self.recipe)
+        before = path.read_bytes() if path.is_file() else b""
+        if before != text.encode():
+            if before and not _is_recipe(path):
+                write_whole(self.path / "recipe.yaml.damaged", before)
+            write_whole(path, text)
+        path, environment = self.path / "environment.json", describe_environment()
+        if _lasting(environment) != _lasting(_read_environment(path)):
+            write_whole(path, json.dumps(environment, indent=1))
         (self.path / "preempted.json").unlink(missing_ok=True)
 
     def documents(self, state: TrainState) -> dict[str, str]:
@@ -81,10 +94,10 @@ class RunFiles:
             "recipe.yaml": dump_recipe(self.recipe),
         }
 
-    def write_preempted(self, state: TrainState, signal_name: str) -> None:
-        """Leave word for a scheduler: the run stopped by a signal, saved, and can go on."""
-        word = {"step": state.step, "signal": signal_name, "time": time.time()}
-        (self.path / "preempted.json").write_text(json.dumps(word))
+    def write_preempted(self, step: int, signal_name: str) -> None:
+        """Leave word for a scheduler: a signal stopped the run, which can go on; OSError when it cannot be written."""
+        word = {"step": step, "signal": signal_name, "time": time.time()}
+        write_whole(self.path / "preempted.json", json.dumps(word))
 
     def try_checkpoint(
         self,
@@ -129,18 +142,32 @@ class RunFiles:
 
 def is_taken(path: Path) -> bool:
     """Whether a directory holds anything worth keeping; a run that failed before its first step leaves nothing."""
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists():
         return False
-    failed_start = (path / "recipe.yaml").is_file() and not (path / "metrics.jsonl").exists()
-    return not failed_start or any((path / "checkpoints").glob("step-*"))
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+    if "metrics.jsonl" in names or any((path / "checkpoints").glob("step-*")):
+        return True
+    return not {"recipe.yaml", "checkpoints"} <= names and bool(names - {OWNER, RANKS, "checkpoints"})
 
 
-def new_run_directory(base: Path) -> Path:
-    """`base`, or base-2, base-3, ... when there is a run already; an existing run is never written over."""
-    path, number = base, 2
-    while is_taken(path):
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return path
+def _is_recipe(path: Path) -> bool:
+    try:
+        load_recipe(path)
+    except InlError:
+        return False
+    return True
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ArtefactError:
+        return {}
+
+
+def _lasting(environment: dict[str, Any]) -> dict[str, Any]:
+    """What of an environment one session has in common with the next."""
+    return {name: value for name, value in environment.items() if name not in ("time", "command")}
 
 
 def describe_environment() -> dict[str, Any]:

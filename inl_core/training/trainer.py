@@ -93,20 +93,28 @@ class Trainer:
         compared = self.validation.name(settings.evaluation.tokens)
         self.saver = Saver(run, self.model, self.optimizers, world, observer, compared)
         self.num_empty = 0
+        self._is_saved = False  # whether a checkpoint holds the state as it is
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint as if the run had never stopped."""
         self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
         restore_rng(self.state.rng)
+        self._is_saved = True
 
-    def fit(self) -> Evaluation | None:
+    def fit(self, stop: StopSignal | None = None) -> Evaluation | None:
         """Train to the recipe's last step and score the validation split; None when that holds no target token.
+
+        Args:
+            stop: who listens for signals, when somebody does already.
 
         Raises:
             NonFiniteError: a loss or the gradient is NaN or infinite (nothing was updated with it), or the weights are
                 (nothing was saved).
             Interrupted: a signal stopped the run after its state was saved.
         """
+        if stop is None:
+            with StopSignal() as stop:
+                return self.fit(stop)
         self.model.train()
         if self.world.is_main:
             remove_leftovers(self.run.path)
@@ -116,18 +124,18 @@ class Trainer:
             self._evaluate(self.settings.evaluation.tokens)
             self.saver.save_best(self.state)
         total, saved = self.settings.num_steps, True
-        with StopSignal() as stop, closing(self.batches):
+        with stop.deferred(), closing(self.batches):
             while self.state.step < total:
                 stopping = self._train_step(stop)
                 done = self.state.step == total
                 if done or stopping or _due(self.state.step, self.settings.checkpoint.every):
-                    saved = self.saver.save(self.state)
+                    saved = self._is_saved = self.saver.save(self.state)
                     if stopping and not done:
-                        raise self._interrupted(stop, saved)
+                        raise self._interrupted(stop)
                 if not done and _due(self.state.step, self.settings.evaluation.every):
-                    self._evaluate(self.settings.evaluation.tokens)
+                    self._evaluate(self.settings.evaluation.tokens, stop)
                     self.saver.save_best(self.state)
-        evaluation = self._evaluate(self.settings.evaluation.final_tokens)
+            evaluation = self._evaluate(self.settings.evaluation.final_tokens, stop)
         if self.num_empty:
             self._warn(f"{self.num_empty:,} steps had no target token and updated nothing")
         if not saved:
@@ -178,6 +186,7 @@ class Trainer:
         seconds = time.perf_counter() - start
         self._since_log.add(count, seconds)
         self.state.step += 1
+        self._is_saved = False
         self.state.samples += self.settings.batch_size
         self.state.tokens += int(count)
         self.state.seconds += seconds
@@ -345,13 +354,17 @@ class Trainer:
         rows = read_metrics(self.run.path) if self.world.is_main else []
         return self.world.broadcast(not any(row["step"] == step and "validation_loss" in row for row in rows))
 
-    def _evaluate(self, tokens: int | None) -> Evaluation | None:
+    def _evaluate(self, tokens: int | None, stop: StopSignal | None = None) -> Evaluation | None:
         """Score the validation split and write a row; None, with a warning, when no target token was met.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
+            Interrupted: a signal came; the state was saved, and the evaluation is made up for by a resume.
         """
-        step, evaluation = self.state.step, self.validation.score(self.model, tokens)
+        step, evaluation = self.state.step, self.validation.score(self.model, tokens, stop)
+        if stop is not None and self.world.sum_numbers(float(stop.requested))[0] > 0:
+            self._is_saved = self._is_saved or self.saver.save(self.state)
+            raise self._interrupted(stop)
         if self.metrics is not None:
             scores = asdict(evaluation) if evaluation else dict.fromkeys(field.name for field in fields(Evaluation))
             row = {"step": step, "tokens": self.state.tokens, "scored_on": self.validation.name(tokens)}
@@ -373,16 +386,16 @@ class Trainer:
             self.run.try_checkpoint(self.state, self.model, self.optimizers, self.observer.on_message)
         self.world.barrier()
 
-    def _interrupted(self, stop: StopSignal, saved: bool) -> InlError:
+    def _interrupted(self, stop: StopSignal) -> InlError:
         step = self.state.step
-        if not saved:
+        if not self._is_saved:
             return InlError(
                 f"stopped by {stop.name} at step {step}, and the checkpoint could not be saved; "
                 f"`inl resume {self.run.path}` goes on from the one before"
             )
         if self.world.is_main:
             try:
-                self.run.write_preempted(self.state, stop.name)
+                self.run.write_preempted(self.state.step, stop.name)
             except OSError as error:
                 self._warn(f"{self.run.path / 'preempted.json'}: not written ({error.strerror or error})")
         return Interrupted(f"stopped by {stop.name} at step {step}, saved; continue with: inl resume {self.run.path}")

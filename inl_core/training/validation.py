@@ -1,6 +1,6 @@
 """The validation split as a run scores it: a part periodically, all of it at the end unless told otherwise."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 
@@ -11,6 +11,7 @@ from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.inference.evaluate import ByteCounts, Evaluation, NothingToScore, byte_counts, evaluate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.distributed import World
+from inl_core.training.interruption import StopSignal
 
 
 class Validation:
@@ -36,8 +37,13 @@ class Validation:
         context = "documents" if self.split.document_mask else "windows"
         return f"{self.split.fingerprint[:12]}/{self.sequence_length}/{context}/{end}"
 
-    def score(self, model: IntegratorLanguageModel, tokens: int | None) -> Evaluation | None:
-        """The scores on every rank; None when no target token was met."""
+    def score(
+        self, model: IntegratorLanguageModel, tokens: int | None, stop: StopSignal | None = None
+    ) -> Evaluation | None:
+        """The scores on every rank; None when no target token was met.
+
+        A signal that `stop` hears ends it early, and its scores are then of no use.
+        """
         batches: Iterable[Batch] = evaluation_batches(
             self.split,
             sequence_length=self.sequence_length,
@@ -45,7 +51,7 @@ class Validation:
             batch_size=self.batch_size,
             max_tokens=tokens,
         )
-        own = islice(batches, self.world.rank, None, self.world.size)
+        own = _until(stop, islice(batches, self.world.rank, None, self.world.size))
         counts, is_whole = self._byte_counts, tokens is None or tokens >= self.split.num_tokens - 1
         try:
             return evaluate(
@@ -62,3 +68,11 @@ class Validation:
     @cached_property
     def _byte_counts(self) -> ByteCounts:
         return byte_counts(self.tokenizer, self.split, self.split.num_bytes)
+
+
+def _until(stop: StopSignal | None, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches up to the one during which a signal came; one at least, so that there is something to sum."""
+    for batch in batches:
+        yield batch
+        if stop is not None and stop.requested:
+            return

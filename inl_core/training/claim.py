@@ -1,0 +1,230 @@
+"""One run, one owner: the lock that a training process holds on its run's directory.
+
+- `run.lock` is locked by rank 0 with flock, which the kernel drops when the process ends, however it ends. It says who
+  holds it, so that a refusal can, and its time of change is renewed every few seconds.
+- `ranks.lock` is held by every other rank. While one of them lives, nobody else gets the run.
+- A file left by a process on another machine is not trusted to the lock alone, since some network file systems lock
+  within one machine only: the holder counts as gone when the file's time stands still.
+"""
+
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from inl_core.errors import ArtefactError
+from inl_core.files import read_json
+
+OWNER, RANKS = "run.lock", "ranks.lock"
+_RETRIES = 1.0
+"""Seconds in which a lock may still be let go by a process that is just ending."""
+_HEARTBEAT = 10.0
+_SILENCE = 30.0
+"""Seconds without a sign of life after which a holder on another machine counts as gone."""
+
+
+@contextmanager
+def claim(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Own a run's directory, which is made if need be, until the end of the context.
+
+    Args:
+        say: hears of a holder that ended without a word, or that must be waited for.
+
+    Raises:
+        ArtefactError: another process owns it; the message says which.
+        OSError: the directory cannot be made or written.
+    """
+    with ExitStack() as held:
+        if not _try_claim(directory, say, held):
+            raise ArtefactError(f"{directory}: in use by {_holder_text(directory)}; wait for it, or stop it first")
+        yield
+
+
+@contextmanager
+def claim_new(base: Path, is_free: Callable[[Path], bool], say: Callable[[str], None]) -> Iterator[Path]:
+    """Own the first of `base`, base-2, base-3, ... that nobody owns and that `is_free`; OSError as for `claim`."""
+    path, number = base, 2
+    while True:
+        with ExitStack() as held:
+            if is_free(path) and _try_claim(path, say, held) and is_free(path):  # again: another may have just ended
+                yield path
+                return
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+
+
+@contextmanager
+def join(directory: Path) -> Iterator[None]:
+    """What every rank but the first holds while it lives; nothing where the directory is not on this machine."""
+    with ExitStack() as held:
+        if directory.is_dir():
+            file = held.enter_context((directory / RANKS).open("ab"))
+            _try_lock(file, is_shared=True)
+        yield
+
+
+def holder(directory: Path) -> str | None:
+    """Who owns a run now, in words; None when nobody does."""
+    for name in (OWNER, RANKS):
+        with suppress(FileNotFoundError), (directory / name).open("rb") as file:
+            if _try_lock(file, is_shared=True) is False:
+                return _holder_text(directory)
+    who = _read_holder(directory)
+    if who.get("host", _host()) != _host() and _age(directory / OWNER) < _SILENCE:
+        return _holder_text(directory)
+    return None
+
+
+def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> bool:
+    """Lock both files for as long as `held` lasts; False when another process has one of them."""
+    owner, is_locked = _lock_owner(directory)
+    if owner is None:
+        return False
+    held.enter_context(owner)
+    before = _read_holder(directory)
+    # Whoever has the lock is alone on this machine: the kernel does not give it twice.
+    is_ended = (is_locked and before.get("host") == _host()) or not before
+    if _rank_lives(directory) or not (is_ended or _is_silent(directory, say)):
+        return False
+    if before:
+        say(f"{directory}: {_holder_text(directory)} ended without letting it go; taken over")
+    text = {"host": _host(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+    text |= {"job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}
+    with suppress(OSError):  # a full disk: the lock holds all the same
+        owner.truncate(0)
+        owner.write(json.dumps(text).encode())
+        owner.flush()
+    if not is_locked:
+        time.sleep(_RETRIES)  # another may have begun at the same moment: the last to write owns it
+        if _read_holder(directory) != text:
+            return False
+    held.callback(_release, directory)
+    held.enter_context(_heartbeat(owner))
+    return True
+
+
+def _lock_owner(directory: Path) -> tuple[IO[bytes] | None, bool]:
+    """The lock file, open, and whether it is locked (not every file system can); None when another process has it."""
+    path = directory / OWNER
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("ab")
+        except FileNotFoundError:
+            if directory.is_dir():
+                raise
+            continue  # a holder that put nothing into the directory has just removed it
+        is_locked = _try_lock(file, is_shared=False)
+        # A holder removes the file before it lets go: what was locked may not be what has the name now.
+        with suppress(FileNotFoundError):
+            if is_locked is False or path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return (None if is_locked is False else file), bool(is_locked)
+        file.close()
+
+
+def _try_lock(file: IO[bytes], *, is_shared: bool) -> bool | None:
+    """Lock a file: True, False when another process has it, None where there are no locks to be had."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    kind, end = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX, time.monotonic() + _RETRIES
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            if time.monotonic() > end:
+                return False
+        time.sleep(0.05)
+
+
+def _rank_lives(directory: Path) -> bool:
+    """Whether a rank of an earlier owner still runs; the file is removed when none does."""
+    path = directory / RANKS
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        if _try_lock(file, is_shared=False) is False:
+            return True
+        path.unlink(missing_ok=True)
+    return False
+
+
+def _is_silent(directory: Path, say: Callable[[str], None]) -> bool:
+    """Whether the holder gives no sign of life; this waits for one where the last is recent."""
+    path = directory / OWNER
+    last, wait = path.stat().st_mtime_ns, _SILENCE - _age(path)
+    if wait > 0:
+        say(f"{directory}: {_holder_text(directory)} may still own it; watching {wait:.0f} s for a sign of life")
+    end = time.monotonic() + wait
+    while time.monotonic() < end:
+        time.sleep(0.5)
+        if path.stat().st_mtime_ns != last:
+            return False
+    return True
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file changed, by the clock of its file system where it can be asked."""
+    try:
+        probe = path.with_name(f".{path.name}.{os.getpid()}")
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+    except OSError:
+        now = time.time()
+    return max(0.0, now - path.stat().st_mtime)
+
+
+@contextmanager
+def _heartbeat(file: IO[bytes]) -> Iterator[None]:
+    """Renew the file's time of change every few seconds, in a thread that does nothing else."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_HEARTBEAT):
+            with suppress(OSError):
+                os.utime(file.fileno())
+
+    thread = threading.Thread(target=beat, daemon=True, name="run lock")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _release(directory: Path) -> None:
+    """Remove the lock files while the run is still ours, and a directory that nothing was put into."""
+    with suppress(OSError):
+        _rank_lives(directory)
+    with suppress(OSError):
+        (directory / OWNER).unlink()
+        directory.rmdir()
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _read_holder(directory: Path) -> dict[str, Any]:
+    """What the lock file says; empty when it says nothing."""
+    try:
+        return read_json(directory / OWNER, limit=10_000)
+    except ArtefactError:
+        return {}
+
+
+def _holder_text(directory: Path) -> str:
+    who = _read_holder(directory)
+    if not who:
+        return "another process"
+    job = f" (job {who['job']})" if "job" in who else ""
+    return f"process {who.get('pid')} on {who.get('host')}{job}, which began at {who.get('since')}"
