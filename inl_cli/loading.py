@@ -17,13 +17,13 @@ def open_model(
     """The checkpoint, verified and loaded; `iterations` is checked against what the model can do."""
     if iterations is not None and iterations < 1:
         raise RecipeError(f"iterations {iterations}: must be at least 1")
-    from inl_core.inference.artefacts import find_checkpoint, load_model
+    from inl_core.inference.artefacts import open_checkpoint
     from inl_core.training.distributed import choose_device
 
     def note(text: str) -> None:
         (console.warn if text.startswith("skipped") else console.info)(text)
 
-    loaded = load_model(find_checkpoint(checkpoint, note=note), choose_device(device))
+    loaded = open_checkpoint(checkpoint, choose_device(device), note=note)
     if iterations is not None and loaded.model.config.integrator is None:
         console.warn("this model has no integrator: --iterations has no effect")
     return loaded

@@ -6,6 +6,7 @@
 
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, RootModel
 from inl_core.analysis.planning import count_parameters, meta_model, plan_recipe
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, WORK, Manifest, load_manifest, verify
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.files import open_regular, parse_json_object, read_record
+from inl_core.files import is_directory, open_regular, parse_json_object, read_record
 from inl_core.inference.artefacts import fitting_model, read_model_config
 from inl_core.inference.checkpoint_files import (
     PROGRESS,
@@ -59,8 +60,8 @@ def inspect_path(path: Path) -> Overview:
     """The overview of whatever `path` is; ArtefactError when it is none of the kinds, RecipeError for a bad recipe."""
     if path.suffix in (".yaml", ".yml"):
         return inspect_recipe(path)
-    if not path.exists():
-        near = [str(place) for place in (Path("runs") / path, Path("data") / path) if place.is_dir()]
+    if not os.path.lexists(path):
+        near = [str(place) for place in (Path("runs") / path, Path("data") / path) if is_directory(place)]
         raise ArtefactError(f"{path}: no such file or directory" + (f"; did you mean {near[0]}?" if near else ""))
     for is_kind, inspect_kind in _KINDS:
         if is_kind(path):
@@ -151,11 +152,10 @@ def inspect_checkpoint(path: Path) -> Overview:
     step = progress.get("step", checkpoint_step(path))
     facts = {"step": step, "intact": problem is None, **{key: progress.get(key) for key in kept}}
     facts |= {"tokenizer": config.tokenizer, "sequence_length": config.sequence_length}
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     sections = {
         "checkpoint": facts,
         **model_sections(model, counted=misfit is None),
-        "files": [{"name": file.relative_to(path).as_posix(), "bytes": file.stat().st_size} for file in files],
+        "files": _files(path),
         "provenance": config.provenance,
     }
     return Overview("checkpoint", path, sections, problem)
@@ -355,9 +355,22 @@ def _curve(losses: list[float]) -> Facts:
     return {"first": losses[0], "lowest": min(losses), "last": losses[-1], "curve": sparkline(losses)}
 
 
+def _files(path: Path) -> Rows:
+    """Name and size of every file below a directory; a live run may be removing them."""
+    rows = []
+    for file in sorted(path.rglob("*")):
+        try:
+            status = file.stat()
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            rows.append({"name": file.relative_to(path).as_posix(), "bytes": status.st_size})
+    return rows
+
+
 def _checkpoint_row(path: Path) -> dict[str, Any]:
     problem = _problem(lambda: verify_checkpoint(path))
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = sum(row["bytes"] for row in _files(path))
     return {"step": checkpoint_step(path), "bytes": size, "intact": problem is None, "problem": problem}
 
 

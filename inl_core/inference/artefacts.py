@@ -48,6 +48,7 @@ __all__ = [
     "list_checkpoints",
     "load_model",
     "load_weights",
+    "open_checkpoint",
     "read_config",
     "read_json",
     "read_model_config",
@@ -132,6 +133,24 @@ def _saved_at(checkpoint: Path) -> float:
         except OSError:
             continue
     return 0.0
+
+
+def open_checkpoint(
+    path: Path | None, device: torch.device | str = "cpu", *, note: Callable[[str], None] = lambda text: None
+) -> LoadedModel:
+    """`load_model` of `find_checkpoint`; where a live run removes the one that was found, the next one is taken.
+
+    Raises:
+        ArtefactError: as those two.
+    """
+    while True:
+        found = find_checkpoint(path, note=note)
+        try:
+            return load_model(found, device)
+        except ArtefactError:
+            if found == path or is_directory(found):
+                raise
+            note(f"skipped: {found}: was removed while it was read")
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:

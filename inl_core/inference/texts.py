@@ -8,6 +8,7 @@
 
 import argparse
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,7 +151,7 @@ def _own_data(loaded: LoadedModel) -> Path:
     if named is None:
         raise ArtefactError(f"{loaded.path}: does not name its data; name a data set (--data) or a text file (--text)")
     directory = Path(named)
-    if not (directory / MANIFEST).is_file():
+    if not os.path.lexists(directory / MANIFEST):  # which raises nothing, whatever name config.json holds
         raise ArtefactError(
             f"{directory}: the data the model was trained on is not here; name a data set (--data) "
             "or a text file (--text)"
