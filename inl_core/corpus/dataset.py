@@ -136,7 +136,7 @@ class TokenDataset(TokenStream):
 
 def _open(path: Path) -> list[pa.RecordBatch]:
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
         return [reader.get_batch(index) for index in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as error:  # it was whole a moment ago
         raise ArtefactError(f"{path}: not a readable Arrow file ({error}); {again(path.parent)}") from None

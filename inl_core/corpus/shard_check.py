@@ -101,7 +101,7 @@ def _look(path: Path, identity: tuple[int, ...], expected: _Expected) -> None:
 
 def _problem(path: Path, expected: _Expected) -> str | None:
     """What is wrong with the rows, in words, or None."""
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
     types = dict(zip(reader.schema.names, reader.schema.types, strict=True))
     plain = {"prompt_length": pa.int32(), "num_bytes": pa.int32()}
     if types.pop("tokens", None) not in _TOKEN_TYPES or types != plain:

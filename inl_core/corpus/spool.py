@@ -182,6 +182,6 @@ def write_text_aside(path: Path, text: str) -> None:
 
 def _open(path: Path) -> pa.ipc.RecordBatchFileReader:
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
+        return pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
     except (pa.ArrowException, OSError) as error:
         raise ArtefactError(f"{path}: damaged working file ({error}); delete {path.parent} and run again") from None

@@ -18,6 +18,7 @@ import pytest
 import zstandard
 
 from inl_core.corpus import readers
+from inl_core.corpus.dataset import TokenDataset
 from inl_core.corpus.formats import sniff
 from inl_core.corpus.manifest import default_directory, load_manifest
 from inl_core.corpus.paths import local_path, matches, portable, shown
@@ -165,6 +166,14 @@ def test_a_source_whose_own_name_is_not_utf8_can_be_named(tmp_path: Path) -> Non
     prepare(chosen, tmp_path / "out")
     assert load_manifest(tmp_path / "out").sources[0].path == source
     verify(tmp_path / "out", settings=chosen)
+
+
+def test_a_data_set_may_lie_where_the_name_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good text\n" * 300)
+    directory = tmp_path / os.fsdecode(b"out\xff")
+    manifest = prepare(settings(tmp_path / "a.txt"), directory)
+    assert verify(directory, deep=True) == manifest
+    assert TokenDataset.open(directory).num_tokens == manifest.splits["train"].tokens
 
 
 CODINGS = ["rot13", "hex", "zlib", "bz2", "base64", "uu", "quopri", "idna", "punycode", "undefined", "unicode_escape"]
