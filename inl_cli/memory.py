@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -49,6 +50,7 @@ def explains_memory(train: Callable[P, R]) -> Callable[P, R]:
             return train(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
+                traceback.clear_frames(error.__traceback__)  # they hold the model, and planning needs memory as well
                 error.add_note(_training_advice(signature.bind(*args, **kwargs).arguments["recipe"]))
             raise
 

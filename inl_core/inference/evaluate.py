@@ -123,7 +123,7 @@ def evaluate(
     nats, text_nats, tokens, token_bytes, correct, iterations = reduce(sums.to(device)).tolist()
     model.train(was_training)
     if not tokens:
-        raise NothingToScore("evaluation: the text holds no target token; give it more text")
+        raise NothingToScore("evaluation: the text holds no target token; score more of it, or give it more text")
     loss = nats / tokens
     if num_bytes is None and math.isfinite(token_bytes):
         num_bytes = int(token_bytes)

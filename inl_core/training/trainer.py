@@ -381,10 +381,16 @@ class Trainer:
         return evaluation
 
     def _try_checkpoint(self) -> None:
-        """Before the first step: save, read back, compare and time a real checkpoint."""
+        """Before the first step: save, read back, compare and time a real checkpoint; every rank learns how it went."""
+        failure = None
         if self.world.is_main:
-            self.run.try_checkpoint(self.state, self.model, self.optimizers, self.observer.on_message)
-        self.world.barrier()
+            try:
+                self.run.try_checkpoint(self.state, self.model, self.optimizers, self.observer.on_message)
+            except InlError as error:
+                failure = error
+        failure = self.world.broadcast(failure)
+        if failure is not None:
+            raise failure
 
     def _interrupted(self, stop: StopSignal) -> InlError:
         step = self.state.step
