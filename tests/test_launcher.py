@@ -3,7 +3,7 @@
 import pytest
 
 from inl_core.errors import RecipeError
-from inl_core.launcher import Place, place_or_alone, read_place
+from inl_core.launcher import Place, place_or_alone, read_place, refuse_separate_tasks
 
 MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -49,3 +49,33 @@ def test_an_environment_that_makes_no_sense_is_one_line(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert place_or_alone() == Place(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"},
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
+        {"PMI_SIZE": "2", "PMI_RANK": "1"},
+    ],
+)
+def test_tasks_that_know_nothing_of_each_other_are_told_of_torchrun(environment):
+    with pytest.raises(RecipeError, match="torchrun"):
+        refuse_separate_tasks(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # the batch script of a job of four tasks
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # salloc's shell
+        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "8"},  # torchrun, or the user, has set it up
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"},
+    ],
+)
+def test_one_task_is_no_matter(environment):
+    refuse_separate_tasks(environment)

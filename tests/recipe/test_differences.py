@@ -1,8 +1,11 @@
 """Which change of a recipe a run may be resumed across."""
 
+import json
+
 import pytest
 
-from inl_core.recipe.differences import _KINDS, kind_of, recipe_differences
+from inl_core.errors import RecipeError
+from inl_core.recipe.differences import _FIXED, _KINDS, kind_of, recipe_differences
 from inl_core.recipe.load import recipe_from_mapping
 from inl_core.recipe.problems import section_at
 from inl_core.recipe.recipe import Recipe
@@ -66,3 +69,72 @@ def test_the_table_names_only_keys_that_exist() -> None:
 def test_a_key_nobody_classed_is_refused() -> None:
     assert kind_of("training.something_new") == "identity"
     assert kind_of("something_new") == "identity"
+
+
+ALTERNATIVES = {
+    "model.num_kv_heads": 2,
+    "model.feedforward_dim": 128,
+    "model.feedforward_hidden": 96,
+    "model.max_seq_len": 128,
+    "model.norm": "layernorm",
+    "model.norm_eps": 1e-5,
+    "model.rope_theta": 1e5,
+    "model.feed_forward": "gelu",
+    "model.feed_forward_rounding": "up_16",
+    "model.bias": True,
+    "model.embedding_rank": 16,
+    "model.embedding_norm": False,
+    "model.embedding_scale": "sqrt_dim",
+    "model.tie_head": False,
+    "model.integrator": None,
+    "model.d_model": 128,
+    "model.num_layers": 3,
+    "model.vocab_size": 401,
+    "model.integrator.num_iterations": 3,
+    "model.integrator.dt": 0.5,
+    "model.integrator.candidate": "controller",
+    "model.integrator.carry_velocity": False,
+    "model.integrator.readout": "state",
+    "model.integrator.mu.form": "hierarchical",
+    "model.integrator.mu.init": 1.0,
+    "model.integrator.excitation.amplitude": 0.1,
+    "model.integrator.excitation.sparsity": 0.5,
+    "model.integrator.controller.width": 32,
+    "model.integrator.controller.shared": False,
+    "model.integrator.controller.modulation": "channel",
+    "model.integrator.controller.activation": "gelu",
+    "model.integrator.controller.experts": 3,
+    "model.integrator.budget.strategy": "learned",
+}
+
+
+@pytest.mark.parametrize("key", ALTERNATIVES)
+def test_a_key_of_the_model_is_fixed_when_the_weights_would_not_fit(key: str) -> None:
+    import torch
+
+    from inl_core.model import IntegratorLanguageModel
+
+    base = ["model.d_model=64", "model.vocab_size=400", "model.num_layers=2"]
+    old = recipe_from_mapping(VALUES, base).model_dump(mode="json")
+    new, shapes = recipe_from_mapping(old, [f"{key}={json.dumps(ALTERNATIVES[key])}"]), []
+    for recipe in (recipe_from_mapping(old), new):
+        with torch.device("meta"):
+            model = IntegratorLanguageModel(recipe.model)
+        shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
+    (difference,) = recipe_differences(recipe_from_mapping(old), new)
+    assert difference.is_fixed == (shapes[0] != shapes[1])
+
+
+def test_the_fixed_keys_exist_and_are_of_the_experiment() -> None:
+    for key in _FIXED:
+        assert kind_of(key) == "identity", key
+        *above, last = key.split(".")
+        section = section_at(Recipe, tuple(above))
+        assert section is not None, key
+        assert last in section.model_fields, key
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", ".hidden", "a/b", "a\0b", "a\n", "", " ", "x" * 101])
+def test_a_name_that_is_no_directory_of_its_own_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="name"):
+        recipe_from_mapping({**VALUES, "name": name})

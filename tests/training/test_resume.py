@@ -107,3 +107,26 @@ def test_an_evaluation_that_a_stop_prevented_is_made_up_for(make_recipe, make_tr
     with pytest.raises(Interrupted):
         trainer.fit()
     finishes_like(whole, make_trainer(recipe, "parts")[0])
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_the_run_goes_on_as_if_it_had_not(make_recipe, make_trainer):
+    recipe = make_recipe(training={"evaluation": {"every": 4, "tokens": 512, "final_tokens": 1024}})
+    whole, _ = make_trainer(recipe, "whole")
+    whole.fit()
+    for step in (4, 12):  # a periodic evaluation, and the last one
+        trainer, heard = make_trainer(recipe, "parts")
+        if step > 4:
+            trainer.resume(newest_valid(trainer.run.checkpoints, pytest.fail))
+        score = trainer.validation.score
+
+        def interrupted_score(model, tokens, stop, trainer=trainer, score=score, at=step):
+            if stop is not None and trainer.state.step == at:
+                stop.requested, stop.name = True, "SIGTERM"
+            return score(model, tokens, stop)
+
+        trainer.validation.score = interrupted_score
+        with pytest.raises(Interrupted, match=f"SIGTERM at step {step}, saved"):
+            trainer.fit()
+        assert step not in [at for at, _ in heard.evaluations]
+        assert (trainer.run.path / "preempted.json").exists()
+    finishes_like(whole, make_trainer(recipe, "parts")[0])

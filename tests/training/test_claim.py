@@ -1,0 +1,109 @@
+"""A run belongs to one process at a time, and a holder that is gone is told from one that lives."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from inl_core.errors import ArtefactError
+from inl_core.training import claim as claims
+from inl_core.training.claim import OWNER, RANKS, claim, claim_new, holder, join
+from inl_core.training.run import is_taken
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(claims, "_RETRIES", 0.0)
+    monkeypatch.setattr(claims, "_SILENCE", 0.0)
+
+
+def is_free(path):
+    return not is_taken(path)
+
+
+def leave(directory, host):
+    """What a process that was killed leaves."""
+    directory.mkdir()
+    (directory / OWNER).write_text(json.dumps({"host": host, "pid": 12, "since": "yesterday", "job": "77"}))
+
+
+def test_a_second_owner_is_refused_and_told_who_has_it(tmp_path):
+    with claim(tmp_path / "run", pytest.fail):
+        assert f"process {os.getpid()}" in str(holder(tmp_path / "run"))
+        with (
+            pytest.raises(ArtefactError, match=rf"in use by process {os.getpid()} on "),
+            claim(tmp_path / "run", print),
+        ):
+            pass
+    assert holder(tmp_path / "run") is None
+    with claim(tmp_path / "run", pytest.fail):
+        pass
+
+
+def test_new_runs_take_one_directory_each_and_leave_none_behind(tmp_path):
+    with claim_new(tmp_path / "twin", is_free, pytest.fail) as one, claim_new(tmp_path / "twin", is_free, print) as two:
+        assert (one.name, two.name) == ("twin", "twin-2")
+        (one / "metrics.jsonl").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["twin"]
+    with claim_new(tmp_path / "twin", is_free, pytest.fail) as three:
+        assert three.name == "twin-2"
+
+
+def test_the_lock_of_a_killed_process_is_free_and_its_end_is_told(tmp_path):
+    code = (
+        "import os, sys, pathlib; from inl_core.training.claim import claim\n"
+        "with claim(pathlib.Path(sys.argv[1]), print): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")]).returncode == -9
+    said = []
+    with claim(tmp_path / "run", said.append):
+        assert f"{os.getpid()}" in str(holder(tmp_path / "run"))
+    assert len(said) == 1
+    assert "taken over" in said[0]
+
+
+def test_a_rank_that_outlives_its_run_keeps_others_out(tmp_path):
+    (tmp_path / "run").mkdir()
+    with join(tmp_path / "run"), pytest.raises(ArtefactError, match="in use"), claim(tmp_path / "run", print):
+        pass
+    with claim(tmp_path / "run", print):
+        assert not (tmp_path / "run" / RANKS).exists()
+
+
+def test_a_silent_holder_on_another_machine_is_taken_over(tmp_path):
+    leave(tmp_path / "run", "elsewhere")
+    said = []
+    with claim(tmp_path / "run", said.append):
+        pass
+    assert "process 12 on elsewhere (job 77)" in said[-1]
+
+
+def test_a_holder_on_another_machine_that_gives_signs_of_life_is_respected(tmp_path, monkeypatch):
+    leave(tmp_path / "run", "elsewhere")
+    monkeypatch.setattr(claims, "_SILENCE", 1000.0)
+    beats = iter(range(1, 10))
+    monkeypatch.setattr(claims.time, "sleep", lambda seconds: os.utime(tmp_path / "run" / OWNER, ns=(0, next(beats))))
+    with pytest.raises(ArtefactError, match="process 12 on elsewhere"), claim(tmp_path / "run", print):
+        pass
+
+
+def test_where_the_file_system_has_no_locks_the_holders_sign_of_life_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_try_lock", lambda file, is_shared: None)
+    with claim(tmp_path / "run", pytest.fail):
+        monkeypatch.setattr(claims, "_SILENCE", 1000.0)
+        beats = iter(range(1, 10))
+        monkeypatch.setattr(
+            claims.time, "sleep", lambda seconds: os.utime(tmp_path / "run" / OWNER, ns=(0, next(beats)))
+        )
+        with pytest.raises(ArtefactError, match="in use"), claim(tmp_path / "run", print):
+            pass
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"host": 1}', "\udc80"])
+def test_a_damaged_lock_file_stops_nobody(tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / OWNER).write_bytes(text.encode(errors="surrogateescape"))
+    with claim(tmp_path / "run", print):
+        pass
