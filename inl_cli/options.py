@@ -28,7 +28,8 @@ DeviceOption = Annotated[
 ]
 
 IterationsOption = Annotated[
-    int | None, typer.Option("--iterations", metavar="T", help="Integrator iterations instead of the model's own.")
+    int | None,
+    typer.Option("--iterations", metavar="T", max=10_000, help="Integrator iterations instead of the model's own."),
 ]
 
 NoEarlyStoppingOption = Annotated[

@@ -43,7 +43,8 @@ FeedForwardOption = Annotated[
 ]
 VocabularyOption = Annotated[int | None, typer.Option("--vocab-size", metavar="V", min=1, help="Vocabulary.")]
 IterationsOption = Annotated[
-    int | None, typer.Option("--iterations", metavar="T", min=1, help="Integrator iterations of the first one.")
+    int | None,
+    typer.Option("--iterations", metavar="T", min=1, max=10_000, help="Integrator iterations of the first one."),
 ]
 BatchOption = Annotated[
     int | None,

@@ -31,7 +31,9 @@ WindowOption = Annotated[
 ]
 FollowedOption = Annotated[
     int | None,
-    typer.Option("--iterations", metavar="N", help="Iterations to follow each layer for; default 2 T, at least 8."),
+    typer.Option(
+        "--iterations", metavar="N", max=10_000, help="Iterations to follow each layer for; default 2 T, at least 8."
+    ),
 ]
 EpsilonOption = Annotated[float, typer.Option(help="A dimension has converged when it is closer than this.")]
 SampleOption = Annotated[

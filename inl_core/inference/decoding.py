@@ -110,7 +110,10 @@ class Decoder:
         """Positions and visibility; sinusoidal positions are added to x here."""
         assert self.packed is not None
         now, padding = cache.length, cache.padding
-        position = slice(now, now + 1) if padding is None else now - padding
+        # A compiled batch keeps its finished rows: one that has filled the context stands still at its last position
+        # while shorter ones go on.
+        last = self.model.config.max_seq_len - 1
+        position = slice(now, now + 1) if padding is None else (now - padding).clamp(max=last)
         rotary = None
         if self.packed.rotary is None:
             x = x + self.model.position_table[position]

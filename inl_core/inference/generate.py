@@ -32,6 +32,7 @@ __all__ = ["Completion", "GenerationSettings", "Piece", "generate", "stream", "t
 
 FinishReason = Literal["eos", "stop", "length", "context"]
 _DEFAULTS = GenerationSettings()
+_MOST_COMPLETIONS = 100_000
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ class _Row:
 def _make_rows(
     tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationSettings, *, max_seq_len: int
 ) -> list[_Row]:
+    total = len(prompts) * settings.num_samples
+    if total > _MOST_COMPLETIONS:
+        raise RecipeError(f"{total:,} completions at once, above {_MOST_COMPLETIONS:,}: give fewer prompts or samples")
     rows, repeats = [], Counter()
     for index, prompt in enumerate(prompts):
         name = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"

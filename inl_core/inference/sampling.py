@@ -12,6 +12,9 @@ from torch import Tensor
 from inl_core.errors import NonFiniteError
 from inl_core.inference.settings import GenerationSettings
 
+_LARGEST = 1e20
+"""Stands for any larger factor, which float32 would make infinite: infinity times 0, or over infinity, is no number."""
+
 
 class Sampler:
     """Chooses a token for each of B rows; remembers which tokens a row holds when a repetition penalty asks for it.
@@ -57,12 +60,13 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
     arXiv 1909.05858, section 4.1, divides whatever the sign, which would favour tokens with negative logits.
     """
+    penalty = min(max(penalty, 1 / _LARGEST), _LARGEST)
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def candidates(logits: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor | None]:
     """Probabilities (B, N) after temperature and filters, and their tokens (B, N); None = all, in order."""
-    scaled = (logits - logits.max(-1, keepdim=True).values) / settings.temperature
+    scaled = (logits - logits.max(-1, keepdim=True).values) / min(settings.temperature, _LARGEST)
     if settings.top_k is None and settings.top_p is None and not settings.min_p:
         return scaled.softmax(-1), None
     if settings.top_k is not None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from inl_core.errors import RecipeError
 
+_LEAST_TEMPERATURE = 1e-30
+_MOST = {"num_samples": 10_000, "num_iterations": 10_000}
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -12,7 +15,7 @@ class GenerationSettings:
     max_new_tokens: int = 200
     """Tokens generated per completion, at most."""
     temperature: float = 0.8
-    """Divides the logits; 0 always takes the most probable token (greedy)."""
+    """Divides the logits; 0, or so little that float32 cannot divide by it, takes the most probable token (greedy)."""
     top_k: int | None = None
     """Only the k most probable tokens."""
     top_p: float | None = None
@@ -41,6 +44,9 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{_spelt(name)} {value}: must be at least 1")
+        for name, most in _MOST.items():
+            if (getattr(self, name) or 0) > most:
+                raise RecipeError(f"{_spelt(name)} {getattr(self, name):,}: must be at most {most:,}")
         if not 0 <= self.temperature < float("inf"):
             raise RecipeError(f"temperature {self.temperature:g}: must be a number from 0 (greedy) up")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -55,16 +61,16 @@ class GenerationSettings:
     @property
     def is_greedy(self) -> bool:
         """Whether no draw is made."""
-        return self.temperature == 0
+        return self.temperature < _LEAST_TEMPERATURE
 
     def without_effect(self) -> list[str]:
         """The settings that a greedy choice ignores, in words."""
         if not self.is_greedy:
             return []
         given = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
-        found = [f"{_spelt(name)} has no effect at temperature 0" for name in given]
+        found = [f"{_spelt(name)} has no effect at temperature {self.temperature:g}" for name in given]
         if self.num_samples > 1:
-            found.append(f"{self.num_samples} samples at temperature 0 are all the same")
+            found.append(f"{self.num_samples} samples at temperature {self.temperature:g} are all the same")
         return found
 
 

@@ -191,3 +191,17 @@ def test_compiled_rows_end_one_by_one_as_uncompiled_ones_do() -> None:
     found = generate(model, tokenizer(), ["def greet(", "The"], replace(settings, compiled=True))
     assert [completion.text for completion in found] == [completion.text for completion in plain]
     assert len({len(completion.token_ids) for completion in plain}) > 2
+
+
+@pytest.mark.parametrize("positions", ["rope", "sinusoidal"])
+def test_a_compiled_row_that_fills_the_context_does_not_stop_shorter_ones(
+    positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "compiled_function", lambda function: function)
+    model = tiny_model("v4", positions=positions, max_seq_len=24)
+    settings = GenerationSettings(max_new_tokens=60, temperature=0.0)
+    prompts = ["def greet(name): retu", "The", "T"]
+    wanted = generate(model, tokenizer(), prompts, settings)
+    found = generate(model, tokenizer(), prompts, replace(settings, compiled=True))
+    assert [row.finish_reason for row in wanted[:2]] == ["context"] * 2
+    assert [row.token_ids for row in found] == [row.token_ids for row in wanted]

@@ -270,3 +270,9 @@ def test_the_model_is_left_in_the_mode_it_came_in() -> None:
     completion = generate(model, tokenizer(), ["a"], GREEDY)[0]
     assert model.training
     assert min(completion.iterations) < 6  # generated in evaluation mode
+
+
+def test_more_completions_than_memory_holds_are_refused() -> None:
+    settings = GenerationSettings(num_samples=10_000)
+    with pytest.raises(RecipeError, match="110,000 completions at once, above 100,000"):
+        stream(tiny_model("v4"), tokenizer(), ["a"] * 11, settings)

@@ -138,3 +138,40 @@ def test_settings_without_effect_are_named() -> None:
     assert GenerationSettings(top_k=3).without_effect() == []
     found = GenerationSettings(temperature=0, top_k=3, min_p=0.1, num_samples=2).without_effect()
     assert [text.split()[0] for text in found] == ["top-k", "min-p", "2"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.0, 5e-324, 1e-46, 1e-30, 1e-20, 1.0, 1e20, 1e308])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-30, 1.0, 1e30, 1e308])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_p": 1e-300}, {"min_p": 1.0}, {"min_p": 5e-324}, {"top_k": 10**30}, {"top_k": 1, "top_p": 1.0}]
+)
+def test_extremes_work_as_their_limits(temperature: float, penalty: float, filters: dict[str, float]) -> None:
+    settings = GenerationSettings(temperature=temperature, repetition_penalty=penalty, **filters)
+    prompts = torch.tensor([[0, 3, 4]])
+    sampler = Sampler(settings, banned=torch.tensor([0]), prompts=prompts, vocab_size=6)
+    logits = torch.tensor([[9.0, 5.0, -3.0, 0.0, 8.0, -60.0]])
+    found = int(sampler(logits, [0.0]))
+    assert found != 0, "a banned token"
+    if penalty == 1.0 and (temperature < 1e-20 or filters.get("top_k") == 1):
+        assert found == 4
+    probabilities = candidates(logits, settings)[0] if not settings.is_greedy else torch.ones(1)
+    assert bool(probabilities.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"temperature": value} for value in (-1e-320, float("nan"), float("inf"))),
+        *({"top_p": value} for value in (0.0, -1.0, 1.0000001, float("nan"))),
+        *({"min_p": value} for value in (-1e-300, 1.5, float("nan"))),
+        *({"top_k": value} for value in (0, -(10**30))),
+        *({"repetition_penalty": value} for value in (0.0, -1.0, float("nan"), float("inf"))),
+        *({"num_samples": value} for value in (0, 10**9)),
+        *({"num_iterations": value} for value in (0, 10**9)),
+        {"max_new_tokens": 0},
+    ],
+)
+def test_what_has_no_limit_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(RecipeError) as error:
+        GenerationSettings(**settings)
+    assert len(str(error.value)) < 200

@@ -34,10 +34,11 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 def meta_model(config: ModelConfig) -> IntegratorLanguageModel:
     """The model without memory; the same object for the same configuration, not to be changed."""
-    return _built(config)
+    key: Any = config  # frozen, so it has a hash; pyright does not see it
+    return _built(key)
 
 
 @lru_cache(maxsize=1)  # a plan asks for one model several times, and a deep one takes seconds
-def _built(config: Any) -> IntegratorLanguageModel:
+def _built(config: ModelConfig) -> IntegratorLanguageModel:
     with torch.device("meta"):
         return IntegratorLanguageModel(config)
