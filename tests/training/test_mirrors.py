@@ -9,6 +9,7 @@ from inl_cli import training_flow
 from inl_cli.console import Console
 from inl_core.errors import RecipeError
 from inl_core.training import mirrors
+from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import MetricsWriter, read_metrics
 from inl_core.training.mirrors import check_mirrors, open_mirrors
 
@@ -101,4 +102,4 @@ def test_a_mirror_that_fails_is_left_and_the_rows_go_on(wandb, recipe, tmp_path)
 def test_training_says_it_before_it_prepares_anything(wandb, recipe, monkeypatch):
     monkeypatch.setattr(training_flow, "open_data", lambda *arguments: pytest.fail("data opened"))
     with pytest.raises(RecipeError, match="no API key"):
-        training_flow.run_training(Console(quiet=True), recipe, run_dir=None)
+        training_flow.run_training(Console(quiet=True), recipe, stop=StopSignal(), run_dir=None)
