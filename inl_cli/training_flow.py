@@ -130,7 +130,10 @@ class _Session:
         console, recipe, world = self.console, self.recipe, self.world
         checkpoint = _on_main(world, self._choose)  # first: what is refused should not wait for the data
         data = open_data(
-            recipe, world, lambda settings, path: prepare_with_progress(settings, path, console, wait=True)
+            recipe,
+            world,
+            lambda settings, path: prepare_with_progress(settings, path, console, wait=True),
+            run=self.directory if self.resumption else None,
         )
         if world.is_main and world.device.type == "cpu" and is_to_be_compiled():
             console.info("compiling the operations in C++ for this machine: some seconds, once")

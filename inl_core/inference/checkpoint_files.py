@@ -68,6 +68,9 @@ class CheckpointConfig(Record):
     sequence_length: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     """Tokens of a training row."""
     data_directory: Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")] | None = None
+    """Where the data was, as an absolute path (relative to the working directory in older checkpoints)."""
+    data_directory_from_run: Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")] | None = None
+    """The same from the run's directory, for projects that were moved."""
     provenance: list[dict[str, Scalar | list[Scalar]]] = []
     """What happened to the weights, oldest first."""
 

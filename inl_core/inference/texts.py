@@ -8,7 +8,6 @@
 
 import argparse
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +15,14 @@ from pathlib import Path
 
 from inl_core.corpus.encoding import document_stream
 from inl_core.corpus.loader import Batch, TokenDataset, TokenStream, evaluation_batches
-from inl_core.corpus.manifest import MANIFEST, check_ids, load_manifest
+from inl_core.corpus.manifest import check_ids, load_manifest
 from inl_core.corpus.paths import shown
 from inl_core.corpus.rows import Document
 from inl_core.corpus.sources import STDIN
 from inl_core.corpus.whole import whole_documents
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import LoadedModel
+from inl_core.inference.data_location import find_data
 from inl_core.inference.evaluate import ByteCounts, byte_counts
 from inl_core.recipe.load import load_recipe
 
@@ -90,7 +90,7 @@ def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = 
     """
     if split not in SPLITS:
         raise RecipeError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
-    directory = directory or _own_data(loaded)
+    directory = directory or find_data(loaded.path, loaded.config)
     manifest = load_manifest(directory)
     if manifest.tokenizer_fingerprint != loaded.tokenizer.fingerprint:
         sizes = f"{manifest.vocab_size:,} tokens there, {loaded.tokenizer.vocab_size:,} in the model"
@@ -144,19 +144,6 @@ def _text(loaded: LoadedModel, name: str, documents: list[Document]) -> Text:
     if not stream.num_tokens:
         raise ArtefactError(f"{name}: this tokenizer leaves nothing of it; there is nothing to measure")
     return Text(name, loaded, stream, sum(len(text.encode()) for document in documents for text in document.texts))
-
-
-def _own_data(loaded: LoadedModel) -> Path:
-    named = loaded.config.get("data_directory")
-    if named is None:
-        raise ArtefactError(f"{loaded.path}: does not name its data; name a data set (--data) or a text file (--text)")
-    directory = Path(named)
-    if not os.path.lexists(directory / MANIFEST):  # which raises nothing, whatever name config.json holds
-        raise ArtefactError(
-            f"{directory}: the data the model was trained on is not here; name a data set (--data) "
-            "or a text file (--text)"
-        )
-    return directory
 
 
 def _document_mask(loaded: LoadedModel) -> bool:

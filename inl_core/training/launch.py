@@ -9,6 +9,7 @@ trainer.fit()
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,9 +17,11 @@ from inl_core.corpus.loader import TokenDataset
 from inl_core.corpus.manifest import Manifest
 from inl_core.corpus.shards import default_directory, prepare, verify
 from inl_core.corpus.tokenizer import Tokenizer
-from inl_core.errors import ArtefactError
+from inl_core.errors import ArtefactError, InlError
+from inl_core.inference.data_location import find_data_of_run
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import DataSettings, Recipe
+from inl_core.recipe.load import load_recipe
 from inl_core.training.distributed import World
 
 
@@ -38,18 +41,28 @@ def data_directory(recipe: Recipe) -> Path:
     return recipe.data.directory or default_directory(recipe.data)
 
 
-def open_data(recipe: Recipe, world: World, prepare: Callable[[DataSettings, Path], Manifest] = prepare) -> RunData:
-    """Prepare what is missing (rank 0 does, by `prepare`), refuse what is stale or damaged, and open both splits."""
-    directory, failure = data_directory(recipe), None
+def open_data(
+    recipe: Recipe,
+    world: World,
+    prepare: Callable[[DataSettings, Path], Manifest] = prepare,
+    *,
+    run: Path | None = None,
+) -> RunData:
+    """Prepare what is missing (rank 0 does, by `prepare`), refuse what is stale or damaged, and open both splits.
+
+    `run` is the run that is resumed: its data is found wherever it lies, since the recipe's relative paths are from
+    the directory that it was started in.
+    """
+    found: Any = None
     if world.is_main:
         # A failure must reach every rank, or the others would wait for ever.
         try:
-            _ensure(recipe, directory, prepare)
+            found = _ensure(recipe, prepare, run)
         except Exception as error:
-            failure = error
-    failure = world.broadcast(failure)
-    if failure is not None:
-        raise failure
+            found = error
+    directory = world.broadcast(found)
+    if isinstance(directory, Exception):
+        raise directory
     manifest = verify(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     wanted = recipe.model.vocab_size
@@ -65,11 +78,27 @@ def open_data(recipe: Recipe, world: World, prepare: Callable[[DataSettings, Pat
     )
 
 
-def _ensure(recipe: Recipe, directory: Path, prepare: Callable[[DataSettings, Path], Manifest]) -> None:
+def _ensure(recipe: Recipe, prepare: Callable[[DataSettings, Path], Manifest], run: Path | None) -> Path:
+    directory = data_directory(recipe)
+    of_run = find_data_of_run(run, directory) if run is not None else None
+    if of_run is not None and _is_unchanged(recipe, run):
+        verify(of_run)
+        return of_run
     if (directory / "manifest.json").is_file():
         verify(directory, settings=recipe.data)
     else:
         prepare(recipe.data, directory)
+    return directory
+
+
+def _is_unchanged(recipe: Recipe, run: Path | None) -> bool:
+    """Whether the data is described as in the run's own recipe; where it lies does not matter."""
+    assert run is not None
+    try:
+        own = load_recipe(run / "recipe.yaml").data
+    except InlError:
+        return True  # damaged: the checkpoint's recipe is gone on with
+    return own.model_copy(update={"directory": recipe.data.directory}) == recipe.data
 
 
 def build_model(recipe: Recipe, tokenizer: Tokenizer, world: World) -> IntegratorLanguageModel:

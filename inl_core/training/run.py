@@ -22,6 +22,7 @@ from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
 from inl_core.files import read_json, write_whole
 from inl_core.inference.artefacts import verify_checkpoint
+from inl_core.inference.data_location import record_location
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
 from inl_core.recipe.load import dump_recipe, load_recipe
@@ -85,7 +86,7 @@ class RunFiles:
             "eos_id": self.tokenizer.eos_id,
             "tokenizer": self.tokenizer.fingerprint,
             "sequence_length": self.recipe.training.sequence_length,
-            "data_directory": str(self.data_directory),
+            **record_location(self.data_directory, self.path),
             "provenance": [*self.provenance, trained],
         }
         return {

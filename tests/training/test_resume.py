@@ -1,12 +1,21 @@
 """A run that is stopped and resumed is the run that was never stopped, bit for bit."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from inl_core.errors import Interrupted
 from inl_core.inference.artefacts import list_checkpoints
+from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import newest_valid
+from inl_core.training.distributed import World
+from inl_core.training.launch import build_model, open_data
 from inl_core.training.metrics import read_metrics
+from inl_core.training.run import RunFiles
+from inl_core.training.trainer import Trainer
+from tests.training.conftest import Listener
 
 VARIANTS = {
     "v4": {},
@@ -130,3 +139,37 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_run_goes_on_as_if_it_had_
         assert step not in [at for at, _ in heard.evaluations]
         assert (trainer.run.path / "preempted.json").exists()
     finishes_like(whole, make_trainer(recipe, "parts")[0])
+
+
+def test_a_run_finds_its_data_from_another_directory(make_recipe, data_directory, tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    shutil.copy(data_directory / "modules.jsonl", tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    data = {"sources": ("modules.jsonl",), "directory": Path("set")}
+    recipe, world = make_recipe(data=data, training={"steps": 1}), World(0, 1, torch.device("cpu"))
+    opened = open_data(recipe, world)
+    run = RunFiles(Path("runs/first"), recipe, opened.tokenizer, opened.directory)
+    run.create()
+
+    def no_preparation(settings, path):
+        raise AssertionError(path)
+
+    def found(run):
+        again = open_data(load_recipe(run / "recipe.yaml"), world, no_preparation, run=run)
+        assert again.train.fingerprint == opened.train.fingerprint
+        return again.directory.resolve()
+
+    run_path = tmp_path / "project/runs/first"
+    monkeypatch.chdir(tmp_path)
+    assert found(run_path) == tmp_path / "project/set"  # though it has no checkpoint yet
+    monkeypatch.chdir(tmp_path / "project")
+    model = build_model(recipe, opened.tokenizer, world)
+    Trainer(recipe, model, opened.train, opened.validation, run, world, Listener()).fit()
+    assert found(Path("runs/first")) == tmp_path / "project/set"
+    monkeypatch.chdir(tmp_path)
+    assert found(run_path) == tmp_path / "project/set"
+    (tmp_path / "project").rename(tmp_path / "moved")
+    assert found(tmp_path / "moved/runs/first") == tmp_path / "moved/set"
+    changed = load_recipe(tmp_path / "moved/runs/first/recipe.yaml", ["data.validation_fraction=0.2"])
+    with pytest.raises(AssertionError):  # other data is prepared from its sources, and then refused as another's
+        open_data(changed, world, no_preparation, run=tmp_path / "moved/runs/first")
