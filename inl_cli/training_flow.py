@@ -210,9 +210,10 @@ class _Session:
         """Write what a new session changes in the run; not earlier, since a resume that is refused changes nothing."""
 
         def write() -> None:
-            trainer.run.create()
             finished = trainer.state.step == trainer.settings.num_steps
-            cut_metrics(trainer.run.path, trainer.state.step, keep_evaluation=not finished)
+            # First, because it refuses a file that is none.
+            cut_metrics(trainer.run.path, trainer.state.step, keep_evaluation=not finished, note=self.console.warn)
+            trainer.run.create()
             cut_records(trainer.run.path, trainer.state.step)
 
         _on_main(self.world, write)

@@ -128,6 +128,7 @@ VALUES: list[tuple[str, str, Any]] = [
     *((CONFIG, "model.num_layers", value) for value in (10**9, 3, 1, [1])),
     *((CONFIG, "model.max_seq_len", value) for value in (10**9, 0)),
     (CONFIG, "model.integrator.controller.experts", 10**9),
+    (CONFIG, "model.integrator.num_iterations", 10**9),
     (CONFIG, "model.preset", ["v4"]),
     *((CONFIG, "bos_id", value) for value in (4 * 10**9, -1, "0", None)),
     *((CONFIG, "special_tokens", value) for value in ([], {"a": "b"}, {"a": -1})),
