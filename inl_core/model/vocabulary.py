@@ -40,10 +40,11 @@ def cross_entropy_sum(z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         z: (N, R).  weight: W (V, R).  targets: (N,).
 
     Raises:
-        ValueError: there is not one target for each row of z.
+        ValueError: there is not one target of int64 for each row of z.
     """
-    if targets.shape != z.shape[:1]:
-        raise ValueError(f"targets are {tuple(targets.shape)}, and must be {tuple(z.shape[:1])}: one for each row")
+    if targets.shape != z.shape[:1] or targets.dtype != torch.int64:
+        found, wanted = f"{targets.dtype} {tuple(targets.shape)}", f"torch.int64 {tuple(z.shape[:1])}"
+        raise ValueError(f"targets are {found}, and must be {wanted}: one for each row")
     if is_plain():
         logits = F.linear(z, weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
