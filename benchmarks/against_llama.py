@@ -143,15 +143,15 @@ def measure(name: str, more: list[str], output: Path | None) -> dict[str, Any]:
     """The JSON of one run, from the output directory where it is there."""
     path = output / f"{name}.json" if output else None
     if path and path.is_file():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "inl_cli", "bench", *command_of(name, more), "--json"]
     print(f"running {shlex.join(command[3:])}", file=sys.stderr, flush=True)
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"{name}: `inl bench` ended with code {done.returncode}")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(done.stdout)
+        path.write_text(done.stdout, encoding="utf-8")
     return json.loads(done.stdout)
 
 

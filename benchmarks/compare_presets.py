@@ -48,7 +48,7 @@ def train(arm: str, seed: int, output: Path, overrides: list[str]) -> Path:
 def rows_of(run: Path) -> list[dict]:
     """The run's metrics."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def finished(run: Path) -> bool:
@@ -56,7 +56,7 @@ def finished(run: Path) -> bool:
     rows = rows_of(run)
     if not rows or "validation_loss" not in rows[-1]:
         return False
-    training = yaml.safe_load((run / "recipe.yaml").read_text())["training"]
+    training = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["training"]
     return rows[-1]["step"] == (training["steps"] or math.ceil(training["tokens"] / training["batch_tokens"]))
 
 

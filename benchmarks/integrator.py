@@ -84,7 +84,7 @@ def memory(backend: str, arguments: argparse.Namespace, iterations: int) -> dict
     for name in ("dim", "width", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
     command += ["--bf16"] * arguments.bf16
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout)
 
 
 def measure_memory(backend: str, arguments: argparse.Namespace) -> dict[str, int]:
@@ -103,7 +103,7 @@ def measure_memory(backend: str, arguments: argparse.Namespace) -> dict[str, int
 
 
 def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def main() -> None:

@@ -99,19 +99,19 @@ NOT_A_RECORD: dict[str, Damage] = {
 
 def put(path: Path, key: str, value: Any) -> None:
     """Set one value of a JSON file; `key` is a path such as "files.config.json.bytes", whose parts it finds itself."""
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     place: Any = record
     while (name := _next_key(place, key)) != key:
         place, key = place[_index(place, name)], key[len(name) + 1 :]
     place[_index(place, key)] = value
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def drop(path: Path, key: str) -> None:
     """Remove one top-level key of a JSON file."""
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     del record[key]
-    path.write_text(json.dumps(record))
+    path.write_text(json.dumps(record), encoding="utf-8")
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

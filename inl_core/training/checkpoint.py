@@ -119,7 +119,7 @@ def save_checkpoint(
         (aside / "training_state").mkdir()
         _write_weights(aside, model, documents)
         _write_tensors(aside / "training_state", _on_cpu(_tensors(_optimizer_state(model, optimizers))))
-        (aside / "training_state" / "progress.json").write_text(state.model_dump_json())
+        (aside / "training_state" / "progress.json").write_text(state.model_dump_json(), encoding="utf-8")
     return final
 
 
@@ -201,7 +201,7 @@ def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
 def _write_weights(directory: Path, model: IntegratorLanguageModel, documents: dict[str, str]) -> None:
     _write_tensors(directory, _on_cpu(model.state_dict()), name="model.safetensors")
     for name, text in documents.items():
-        (directory / name).write_text(text)
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def _optimizer_state(model: IntegratorLanguageModel, optimizers: Optimizers) -> dict[str, Any]:
@@ -288,7 +288,9 @@ def _seal(directory: Path, step: int) -> None:
             _sync(path)
     for path in filter(Path.is_dir, directory.iterdir()):
         _sync(path)
-    (directory / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
+    (directory / MANIFEST).write_text(
+        json.dumps({"format": 1, "step": step, "files": entries}, indent=1), encoding="utf-8"
+    )
     _sync(directory / MANIFEST)
     _sync(directory)
 

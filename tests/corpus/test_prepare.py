@@ -167,7 +167,7 @@ def test_the_tokenizer_trains_on_training_documents_only(tmp_path: Path) -> None
 @pytest.fixture
 def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     def pipe(content: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
     return pipe  # pyright: ignore
 

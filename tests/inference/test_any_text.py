@@ -136,7 +136,7 @@ PROMPTS = [
 def test_prompts_of_every_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, prompts: list[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
     source = name if name == "-" else str(write(tmp_path / name, content))
     assert read_prompts(source) == prompts
 

@@ -40,7 +40,7 @@ def small_library(directory: Path) -> Path:
 
 
 def compiler_script(path: Path, body: str) -> str:
-    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     path.chmod(0o755)
     return str(path)
 

@@ -192,7 +192,11 @@ def test_what_is_loaded_is_the_bytes_and_no_file(monkeypatch, has_memory_files):
     """Each load is its own library: the loader must not take one for another by its path."""
     if not has_memory_files:
         monkeypatch.delattr(os, "memfd_create", raising=False)
-    path = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libm.so" in line)
+    path = next(
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        if "libm.so" in line
+    )
     code = Path(path).read_bytes()
     one, two = cache.load(code), cache.load(code)
     assert one._handle != two._handle

@@ -256,7 +256,7 @@ def test_a_problem_with_an_override_names_the_override(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("a.yaml").write_text(MINIMAL)
+    Path("a.yaml").write_text(MINIMAL, encoding="utf-8")
     with pytest.raises(RecipeError) as error:
         load_recipe("a.yaml", [override])
     assert str(error.value)[: len(message)] == message

@@ -45,7 +45,7 @@ def torchrun(recipe, run: str, cwd) -> subprocess.CompletedProcess:
 
 def _family(leader: int) -> list[int]:
     """torchrun gives each worker a session of its own: the leader and its descendants, youngest first."""
-    children = [int(pid) for pid in Path(f"/proc/{leader}/task/{leader}/children").read_text().split()]
+    children = [int(pid) for pid in Path(f"/proc/{leader}/task/{leader}/children").read_text(encoding="utf-8").split()]
     return [pid for child in children for pid in _family(child)] + [leader]
 
 

@@ -84,7 +84,9 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2000)]
         for number in range(8):
             texts = (" ".join(draw.choices(words, k=_WORDS)) for _ in range(_SYNTHETIC_DOCUMENTS // 8))
-            (source / f"{number}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+            (source / f"{number}.jsonl").write_text(
+                "".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8"
+            )
         prepared = Path(temporary) / "data"
         prepare(DataSettings(sources=(str(source),), tokenizer=TokenizerSettings(vocab_size=512)), prepared)
         yield "synthetic", prepared

@@ -62,7 +62,7 @@ class PeakMemory:
         with suppress(OSError, AttributeError):  # glibc only
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
-            _CLEAR.write_text("5")
+            _CLEAR.write_text("5", encoding="utf-8")
 
     def read(self) -> int:
         """The peak since the last reset, above the base."""
@@ -73,7 +73,7 @@ class PeakMemory:
 
 def _status_bytes(key: str) -> int:
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     import resource
@@ -115,7 +115,7 @@ def describe_versions() -> dict[str, str | None]:
 
 def _cpu_model() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

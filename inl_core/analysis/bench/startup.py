@@ -42,7 +42,7 @@ def measure_startup(
 
 def _run(name: str, arguments: Sequence[str]) -> float:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", errors="replace")
     seconds = time.perf_counter() - start
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -98,7 +98,7 @@ class Worker:
         code = self._process.exitcode
         if code == -signal.SIGKILL:
             return f"{self.name}: the worker was killed, probably for want of memory; try a smaller --batch-size"
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"{self.name}: the worker ended with code {code}{': ' + lines[-1] if lines else ''}"
 
 
