@@ -1,0 +1,62 @@
+"""The flow of `inl train` and `inl resume` around the trainer."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from inl_cli import training_flow
+from inl_cli.console import Console
+from inl_cli.training_flow import Resumption, run_training
+from inl_core.errors import Interrupted
+from inl_core.inference.artefacts import list_checkpoints
+from inl_core.training.interruption import StopSignal
+from inl_core.training.trainer import Trainer
+
+
+@pytest.fixture
+def recipe(make_recipe):
+    logging = {"dynamics_every": 0}
+    return make_recipe(training={"steps": 4, "checkpoint": {"every": 2}, "device": "cpu", "logging": logging})
+
+
+def start(recipe, path, **options):
+    with StopSignal() as stop:
+        return run_training(Console(quiet=True), recipe, stop=stop, run_dir=path, **options)
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda path: (path / "model.safetensors").write_bytes(b"")])
+def test_a_checkpoint_that_goes_between_its_check_and_its_opening_is_passed_over(
+    recipe, tmp_path, monkeypatch, capsys, damage
+):
+    start(recipe, tmp_path / "run")
+    load, newest = Trainer.resume, list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+
+    def resume(trainer, checkpoint):
+        if checkpoint == newest:
+            damage(checkpoint)
+        load(trainer, checkpoint)
+
+    monkeypatch.setattr(Trainer, "resume", resume)
+    result = start(recipe, tmp_path / "run", resumption=Resumption())
+    assert result["step"] == 4
+    said = capsys.readouterr().err
+    assert f"skipped: {newest} changed while it was opened" in said
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 4]  # the last row is the evaluation
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_can_be_resumed(recipe, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_flow, "_show", interrupt)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            start(recipe, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "preempted.json").read_text())["step"] == 0
+    assert not (tmp_path / "run" / "run.lock").exists()
+    assert start(recipe, tmp_path / "run", resumption=Resumption())["step"] == 4
+    assert not (tmp_path / "run" / "preempted.json").exists()
