@@ -216,7 +216,7 @@ def lines_of(*rows: object) -> bytes:
 SNIFFED = [
     (b"\n \n\r\n" + lines_of({"text": "a"}), ("jsonl", None)),
     (b"\xef\xbb\xbf\n" + lines_of({"text": "a"}), ("jsonl", None)),
-    (gzip.compress(lines_of({"text": "a"})), ("jsonl", "gz")),
+    (gzip.compress(lines_of({"text": "a"}), mtime=0), ("jsonl", "gz")),
     (zstandard.compress(b"plain"), ("text", "zst")),
     (b'{"text": "a", "text": "b"}\n', ("jsonl", None)),
     (b'"a string"\n', ("text", None)),

@@ -122,10 +122,10 @@ def test_more_text_than_memory_should_hold_is_refused(tmp_path: Path, monkeypatc
 PROMPTS = [
     ("p.txt", MARK + b"the small\r\n\n \nmodel reads\r\n", ["the small", "model reads"]),
     ("p.TXT", b"a\x0cb\xe2\x80\xa8c\n", ["a\x0cb\u2028c"]),
-    ("p.txt.gz", gzip.compress(b"one\ntwo"), ["one", "two"]),
+    ("p.txt.gz", gzip.compress(b"one\ntwo", mtime=0), ["one", "two"]),
     ("p.jsonl", MARK + b'\n"a\\nb"\r\n{"prompt": "c", "other": 1}\n', ["a\nb", "c"]),
     ("p.ndjson", b'"a"\n', ["a"]),
-    ("p.jsonl.gz", gzip.compress(b'{"prompt": "c"}'), ["c"]),
+    ("p.jsonl.gz", gzip.compress(b'{"prompt": "c"}', mtime=0), ["c"]),
     ("p", b'\n{"prompt": "c"}\n', ["c"]),
     ("-", b'\n\n{"prompt": "c"}\n', ["c"]),
     ("-", MARK + b"x\ny\n", ["x", "y"]),
