@@ -10,6 +10,8 @@ import os
 import select
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     Record = TypeVar("Record", bound=BaseModel)
 
+ASIDE = ".tmp"
+"""How the name of a file ends that is not whole yet; what a kill left of one may be removed."""
 RECORD_LIMIT = 64 << 20
 """Bytes a JSON record may have; a real configuration, manifest or tokenizer is far smaller."""
 
@@ -151,7 +155,9 @@ def write_whole(path: Path, data: str | bytes) -> None:
     content = data.encode("utf-8") if isinstance(data, str) else data
     aside: Path | None = None
     try:
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name[:100]}.", dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            prefix=f".{path.name[:100]}.", suffix=ASIDE, dir=path.parent, delete=False
+        ) as file:
             aside = Path(file.name)
             file.write(content)
             file.flush()
@@ -165,6 +171,38 @@ def write_whole(path: Path, data: str | bytes) -> None:
             error.filename, error.filename2 = str(path), None
         raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file at; it is brought to the disk and renamed, or removed if anything fails.
+
+    For who alone writes there; `write_whole` is for small files that several processes may write.
+
+    Raises:
+        OSError: it could not be written; its `filename` is `path`.
+    """
+    aside = path.with_name(path.name + ASIDE)
+    try:
+        with named_errors(path):
+            yield aside
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """An OSError in here is about `path`, whatever name it came with, or none, as from a library in C++."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 def append_line(path: Path, line: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 from inl_core.corpus.manifest import Shard, SplitInfo, sha256_of
 from inl_core.corpus.split import Split, shard_of
 from inl_core.corpus.spool import ChunkInfo, Spool
+from inl_core.files import ASIDE, named_errors, written_aside
 
 _BUFFERED_TOKENS = 1 << 25  # over all shards together
 
@@ -21,7 +23,7 @@ class _ShardWriter:
 
     def __init__(self, path: Path, schema: pa.Schema, batch_tokens: int) -> None:
         self.path, self._batch_tokens, self._schema = path, batch_tokens, schema
-        self._aside = path.with_name(path.name + ".tmp")
+        self._aside = path.with_name(path.name + ASIDE)
         self._file = self._aside.open("wb")
         self._writer = pa.ipc.new_file(self._file, schema)
         self._held: list[pa.RecordBatch] = []
@@ -41,18 +43,20 @@ class _ShardWriter:
 
     def _flush(self) -> None:
         if self._held:
-            for batch in pa.Table.from_batches(self._held, self._schema).combine_chunks().to_batches():
-                self._writer.write_batch(batch)
+            with named_errors(self.path):
+                for batch in pa.Table.from_batches(self._held, self._schema).combine_chunks().to_batches():
+                    self._writer.write_batch(batch)
         self._held, self._held_tokens = [], 0
 
     def finish(self) -> Shard:
         """Reach the disk, take the final name, hash."""
         self._flush()
-        self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._aside.replace(self.path)
+        with named_errors(self.path):
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._aside.replace(self.path)
         return Shard(
             file=self.path.name,
             documents=self.documents,
@@ -61,6 +65,13 @@ class _ShardWriter:
             size=self.path.stat().st_size,
             sha256=sha256_of(self.path),
         )
+
+    def discard(self) -> None:
+        """Close the file, and remove it if it was not finished."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._aside.unlink(missing_ok=True)
 
 
 def write_shards(
@@ -90,31 +101,31 @@ def write_shards(
     names = [f"train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
     if is_validation.any():
         names.append("validation-00000-of-00001.arrow")
-    writers = [_ShardWriter(directory / name, schema, _BUFFERED_TOKENS // len(names)) for name in names]
     has_prompts = False
-    for number in numbers:
-        for batch in spool.read_tokens(number):
-            has_prompts |= bool(batch["prompt_length"].to_numpy().any())
-            keys = batch["hash"].to_numpy()
-            target = np.where(split.is_validation(keys), num_shards, shard_of(keys, max(1, num_shards)))
-            rows = batch.select(schema.names).cast(schema)
-            for shard in np.unique(target).tolist():
-                writers[shard].add(rows.filter(pa.array(target == shard)))
-        on_chunk(number + 1, len(numbers))
-    shards = [writer.finish() for writer in writers]
+    with ExitStack() as unfinished:
+        writers = []
+        for name in names:
+            writers.append(_ShardWriter(directory / name, schema, _BUFFERED_TOKENS // len(names)))
+            unfinished.callback(writers[-1].discard)
+        for number in numbers:
+            for batch in spool.read_tokens(number):
+                has_prompts |= bool(batch["prompt_length"].to_numpy().any())
+                keys = batch["hash"].to_numpy()
+                target = np.where(split.is_validation(keys), num_shards, shard_of(keys, max(1, num_shards)))
+                rows = batch.select(schema.names).cast(schema)
+                for shard in np.unique(target).tolist():
+                    writers[shard].add(rows.filter(pa.array(target == shard)))
+            on_chunk(number + 1, len(numbers))
+        shards = [writer.finish() for writer in writers]
     train, validation = shards[:num_shards], shards[num_shards:]
     return {"train": _total(train), "validation": _total(validation)}, has_prompts
 
 
 def write_quarantine(path: Path, infos: Iterable[ChunkInfo]) -> None:
     """One JSON object a bad row: where it stands, why it was left out, how it begins."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8", newline="\n") as file:
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
         for info in infos:
             file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in info.bad_rows)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _without_empty(hashes: np.ndarray, num_shards: int) -> int:

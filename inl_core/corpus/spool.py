@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from inl_core.corpus.rows import BadRow, Document
 from inl_core.errors import ArtefactError
+from inl_core.files import written_aside
 
 CHUNK_BYTES = 8 << 20
 """Text of one chunk: what a killed run does again at most, and what is held in memory."""
@@ -160,24 +161,15 @@ def token_lists(tokens: np.ndarray, lengths: np.ndarray) -> pa.LargeListArray:
 
 def write_aside(path: Path, batches: list[pa.RecordBatch]) -> None:
     """Write an Arrow file under another name, reach the disk, then rename: it is there whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        with pa.ipc.new_file(file, batches[0].schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with written_aside(path) as aside, aside.open("wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def write_text_aside(path: Path, text: str) -> None:
     """The same for a text file."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _open(path: Path) -> pa.ipc.RecordBatchFileReader:

@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.files import read_text
+from inl_core.files import read_text, written_aside
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 ROLES = ("system", "user", "assistant")
@@ -111,13 +111,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, aside first, so that a killed process leaves no half file."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with written_aside(Path(path)) as aside:
+            aside.write_text(self.to_json(), encoding="utf-8", newline="\n")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; no special token is added, and none is recognised in it."""

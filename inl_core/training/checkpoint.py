@@ -43,6 +43,7 @@ from inl_core.inference.finite import first_nonfinite
 from inl_core.inference.tensor_files import check_tensors
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.optimizers import Optimizers
+from inl_core.training.retention import remove_checkpoint
 
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -190,7 +191,7 @@ def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
             yield aside
             _seal(aside, step)
             if final.exists():  # the same step saved again, say by a resumed run
-                shutil.rmtree(final)
+                remove_checkpoint(final)
             aside.replace(final)
             _sync(final.parent)
     except BaseException:

@@ -6,6 +6,7 @@ trainer = Trainer(recipe, model, data.train, data.validation, run, world, observ
 trainer.fit()
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from inl_core.corpus.loader import TokenDataset
-from inl_core.corpus.manifest import Manifest
+from inl_core.corpus.manifest import WORK, Manifest
 from inl_core.corpus.shards import default_directory, prepare, verify
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
@@ -84,7 +85,8 @@ def _ensure(recipe: Recipe, prepare: Callable[[DataSettings, Path], Manifest], r
     if of_run is not None and _is_unchanged(recipe, run):
         verify(of_run)
         return of_run
-    if (directory / "manifest.json").is_file():
+    is_cleared = not (directory / WORK).exists() or not os.access(directory, os.W_OK)
+    if (directory / "manifest.json").is_file() and is_cleared:  # else a preparation was killed at its very end
         verify(directory, settings=recipe.data)
     else:
         prepare(recipe.data, directory)

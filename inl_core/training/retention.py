@@ -7,9 +7,11 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from inl_core.errors import ArtefactError
+from inl_core.files import ASIDE
 from inl_core.inference.artefacts import checkpoint_step, list_checkpoints, verify_checkpoint
 
 TRIAL = "checkpoints.trial"
@@ -43,16 +45,26 @@ def retain(
     kept = {step, best_checkpoint(saved, scores), *list(saved)[-keep_last:]}
     removed = [path for at, path in saved.items() if at not in kept and not (keep_every and at % keep_every == 0)]
     for path in removed:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_checkpoint(path)
     return removed
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; a kill meanwhile leaves a directory that nobody takes for one. It may stay if it must."""
+    doomed = path.with_name(f"{path.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):
+        path.replace(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(run: Path) -> None:
     """Clear away what a killed process had half written below a run's directory; nobody else may be training there."""
     for path in (*run.glob("checkpoints/step-*.tmp"), run / TRIAL):
         shutil.rmtree(path, ignore_errors=True)
-    for path in run.glob("dynamics/step-*.tmp"):
-        path.unlink(missing_ok=True)
+    for pattern in ("dynamics/step-*.tmp", f".*{ASIDE}", f"reports/.*{ASIDE}"):
+        for path in run.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _is_complete(path: Path) -> bool:
