@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-slow test-machines lint types imports format schema check clean
+.PHONY: help quickstart smoke test test-slow faults test-machines lint types imports format schema check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 15
@@ -35,7 +35,11 @@ test: $(BIN)/.dev  ## the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)  # one thread a worker: they share the cores
 
 test-slow: $(BIN)/.dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: there are none
+	$(BIN)/python -m pytest -m slow --ignore tests/faults || [ $$? -eq 5 ]  # 5: there are none
+	@$(MAKE) --no-print-directory faults
+
+faults: $(BIN)/.dev  ## kills, failing writes and damaged files; INL_FAULT_SEED=1 tries others than seed 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults -n $(JOBS)
 
 test-machines: $(BIN)/.dev  ## the numerical tests as on another machine: its sums, two threads, no compiler
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \

@@ -1,0 +1,9 @@
+"""docs/reliability.md says how many faults are tried; these are the numbers, without what some machines must skip."""
+
+from tests.faults import damaged, test_kills, test_ranks, test_write_faults
+
+
+def test_as_many_faults_are_tried_as_the_documentation_says():
+    assert len(test_kills.KILLS) + len(test_ranks.KILLS) + len(test_ranks.LAUNCHED) >= 60
+    assert test_write_faults.count() >= 20
+    assert len(damaged.CASES) >= 300
