@@ -17,6 +17,8 @@ from inl_core.errors import ArtefactError, RecipeError
 
 MAX_CHARACTERS = 1 << 28
 """More text than this is to be prepared first."""
+_MAX_BYTES = 4 * MAX_CHARACTERS
+"""A file of text with more than this is not even looked into; Parquet may hold much that is not read."""
 
 
 def whole_documents(source: str, *, note: Callable[[str], None] = lambda message: None) -> list[Document]:
@@ -86,6 +88,8 @@ def _files(source: str, note: Callable[[str], None]) -> Iterator[tuple[SourceFil
         if source == STDIN:
             copy_stdin(copy)
         for file in resolve_sources([source], note=note, stdin_copy=copy):
+            if file.size > _MAX_BYTES and file.format != "parquet":
+                raise RecipeError(f"{file.name}: {file.size:,} bytes; what is read whole has {_MAX_BYTES:,} at most")
 
             def quiet(found: str, name: str = file.name) -> None:
                 if not found.startswith("text"):

@@ -113,6 +113,15 @@ def test_text_that_cannot_be_scored_is_refused(
         open_text(loaded, write(tmp_path / name, content))
 
 
+def test_a_file_of_a_terabyte_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    for name in ("huge.txt", "huge.jsonl"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 10**12)
+        for read in (read_prompts, whole_documents):
+            with pytest.raises(RecipeError, match=f"{name}: 1,000,000,000,000 bytes"):
+                read(str(tmp_path / name))
+
+
 def test_more_text_than_memory_should_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "MAX_CHARACTERS", 100)
     with pytest.raises(RecipeError, match="inl prepare-data"):
