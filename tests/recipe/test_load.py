@@ -123,7 +123,7 @@ def test_plain_values_survive_yaml(values: dict[str, Any]) -> None:
 @given(
     st.floats(1e-12, 10.0),
     st.integers(0, 2**31),
-    st.from_regex(r"^[A-Za-z0-9._-]{1,12}\Z"),
+    st.from_regex(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,11}\Z"),
     st.lists(TEXT.filter(lambda text: text[:1] not in ("", "~")), min_size=1, max_size=3),
     st.none() | st.integers(1, 8),
 )

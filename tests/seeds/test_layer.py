@@ -182,7 +182,7 @@ def test_the_moving_average_leaves_the_gradient_as_it_is():
     ("arguments", "message"),
     [
         ({"init_alpha": 1.5}, "init_alpha: expected a number less than 1"),
-        ({"alpha_kappa": 0.0}, "alpha_kappa: expected a number greater than 0"),
+        ({"alpha_kappa": 0.0}, "alpha_kappa: expected a number of at least"),
         ({"mu_adaptation_rate": 2.0}, "mu_adaptation_rate: expected a number less than 1"),
         ({"target_value": "five"}, "target_value: expected a number"),
         ({"init_beta": 2.5}, "init_beta 2.5 must be below beta_max 2.0"),

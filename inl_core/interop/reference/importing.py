@@ -7,12 +7,15 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from inl_core.corpus.tokenizer import Tokenizer
@@ -25,6 +28,7 @@ from inl_core.interop.reference.conversion import build_config, convert
 from inl_core.interop.reference.layout import ROTARY_BASE, Generation, Layout, read_layout
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
+from inl_core.recipe.problems import dotted, find_problems
 from inl_core.training.checkpoint import save_weights
 
 DEFAULT_MAX_SEQ_LEN = 1024
@@ -82,13 +86,14 @@ def import_reference(
         layout = read_layout(file, read_shapes(tensors))
         _check_rotary_base(file, layout, tensors)
         heads, kv_heads = choose_heads(file, layout, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        config = build_config(
-            layout,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            iterations=spread_iterations(iterations, layout.num_layers),
-            max_seq_len=max_seq_len or layout.max_seq_len or DEFAULT_MAX_SEQ_LEN,
-        )
+        with _within_bounds(file, is_asked=max_seq_len is not None):
+            config = build_config(
+                layout,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                iterations=spread_iterations(iterations, layout.num_layers),
+                max_seq_len=max_seq_len or layout.max_seq_len or DEFAULT_MAX_SEQ_LEN,
+            )
         words, remark = load_tokenizer(tokenizer, layout.vocab_size)
         digest = file_digest(file)
         model, used = load_reference(file, layout, config, tensors)
@@ -96,6 +101,18 @@ def import_reference(
     imported = Imported(output, file, digest, layout.generation, config, used, layout.skipped, warnings)
     save_weights(output, model, _documents(imported, words))
     return imported
+
+
+@contextmanager
+def _within_bounds(file: Path, *, is_asked: bool) -> Iterator[None]:
+    """A model that no recipe could describe is one line: of the options where they asked for it, else of the file."""
+    try:
+        yield
+    except ValidationError as error:
+        key, message = next(iter(find_problems(error, ModelConfig).items()))
+        if "num_iterations" in key or (is_asked and "max_seq_len" in key):
+            raise RecipeError(f"--{'iterations' if 'num_iterations' in key else 'max-seq-len'}: {message}") from None
+        raise ArtefactError(f"{file}: {dotted(key)}: {message}") from None
 
 
 def choose_heads(file: Path, layout: Layout, *, num_heads: int | None, num_kv_heads: int | None) -> tuple[int, int]:
