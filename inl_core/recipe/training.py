@@ -131,12 +131,12 @@ class CheckpointSettings(Section):
     every: CountOrNone = 500
     """Steps between checkpoints; 0 saves at the end (and on a signal) only."""
     keep_last: Count = 2
-    """The newest checkpoints that are kept."""
+    """The newest checkpoints that are kept; one saved between the regular ones for its score alone does not count."""
     keep_every: Count | None = None
     """Also keep the checkpoints at multiples of this step."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation bits per byte, and save one after each periodic evaluation
-    that beats all saved ones: up to one more checkpoint an evaluation."""
+    that beats all saved ones (not where `every` is 0): up to one more checkpoint an evaluation."""
 
 
 class LoggingSettings(Section):

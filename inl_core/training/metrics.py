@@ -141,13 +141,26 @@ def cut_metrics(
 
 
 def read_scores(run: Path, scored_on: str) -> dict[int, float]:
-    """Validation bits per byte by step, of the evaluations whose rows say `scored_on`.
+    """The scores (`score_of_row`) by step of a run's evaluations.
+
+    Raises:
+        ArtefactError: as in `read_metrics`.
+    """
+    scores = {row["step"]: score_of_row(row, scored_on) for row in stream_metrics(run) if _is_scored(row, scored_on)}
+    return {step: score for step, score in scores.items() if score is not None}
+
+
+def score_of_row(row: dict[str, Any], scored_on: str) -> float | None:
+    """Validation bits per byte of an evaluation whose row says `scored_on`; None for any other row.
 
     Where the tokenizer does not tell the bytes it is the loss, which puts scores of the same text in the same order.
     """
-    rows = (row for row in stream_metrics(run) if row.get("scored_on") == scored_on)
-    scores = {row["step"]: row.get("validation_bits_per_byte") or row.get("validation_loss") for row in rows}
-    return {step: score for step, score in scores.items() if isinstance(score, int | float) and math.isfinite(score)}
+    score = (row.get("validation_bits_per_byte") or row.get("validation_loss")) if _is_scored(row, scored_on) else None
+    return score if isinstance(score, int | float) and math.isfinite(score) else None
+
+
+def _is_scored(row: dict[str, Any], scored_on: str) -> bool:
+    return row.get("scored_on") == scored_on
 
 
 def _finite(value: Any) -> Any:

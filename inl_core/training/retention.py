@@ -33,16 +33,20 @@ def best_checkpoint(saved: Mapping[int, Path], scores: Mapping[int, float]) -> i
 
 
 def retain(
-    parent: Path, *, step: int, keep_last: int, keep_every: int | None, scores: Mapping[int, float]
+    parent: Path, *, step: int, every: int, keep_last: int, keep_every: int | None, scores: Mapping[int, float]
 ) -> list[Path]:
     """Delete the intact checkpoints that no rule keeps; they come back.
 
     Args:
         step: the run's current step, whose own checkpoint always stays.
+        every: steps between the checkpoints that are due. One that was saved between them for its score counts among
+            the last only where too few others are left.
         scores: of steps that were evaluated on the same text, lower is better; the best one that is saved stays.
     """
     saved = complete_checkpoints(parent, step)
-    kept = {step, best_checkpoint(saved, scores), *list(saved)[-keep_last:]}
+    for_score = {at for at in saved if at in scores and every and at % every}
+    last = sorted(saved, key=lambda at: (at not in for_score, at))[-keep_last:]
+    kept = {step, best_checkpoint(saved, scores), *last}
     removed = [path for at, path in saved.items() if at not in kept and not (keep_every and at % keep_every == 0)]
     for path in removed:
         remove_checkpoint(path)

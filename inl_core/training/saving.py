@@ -2,17 +2,21 @@
 
 - Rank 0 writes; every rank calls, because every rank must learn how it went.
 - A checkpoint with NaN or infinity in it is never sealed: it could only be resumed into the same failure.
+- The scores of earlier evaluations are read once; afterwards each evaluation adds its own, so a save costs the same
+  however long the run is.
 """
 
 import math
 import time
+from functools import cached_property
+from typing import Any
 
-from inl_core.errors import NonFiniteError
+from inl_core.errors import ArtefactError, NonFiniteError
 from inl_core.inference.finite import first_nonfinite
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.checkpoint import TrainState, capture_rng, save_checkpoint
 from inl_core.training.distributed import World
-from inl_core.training.metrics import read_scores
+from inl_core.training.metrics import read_scores, score_of_row
 from inl_core.training.observer import Observer
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import best_checkpoint, complete_checkpoints, retain
@@ -47,8 +51,17 @@ class Saver:
         state.rng = capture_rng()
         return self.world.broadcast(self._write(state) if self.world.is_main else False)
 
+    def note_evaluation(self, row: dict[str, Any]) -> None:
+        """Rank 0 hands in each evaluation's row of metrics, whether or not the disk took it."""
+        score = score_of_row(row, self.scored_on)
+        if self.settings.keep_best and score is not None:
+            self._scores[row["step"]] = score
+
     def save_best(self, state: TrainState) -> None:
-        """After an evaluation: save the state when its score beats that of every saved checkpoint."""
+        """After an evaluation: save the state when its score beats that of every saved checkpoint.
+
+        Where no checkpoint is due before the end (`every` is 0), none is saved for its score either.
+        """
         if self.world.broadcast(self.world.is_main and self._is_best(state.step)):
             self.save(state)
         elif self.world.is_main:
@@ -85,13 +98,21 @@ class Saver:
         self._retain(state.step)
         return True
 
+    @cached_property
     def _scores(self) -> dict[int, float]:
-        return read_scores(self.run.path, self.scored_on) if self.settings.keep_best else {}
+        """Scores by step: of the evaluations in metrics.jsonl at first, then also of those that were handed in."""
+        try:
+            return read_scores(self.run.path, self.scored_on) if self.settings.keep_best else {}
+        except (ArtefactError, OSError) as error:
+            self.observer.on_message(
+                f"{error}; until now no evaluation is known, so keep_best compares those from here on", warning=True
+            )
+            return {}
 
     def _is_best(self, step: int) -> bool:
         """Whether `step` is not saved, and no saved checkpoint has as good a score."""
-        scores, saved = self._scores(), complete_checkpoints(self.run.checkpoints, step)
-        if step in saved or step not in scores:
+        scores, saved = self._scores, complete_checkpoints(self.run.checkpoints, step)
+        if not self.settings.every or step in saved or step not in scores:
             return False
         best = best_checkpoint(saved, scores)
         return scores[step] < (math.inf if best is None else scores[best])
@@ -101,7 +122,8 @@ class Saver:
         retain(
             self.run.checkpoints,
             step=step,
+            every=keep.every,
             keep_last=keep.keep_last,
             keep_every=keep.keep_every,
-            scores=self._scores(),
+            scores=self._scores,
         )

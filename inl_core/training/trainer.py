@@ -368,7 +368,9 @@ class Trainer:
         if self.metrics is not None:
             scores = asdict(evaluation) if evaluation else dict.fromkeys(field.name for field in fields(Evaluation))
             row = {"step": step, "tokens": self.state.tokens, "scored_on": self.validation.name(tokens)}
-            self.metrics.write(row | {f"validation_{name}": value for name, value in scores.items()})
+            self.saver.note_evaluation(
+                self.metrics.write(row | {f"validation_{name}": value for name, value in scores.items()})
+            )
         if evaluation is None:
             self._warn(
                 f"step {step}: not evaluated, prompts fill the validation tokens, so none is a target; raise "

@@ -56,6 +56,58 @@ def test_without_keep_best_only_what_is_due_is_saved(make_recipe, make_trainer):
     assert [path.name for path in heard.saved] == ["step-00000004"]
 
 
+def test_no_checkpoint_but_the_last_is_saved_where_none_is_due(make_recipe, make_trainer):
+    evaluation = {"every": 2, "tokens": 512, "final_tokens": None}
+    trainer, heard = make_trainer(make_recipe(training={"steps": 6, "evaluation": evaluation}))
+    scored(trainer, {2: 3.0, 4: 1.0}, final=0.5)
+    trainer.fit()
+    assert [path.name for path in heard.saved] == ["step-00000006"]
+
+
+def test_a_save_for_a_score_takes_no_place_of_a_regular_one(make_recipe, make_trainer):
+    evaluation = {"every": 2, "tokens": 512, "final_tokens": None}
+    recipe = make_recipe(training={"evaluation": evaluation, "checkpoint": {"every": 4, "keep_last": 2}})
+    trainer, heard = make_trainer(recipe)
+    scored(trainer, {2: 3.0, 4: 3.5, 6: 2.5, 8: 2.6, 10: 2.0}, final=0.5)
+    trainer.fit()
+    assert [path.name for path in heard.saved] == [f"step-{step:08d}" for step in (2, 4, 6, 8, 10, 12)]
+    assert steps_of(trainer) == [8, 10, 12]
+
+
+def test_saves_for_a_score_are_the_last_ones_where_there_are_no_others(make_recipe, make_trainer):
+    evaluation = {"every": 2, "tokens": 512, "final_tokens": None}
+    recipe = make_recipe(training={"steps": 8, "evaluation": evaluation, "checkpoint": {"every": 8, "keep_last": 2}})
+    trainer, _ = make_trainer(recipe)
+    kept = []
+    save_best = trainer.saver.save_best
+    trainer.saver.save_best = lambda state: (save_best(state), kept.append(steps_of(trainer)))
+    scored(trainer, {2: 3.0, 4: 2.0, 6: 1.0}, final=0.5)
+    trainer.fit()
+    assert kept == [[2], [2, 4], [4, 6]]
+    assert steps_of(trainer) == [6, 8]
+
+
+def test_earlier_scores_are_read_once(make_recipe, make_trainer, monkeypatch):
+    evaluation = {"every": 2, "tokens": 512, "final_tokens": None}
+    trainer, _ = make_trainer(make_recipe(training={"evaluation": evaluation, "checkpoint": {"every": 4}}))
+    scored(trainer, dict.fromkeys(range(2, 12, 2), 1.0), final=0.5)
+    read = []
+    monkeypatch.setattr("inl_core.training.saving.read_scores", lambda *about: read.append(about) or {})
+    trainer.fit()
+    assert len(read) == 1
+
+
+def test_metrics_that_cannot_be_read_end_no_run(make_recipe, make_trainer):
+    evaluation = {"every": 2, "tokens": 512, "final_tokens": None}
+    recipe = make_recipe(training={"steps": 6, "evaluation": evaluation, "checkpoint": {"every": 4, "keep_last": 1}})
+    trainer, heard = make_trainer(recipe)
+    trainer.metrics.path.mkdir()
+    scored(trainer, {2: 1.0, 4: 2.0}, final=0.5)
+    trainer.fit()
+    assert steps_of(trainer) == [2, 6]
+    assert sum(str(trainer.metrics.path) in text and "keep_best" in text for text in heard.messages) == 1
+
+
 def test_of_the_saved_steps_the_best_stays_though_a_better_one_was_never_saved(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe(training={"checkpoint": {"keep_last": 1}}))
     rows = [(1, 2.0), (2, 1.5), (3, 1.0), (4, 1.7), (5, 1.9)]
