@@ -109,10 +109,11 @@ def _settings(**values: Any) -> "DataSettings":
         return DataSettings(**values)
     except ValidationError as error:
         options = {"file": "--tokenizer", "sources": "SOURCE"}
-        named = [
-            f"{options.get(str(path[-1]), '--' + str(path[-1]).replace('_', '-')) if path else 'SOURCE'}: {message}"
-            for path, message in find_problems(error, DataSettings).items()
-        ]
+        named = []
+        for path, message in find_problems(error, DataSettings).items():
+            keys = [str(part) for part in path if isinstance(part, str)]  # a number is a place in the sources
+            key = keys[-1] if keys else "sources"
+            named.append(f"{options.get(key, '--' + key.replace('_', '-'))}: {message}")
         raise RecipeError("\n".join(named)) from None
 
 

@@ -125,6 +125,8 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], Any, str]:
     shown_as = f"--set {shortened(text)}"
     if not equals or not all(path):
         raise RecipeError(f"{shown_as}: expected KEY=VALUE, for example --set training.steps=100")
+    if not value.strip():
+        raise RecipeError(f"{shown_as}: no value (a shell variable that is not set?); write {key}=null for none")
     return path, parse_yaml(value, shown_as).values, shown_as
 
 

@@ -56,6 +56,7 @@ def missing(path: Path) -> str:
     ("make", "code", "says"),
     [
         (empty, 4, "text"),
+        (lambda path: "~no-such-user/x", 2, "SOURCE: ~no-such-user/x: no home directory"),
         (not_utf8, 4, "latin.txt"),
         (corrupt_parquet, 4, "rows.parquet"),
         (corrupt_gzip, 4, "text.txt.gz"),

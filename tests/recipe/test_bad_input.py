@@ -239,6 +239,7 @@ BAD_OVERRIDES = [
     ("model.d_model=abc", "--set model.d_model=abc: expected a whole number, got 'abc'"),
     ("model.d_model.x=3", "--set model.d_model.x=3: model.d_model is a value, not a section, so it has no 'x'"),
     ("model.d_model", "--set model.d_model: expected KEY=VALUE, for example --set training.steps=100"),
+    ("training.steps=", "--set training.steps=: no value (a shell variable that is not set?); write training.st"),
     ("=3", "--set =3: expected KEY=VALUE"),
     ("a..b=3", "--set a..b=3: expected KEY=VALUE"),
     ("data.sources=[a", "--set data.sources=[a:1: not valid YAML: expected ',' or ']'"),
