@@ -185,6 +185,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(path.name + ASIDE)
     try:
         with named_errors(path):
+            aside.unlink(missing_ok=True)  # a link or a FIFO there would be written through
             yield aside
             with aside.open("rb") as file:
                 os.fsync(file.fileno())

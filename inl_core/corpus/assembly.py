@@ -24,6 +24,7 @@ class _ShardWriter:
     def __init__(self, path: Path, schema: pa.Schema, batch_tokens: int) -> None:
         self.path, self._batch_tokens, self._schema = path, batch_tokens, schema
         self._aside = path.with_name(path.name + ASIDE)
+        self._aside.unlink(missing_ok=True)  # a link or a FIFO there would be written through
         self._file = self._aside.open("wb")
         self._writer = pa.ipc.new_file(self._file, schema)
         self._held: list[pa.RecordBatch] = []

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import RootModel
 
 from inl_core.corpus.assembly import write_quarantine, write_shards
 from inl_core.corpus.encoding import encode_chunks, token_dtype
@@ -32,21 +33,13 @@ from inl_core.corpus.manifest import (
     settings_key,
     verify,
 )
+from inl_core.corpus.sealed import DamagedWork, check_seal, read_sealed, write_sealed
 from inl_core.corpus.shard_check import check_shards
 from inl_core.corpus.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.split import Split, in_sample
 from inl_core.corpus.spool import HashedDocuments, Spool, write_text_aside
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
-from inl_core.corpus.workspace import (
-    PLAN,
-    check_directory,
-    clear,
-    keep_stdin,
-    locked,
-    plan_content,
-    read_plan,
-    remove_data_set,
-)
+from inl_core.corpus.workspace import PLAN, Plan, check_directory, clear, keep_stdin, locked, remove_data_set
 from inl_core.errors import ArtefactError
 from inl_core.recipe.data import DataSettings
 
@@ -81,9 +74,9 @@ def prepare(
 ) -> Manifest:
     """Prepare the sources into `directory`, or return its manifest when it holds exactly that already.
 
-    A preparation that was stopped goes on where it was. Another data set in the directory, or one whose sources
-    changed, is replaced only with `overwrite`. Another preparation of the same directory is an error, or waited for
-    with `wait`.
+    A preparation that was stopped goes on where it was, or starts over when its files were damaged since. Another data
+    set in the directory, or one whose sources changed, is replaced only with `overwrite`. Another preparation of the
+    same directory is an error, or waited for with `wait`.
 
     Raises:
         RecipeError: a source is missing or cannot be used, or the directory holds something else.
@@ -105,7 +98,12 @@ def prepare(
         if is_finished:
             manifest = _keep_existing(settings, directory, stdin_copy)
         else:
-            manifest = _Preparation(settings, directory, stdin_copy, report).run()
+            try:
+                manifest = _Preparation(settings, directory, stdin_copy, report).run()
+            except DamagedWork as error:
+                report(PrepareProgress("hash", message=f"{error.path}: damaged since a stopped run: starting over"))
+                clear(work, keep_stdin=True)
+                manifest = _Preparation(settings, directory, stdin_copy, report).run()
         clear(work)
     return manifest
 
@@ -147,14 +145,14 @@ class _Preparation:
             self.settings.sources, note=self.note, stdin_copy=self.stdin_copy, exclude=self.directory
         )
         path = self.spool.directory / PLAN
-        before = read_plan(path)
-        known = {file["path"]: file for file in before["files"]} if before else {}
+        before = read_sealed(path, Plan)
+        known = {file.path: file for file in before.files} if before else {}
         total, done = sum(file.size for file in files), 0
         hashed = []
         for file in files:
             old = known.get(file.path)
-            if old and file.modified and (old["size"], old["modified"]) == (file.size, file.modified):
-                hashed.append(replace(file, sha256=old["sha256"]))
+            if old and file.modified and (old.size, old.modified) == (file.size, file.modified):
+                hashed.append(replace(file, sha256=old.sha256))
             else:
 
                 def on_bytes(count: int, before: int = done) -> None:
@@ -163,12 +161,12 @@ class _Preparation:
                 hashed.append(hash_file(file, on_bytes))
             done += file.size
             self.report(PrepareProgress("hash", done, total))
-        plan = {"settings": key, "files": [asdict(file) for file in hashed]}
-        if plan_content(before) != plan_content(plan):
+        plan = Plan(settings=key, files=hashed)
+        if before is None or before.content() != plan.content():
             if before:
                 self.say("the settings or the sources changed since a stopped run: starting over")
             clear(self.spool.directory, keep_stdin=True)
-            write_text_aside(path, json.dumps(plan, indent=1) + "\n")
+            write_sealed(path, plan.model_dump_json(indent=1) + "\n")
         return hashed
 
     def _read(self, files: list[SourceFile]) -> None:
@@ -186,14 +184,15 @@ class _Preparation:
     def _split(self) -> Split:
         """The split, decided once: after a restart the chunks may hold the cut halves already."""
         path = self.spool.directory / _SPLIT
-        if path.exists():
-            split = Split(**json.loads(path.read_text(encoding="utf-8")))
+        before = read_sealed(path, RootModel[Split])
+        if before is not None:
+            split = before.root
         else:
             per_chunk = [self.spool.hashes(number) for number in range(self.spool.num_chunks())]
             hashes, num_bytes = (np.concatenate(columns) for columns in zip(*per_chunk, strict=True))
             can_cut = len(hashes) == 1 and self._can_cut()
             split = Split.choose(hashes, num_bytes, self.settings.validation_fraction, can_cut=can_cut)
-            write_text_aside(path, json.dumps(asdict(split)))
+            write_sealed(path, json.dumps(asdict(split)))
         if split.note:
             self.note(split.note)
         return split
@@ -208,7 +207,9 @@ class _Preparation:
     def _tokenizer(self, split: Split) -> Tokenizer:
         """The given tokenizer, or one trained on an even sample of the training documents; kept for a restart."""
         path, wanted = self.spool.directory / TOKENIZER, self.settings.tokenizer
-        if path.exists():
+        is_kept = os.path.lexists(path)
+        if is_kept:
+            check_seal(path)
             tokenizer = Tokenizer.load(path)
         elif wanted.file is not None:
             tokenizer = Tokenizer.load(wanted.file)
@@ -219,8 +220,8 @@ class _Preparation:
             tokenizer = train_tokenizer(self._sample(split), vocab_size=wanted.vocab_size)
         if wanted.file is None and tokenizer.vocab_size < wanted.vocab_size:
             self.note(f"the text gives only {tokenizer.vocab_size} of {wanted.vocab_size} tokens")
-        if not path.exists():
-            tokenizer.save(path)
+        if not is_kept:
+            write_sealed(path, tokenizer.to_json())
         return tokenizer
 
     def _sample(self, split: Split) -> Iterator[str]:

@@ -5,6 +5,7 @@
 - A chunk is about CHUNK_BYTES of documents. Its file appears by one rename with everything a restart needs: the
   documents, their hashes, and where in the sources the next chunk begins.
 - tokens-K replaces text-K, so whichever exists tells how far the work has come.
+- What a stopped run left is read once to check its digest (sealed.py) before anything in it is used.
 """
 
 import json
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from pydantic import TypeAdapter, ValidationError
 
 from inl_core.corpus.rows import BadRow, Document
-from inl_core.errors import ArtefactError
+from inl_core.corpus.sealed import DamagedWork, check_seal, remove_sealed, sealed_aside
 from inl_core.files import written_aside
 
 CHUNK_BYTES = 8 << 20
@@ -48,11 +50,9 @@ class ChunkInfo:
         return {b"inl": json.dumps(asdict(self), sort_keys=True).encode()}
 
     @classmethod
-    def from_metadata(cls, metadata: dict[bytes, bytes]) -> "ChunkInfo":
-        """The inverse of to_metadata."""
-        values = json.loads(metadata[b"inl"])
-        values["bad_rows"] = [BadRow(**row) for row in values["bad_rows"]]
-        return cls(**values)
+    def from_metadata(cls, metadata: dict[bytes, bytes] | None) -> "ChunkInfo":
+        """The inverse of to_metadata; ValidationError when it is anything else."""
+        return TypeAdapter(cls).validate_json((metadata or {}).get(b"inl", b""))
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Spool:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._trusted: set[Path] = set()
+        """Files that this process wrote or checked."""
 
     def num_chunks(self) -> int:
         """Chunks whose text has been read, tokenised or not; they are numbered without gaps."""
@@ -95,7 +97,10 @@ class Spool:
     def info(self, number: int) -> ChunkInfo:
         """What chunk `number` covered."""
         path = self._tokens(number) if self.is_tokenised(number) else self._text(number)
-        return ChunkInfo.from_metadata(_open(path).schema.metadata)
+        try:
+            return ChunkInfo.from_metadata(self._open(path).schema.metadata)
+        except ValidationError:  # written by another version
+            raise DamagedWork(path) from None
 
     def infos(self) -> Iterator[ChunkInfo]:
         """What each chunk covered; not all held at once, since bad rows may be many."""
@@ -104,7 +109,7 @@ class Spool:
     def hashes(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(hashes, num_bytes) of a chunk's documents."""
         path = self._tokens(number) if self.is_tokenised(number) else self._text(number)
-        table = _open(path).read_all()
+        table = self._open(path).read_all()
         return table["hash"].to_numpy(), table["num_bytes"].to_numpy()
 
     def write_text(self, number: int, chunk: HashedDocuments, info: ChunkInfo) -> None:
@@ -116,11 +121,11 @@ class Spool:
             pa.array(chunk.num_bytes, pa.int32()),
         ]
         batch = pa.record_batch(columns, schema=_TEXT_SCHEMA.with_metadata(info.to_metadata()))
-        write_aside(self._text(number), [batch])
+        self._write(self._text(number), batch)
 
     def read_text(self, number: int) -> HashedDocuments:
         """Read text-K; the documents' origins are not kept."""
-        table = _open(self._text(number)).read_all()
+        table = self._open(self._text(number)).read_all()
         pairs = zip(table["texts"].to_pylist(), table["roles"].to_pylist(), strict=True)
         documents = [Document("", tuple(texts), roles) for texts, roles in pairs]
         return HashedDocuments(documents, table["hash"].to_numpy(), table["num_bytes"].to_numpy())
@@ -136,14 +141,28 @@ class Spool:
                 "hash": chunk.hashes,
             }
         ).replace_schema_metadata(info.to_metadata())
-        write_aside(self._tokens(number), [batch])
-        self._text(number).unlink(missing_ok=True)
+        self._write(self._tokens(number), batch)
+        remove_sealed(self._text(number))
 
     def read_tokens(self, number: int) -> Iterator[pa.RecordBatch]:
         """The record batches of tokens-K, memory-mapped."""
-        reader = _open(self._tokens(number))
+        reader = self._open(self._tokens(number))
         for index in range(reader.num_record_batches):
             yield reader.get_batch(index)
+
+    def _write(self, path: Path, batch: pa.RecordBatch) -> None:
+        with sealed_aside(path) as aside, aside.open("wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        self._trusted.add(path)
+
+    def _open(self, path: Path) -> pa.ipc.RecordBatchFileReader:
+        if path not in self._trusted:
+            check_seal(path)
+            self._trusted.add(path)
+        try:
+            return pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
+        except (pa.ArrowException, OSError):
+            raise DamagedWork(path) from None
 
     def _text(self, number: int) -> Path:
         return self.directory / f"text-{number:05d}.arrow"
@@ -159,21 +178,7 @@ def token_lists(tokens: np.ndarray, lengths: np.ndarray) -> pa.LargeListArray:
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
 
 
-def write_aside(path: Path, batches: list[pa.RecordBatch]) -> None:
-    """Write an Arrow file under another name, reach the disk, then rename: it is there whole or not at all."""
-    with written_aside(path) as aside, aside.open("wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-
-
 def write_text_aside(path: Path, text: str) -> None:
-    """The same for a text file."""
+    """Write a text file under another name, then rename: it is there whole or not at all."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _open(path: Path) -> pa.ipc.RecordBatchFileReader:
-    try:
-        return pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
-    except (pa.ArrowException, OSError) as error:
-        raise ArtefactError(f"{path}: damaged working file ({error}); delete {path.parent} and run again") from None

@@ -1,19 +1,21 @@
 """The directory of a data set while it is being prepared: the lock, the plan, stdin's copy, and cleaning up."""
 
-import errno
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO
+from typing import Any
+
+from pydantic import BaseModel
 
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, TOKENIZER, WORK
 from inl_core.corpus.shard_check import VERIFIED
-from inl_core.corpus.sources import copy_stdin
+from inl_core.corpus.sources import SourceFile, copy_stdin
 from inl_core.errors import ArtefactError, RecipeError
+from inl_core.files import written_aside
+from inl_core.locking import lock
 
 PLAN, _STDIN, _LOCK = "plan.json", "stdin", "lock"
 
@@ -46,42 +48,19 @@ def locked(directory: Path, waiting: Callable[[], None] | None = None) -> Iterat
                     directory.rmdir()
 
 
-def _lock(directory: Path, waiting: Callable[[], None] | None) -> IO[bytes]:
-    path = directory / WORK / _LOCK
+def _lock(directory: Path, waiting: Callable[[], None] | None) -> FileIO:
     while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab")
-        except FileNotFoundError:
-            continue  # a preparation that ends has just removed the directory
+            file, _ = lock(directory / WORK / _LOCK)  # where there are no locks there is no guard
         except OSError as error:
             raise ArtefactError(f"{directory}: cannot be written: {error.strerror or error}") from None
-        if _try_lock(file):
-            # A preparation that ends removes the file while it is locked: it may not be what has the name now.
-            with suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    return file
-        elif waiting is None:
-            file.close()
+        if file is not None:
+            return file
+        if waiting is None:
             raise ArtefactError(f"{directory}: another process is preparing this data set; wait for it")
-        else:
-            waiting()
-            waiting = _say_nothing
-            time.sleep(0.2)
-        file.close()
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """False when another process has the lock; where there are no locks there is no guard."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
-    return True
+        waiting()
+        waiting = _say_nothing
+        time.sleep(0.2)
 
 
 def _say_nothing() -> None:
@@ -90,31 +69,35 @@ def _say_nothing() -> None:
 
 def keep_stdin(work: Path) -> Path:
     """Copy stdin to a file, so that a restart sees what the stopped run saw."""
-    aside = work / (_STDIN + ".tmp")
-    copy_stdin(aside)
-    aside.replace(work / _STDIN)
+    with written_aside(work / _STDIN) as aside:
+        copy_stdin(aside)
     return work / _STDIN
 
 
-def read_plan(path: Path) -> dict | None:
-    """The plan of a stopped run, or None."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+class Plan(BaseModel):
+    """What a preparation works on: its settings, and its sources with their hashes."""
 
+    settings: dict[str, Any]
+    files: list[SourceFile]
 
-def plan_content(plan: dict | None) -> object:
-    """What makes two plans the same: settings and file contents; times do not."""
-    return plan and (plan["settings"], [(f["path"], f["format"], f["sha256"]) for f in plan["files"]])
+    def content(self) -> object:
+        """What makes two plans the same: settings and file contents; times do not."""
+        return self.settings, [(file.path, file.format, file.sha256) for file in self.files]
 
 
 def clear(work: Path, *, keep_stdin: bool = False) -> None:
     """Drop the work; the plan first, so that what a killed process leaves is not taken for work to go on from."""
-    (work / PLAN).unlink(missing_ok=True)
+    _remove(work / PLAN)
     for path in work.iterdir():
         if path.name != _LOCK and not (keep_stdin and path.name == _STDIN):
-            path.unlink()
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_data_set(directory: Path) -> None:

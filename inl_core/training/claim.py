@@ -7,7 +7,6 @@
   within one machine only: the holder counts as gone when the file's time stands still.
 """
 
-import errno
 import json
 import os
 import socket
@@ -15,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from inl_core.errors import ArtefactError
 from inl_core.files import read_json
+from inl_core.locking import lock, open_lock, try_lock
 
 OWNER, RANKS = "run.lock", "ranks.lock"
 _RETRIES = 1.0
@@ -37,7 +38,7 @@ def claim(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
         say: hears of a holder that ended without a word, or that must be waited for.
 
     Raises:
-        ArtefactError: another process owns it; the message says which.
+        ArtefactError: another process owns it, and the message says which; or a lock file is no regular file.
         OSError: the directory cannot be made or written.
     """
     with ExitStack() as held:
@@ -48,7 +49,7 @@ def claim(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def claim_new(base: Path, is_free: Callable[[Path], bool], say: Callable[[str], None]) -> Iterator[Path]:
-    """Own the first of `base`, base-2, base-3, ... that nobody owns and that `is_free`; OSError as for `claim`."""
+    """Own the first of `base`, base-2, base-3, ... that nobody owns and that `is_free`; raises as `claim` does."""
     path, number = base, 2
     while True:
         with ExitStack() as held:
@@ -63,16 +64,16 @@ def join(directory: Path) -> Iterator[None]:
     """What every rank but the first holds while it lives; nothing where the directory is not on this machine."""
     with ExitStack() as held:
         if directory.is_dir():
-            file = held.enter_context((directory / RANKS).open("ab"))
-            _try_lock(file, is_shared=True)
+            file = held.enter_context(open_lock(directory / RANKS))
+            try_lock(file, is_shared=True, patience=_RETRIES)
         yield
 
 
 def holder(directory: Path) -> str | None:
     """Who owns a run now, in words; None when nobody does."""
     for name in (OWNER, RANKS):
-        with suppress(FileNotFoundError), (directory / name).open("rb") as file:
-            if _try_lock(file, is_shared=True) is False:
+        with suppress(FileNotFoundError), open_lock(directory / name, make=False) as file:
+            if try_lock(file, is_shared=True, patience=_RETRIES) is False:
                 return _holder_text(directory)
     who = _read_holder(directory)
     if who.get("host", _host()) != _host() and _age(directory / OWNER) < _SILENCE:
@@ -82,7 +83,7 @@ def holder(directory: Path) -> str | None:
 
 def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> bool:
     """Lock both files for as long as `held` lasts; False when another process has one of them."""
-    owner, is_locked = _lock_owner(directory)
+    owner, is_locked = lock(directory / OWNER, patience=_RETRIES)
     if owner is None:
         return False
     held.enter_context(owner)
@@ -98,7 +99,6 @@ def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> 
     with suppress(OSError):  # a full disk: the lock holds all the same
         owner.truncate(0)
         owner.write(json.dumps(text).encode())
-        owner.flush()
     if not is_locked:
         time.sleep(_RETRIES)  # another may have begun at the same moment: the last to write owns it
         if _read_holder(directory) != text:
@@ -108,49 +108,11 @@ def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> 
     return True
 
 
-def _lock_owner(directory: Path) -> tuple[IO[bytes] | None, bool]:
-    """The lock file, open, and whether it is locked (not every file system can); None when another process has it."""
-    path = directory / OWNER
-    while True:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("ab")
-        except FileNotFoundError:
-            if directory.is_dir():
-                raise
-            continue  # a holder that put nothing into the directory has just removed it
-        is_locked = _try_lock(file, is_shared=False)
-        # A holder removes the file before it lets go: what was locked may not be what has the name now.
-        with suppress(FileNotFoundError):
-            if is_locked is False or path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                return (None if is_locked is False else file), bool(is_locked)
-        file.close()
-
-
-def _try_lock(file: IO[bytes], *, is_shared: bool) -> bool | None:
-    """Lock a file: True, False when another process has it, None where there are no locks to be had."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    kind, end = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX, time.monotonic() + _RETRIES
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return None
-            if time.monotonic() > end:
-                return False
-        time.sleep(0.05)
-
-
 def _rank_lives(directory: Path) -> bool:
     """Whether a rank of an earlier owner still runs; the file is removed when none does."""
     path = directory / RANKS
-    with suppress(FileNotFoundError), path.open("r+b") as file:
-        if _try_lock(file, is_shared=False) is False:
+    with suppress(FileNotFoundError), open_lock(path, make=False) as file:
+        if try_lock(file, patience=_RETRIES) is False:
             return True
         path.unlink(missing_ok=True)
     return False
@@ -183,7 +145,7 @@ def _age(path: Path) -> float:
 
 
 @contextmanager
-def _heartbeat(file: IO[bytes]) -> Iterator[None]:
+def _heartbeat(file: FileIO) -> Iterator[None]:
     """Renew the file's time of change every few seconds, in a thread that does nothing else."""
     ended = threading.Event()
 
@@ -203,7 +165,7 @@ def _heartbeat(file: IO[bytes]) -> Iterator[None]:
 
 def _release(directory: Path) -> None:
     """Remove the lock files while the run is still ours, and a directory that nothing was put into."""
-    with suppress(OSError):
+    with suppress(OSError, ArtefactError):
         _rank_lives(directory)
     with suppress(OSError):
         (directory / OWNER).unlink()

@@ -1,5 +1,6 @@
 """A run belongs to one process at a time, and a holder that is gone is told from one that lives."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 
+from inl_core import locking
 from inl_core.errors import ArtefactError
+from inl_core.locking import open_lock
 from inl_core.training import claim as claims
 from inl_core.training.claim import OWNER, RANKS, claim, claim_new, holder, join
 from inl_core.training.run import is_taken
@@ -72,6 +75,12 @@ def test_a_rank_that_outlives_its_run_keeps_others_out(tmp_path):
         assert not (tmp_path / "run" / RANKS).exists()
 
 
+def test_lock_files_are_open_for_both_kinds_of_lock(tmp_path):
+    with open_lock(tmp_path / "lock") as file:  # NFS refuses a lock that the file is not open for
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        assert os.get_inheritable(file.fileno()) is False
+
+
 def test_a_silent_holder_on_another_machine_is_taken_over(tmp_path):
     leave(tmp_path / "run", "elsewhere")
     said = []
@@ -90,7 +99,8 @@ def test_a_holder_on_another_machine_that_gives_signs_of_life_is_respected(tmp_p
 
 
 def test_where_the_file_system_has_no_locks_the_holders_sign_of_life_decides(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "_try_lock", lambda file, is_shared: None)
+    monkeypatch.setattr(claims, "try_lock", lambda file, **how: None)
+    monkeypatch.setattr(locking, "try_lock", lambda file, **how: None)
     with claim(tmp_path / "run", pytest.fail):
         monkeypatch.setattr(claims, "_SILENCE", 1000.0)
         beats = iter(range(1, 10))
@@ -99,6 +109,34 @@ def test_where_the_file_system_has_no_locks_the_holders_sign_of_life_decides(tmp
         )
         with pytest.raises(ArtefactError, match="in use"), claim(tmp_path / "run", print):
             pass
+
+
+def put_in_the_way(path, kind):
+    """Something that is no lock file under the name of one; returns a file that must stay as it is."""
+    victim = path.with_name("victim")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    victim.write_text("precious")
+    {
+        "link": lambda: path.symlink_to(victim),
+        "link to nothing": lambda: path.symlink_to("nothing"),
+        "fifo": lambda: os.mkfifo(path),
+        "directory": path.mkdir,
+    }[kind]()
+    return victim
+
+
+@pytest.mark.parametrize("name", [OWNER, RANKS])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "fifo", "directory"])
+def test_a_lock_that_is_no_regular_file_is_refused_by_name_and_left_alone(tmp_path, name, kind):
+    path = tmp_path / "run" / name
+    victim = put_in_the_way(path, kind)
+    with pytest.raises(ArtefactError, match=f"{name}: not a regular file"), claim(tmp_path / "run", print):
+        pass
+    if name == RANKS:
+        with pytest.raises(ArtefactError, match=name), join(tmp_path / "run"):
+            pass
+    assert victim.read_text() == "precious"
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != OWNER) == sorted({name, "victim"} - {OWNER})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"host": 1}', "\udc80"])

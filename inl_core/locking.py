@@ -1,0 +1,94 @@
+"""Files that processes lock, to tell each other that something is theirs.
+
+- The kernel drops a lock when its process ends, however that ends; some network file systems have no locks at all.
+- A lock file is opened for reading and writing: over NFS a shared lock needs the first, an exclusive one the second.
+- What stands under the name of a lock file may be anything. A link is not followed, since the file it leads to would
+  be written over, and a FIFO is not waited for.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from contextlib import suppress
+from io import FileIO
+from itertools import count
+from pathlib import Path
+
+from inl_core.errors import ArtefactError
+
+_MOST_ATTEMPTS = 100
+
+
+def open_lock(path: Path, *, make: bool = True) -> FileIO:
+    """A lock file, open and unlocked; it is made if need be, unless `make` is False.
+
+    Raises:
+        ArtefactError: something other than a regular file has its name.
+        OSError: it is missing and not to be made, or cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if make else 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a directory, a socket
+            raise _not_a_lock(path) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_a_lock(path)
+    return os.fdopen(descriptor, "r+b", buffering=0)
+
+
+def try_lock(file: FileIO, *, is_shared: bool = False, patience: float = 0.0) -> bool | None:
+    """Lock a file: True, False when another process has it, None where there are no locks to be had.
+
+    Args:
+        patience: seconds in which the lock may still be let go.
+    """
+    kind, end = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX, time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            if time.monotonic() >= end:
+                return False
+        time.sleep(0.05)
+
+
+def lock(path: Path, *, patience: float = 0.0) -> tuple[FileIO | None, bool]:
+    """Make a lock file and its directory if need be, and lock it for this process alone.
+
+    Returns the open file, which holds the lock until it is closed, and whether it is locked, which not every file
+    system can; (None, False) when another process has it.
+
+    Raises:
+        ArtefactError: something other than a regular file has its name.
+        OSError: it cannot be made or written.
+    """
+    for attempt in count(1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open_lock(path)
+        except FileNotFoundError:
+            if attempt == _MOST_ATTEMPTS:
+                raise
+            continue  # a holder that ends has just removed the directory
+        is_locked = try_lock(file, patience=patience)
+        if is_locked is False:
+            file.close()
+            return None, False
+        # A holder removes the file before it lets go: what was locked may not be what has the name now.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(follow_symlinks=False), os.fstat(file.fileno())):
+                return file, bool(is_locked)
+        file.close()
+    raise AssertionError("counting never ends")
+
+
+def _not_a_lock(path: Path) -> ArtefactError:
+    return ArtefactError(f"{path}: not a regular file, which a lock is; remove it")
