@@ -45,6 +45,9 @@ _EVERY_BYTE = (
 )
 """A text with every byte that UTF-8 has, upper and lower case, composed and combining characters, all of ASCII."""
 
+_KEEPING_CUTS = {"ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "FixedLength"}
+"""Pre-tokenizers that only cut a text, or rewrite it in a way that the text with every byte shows."""
+
 
 class Tokenizer:
     """A `tokenizers` model with the special-token policy: a document is bos, its tokens, eos.
@@ -157,12 +160,13 @@ class Tokenizer:
         """(V,) float64: bytes of text that each token stands for; 0 for special tokens and unused ids.
 
         NaN where nobody can tell: the unknown token, which stands for any text, and every token of a tokenizer that
-        does not keep every byte. So a sum over an encoded text is the text's UTF-8 size or NaN.
+        does not keep every byte. So a sum over an encoded text is the text's UTF-8 size or NaN, but for one case: where
+        U+2581 stands for a space, a text's own U+2581 cannot be told from it (`has_exact_bytes` is False there).
         """
         sizes = np.array([len(token) for token in self.token_bytes], dtype=np.float64)
         if not self.keeps_every_byte:
             sizes[sizes > 0] = np.nan
-        if self.unknown_id is not None:
+        if self.unknown_id is not None and not self.has_exact_bytes:
             sizes[self.unknown_id] = np.nan
         return sizes
 
@@ -178,6 +182,14 @@ class Tokenizer:
         if _rewrites_some_text(self._content):
             return False
         return all(b"".join(self.token_bytes[id] for id in self.encode(text)) == text.encode() for text in probes)
+
+    @property
+    def has_exact_bytes(self) -> bool:
+        """Whether the bytes of any encoded text's tokens are the text's, so that no text needs to be counted to know.
+
+        True of byte-level tokenizers that keep every byte; they never need their unknown token either.
+        """
+        return self._byte_level and self.keeps_every_byte
 
     @cached_property
     def unknown_id(self) -> int | None:
@@ -317,12 +329,26 @@ def _check_ids(backend: tokenizers.Tokenizer, origin: str) -> None:
 
 
 def _rewrites_some_text(content: dict[str, Any]) -> bool:
-    """Whether a rule may change or drop text that has a certain form: any normaliser but SentencePiece's for spaces."""
-    normalizer = content.get("normalizer")
-    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    """Whether a rule may change or drop text that has a certain form.
+
+    So may any normaliser but SentencePiece's for spaces, and any pre-tokenizer that is not known to keep what it cuts.
+    """
     only_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    is_rewritten = any(step != only_spaces for step in steps)
-    return is_rewritten or '"behavior": "Removed"' in json.dumps(content.get("pre_tokenizer"))
+    if any(step != only_spaces for step in _steps(content.get("normalizer"), "normalizers")):
+        return True
+    cuts = _steps(content.get("pre_tokenizer"), "pretokenizers")
+    return any(cut["type"] not in _KEEPING_CUTS or cut.get("behavior") == "Removed" for cut in cuts)
+
+
+def _steps(component: dict[str, Any] | None, parts: str) -> Iterator[dict[str, Any]]:
+    """A component of a tokenizer's description, or the members of a sequence, which may hold sequences again."""
+    if component is None:
+        return
+    if component["type"] != "Sequence":
+        yield component
+        return
+    for part in component[parts]:
+        yield from _steps(part, parts)
 
 
 def _first_known(backend: tokenizers.Tokenizer, names: tuple[str, ...], problem: str) -> str:

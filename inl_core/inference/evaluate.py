@@ -39,22 +39,34 @@ class ByteCounts(NamedTuple):
     """Bytes of the source text when all of it is scored; None where that is not known, or part of it is unknown."""
 
 
-def byte_counts(tokenizer: Tokenizer, stream: TokenStream, num_bytes: int) -> ByteCounts:
+def byte_counts(tokenizer: Tokenizer, stream: TokenStream, num_bytes: int, *, is_whole: bool = True) -> ByteCounts:
     """The byte counts of a source text of `num_bytes` bytes that became the tokens of `stream`.
 
-    The tokens' own bytes are believed only where they add up to the text's: no rule of the tokenizer changed it then.
+    Unless the tokenizer is exact, its tokens' own bytes are believed only where they add up to the text's: no rule
+    changed it then. Only that reads the stream.
+
+    Args:
+        is_whole: whether all of the stream is scored; of a part no size is known.
     """
-    table, total, has_unknown = tokenizer.token_num_bytes, 0.0, False
+    table, has_unknown = tokenizer.token_num_bytes, False
+    if not tokenizer.has_exact_bytes and (is_whole or tokenizer.keeps_every_byte):
+        total, has_unknown = _count(tokenizer, stream)
+        if total != num_bytes:
+            table = np.where(table > 0, np.nan, table)
+    # A prompt's tokens are not scored, and its bytes are not told apart from the completion's.
+    is_known = is_whole and not has_unknown and stream.prompt_lengths is None
+    return ByteCounts(table, num_bytes if is_known else None)
+
+
+def _count(tokenizer: Tokenizer, stream: TokenStream) -> tuple[float, bool]:
+    """The sum of all tokens' own bytes (NaN where one's are not known), and whether an unknown token is among them."""
+    total, has_unknown = 0.0, False
     for segment in stream.segments:
         for start in range(0, len(segment), _TOKENS_AT_ONCE):
             part = segment[start : start + _TOKENS_AT_ONCE]
-            total += float(table[part].sum())
+            total += float(tokenizer.token_num_bytes[part].sum())
             has_unknown |= tokenizer.unknown_id is not None and bool((part == tokenizer.unknown_id).any())
-    if total != num_bytes:
-        table = np.where(table > 0, np.nan, table)
-    # A prompt's tokens are not scored, and its bytes are not told apart from the completion's.
-    is_known = not has_unknown and stream.prompt_lengths is None
-    return ByteCounts(table, num_bytes if is_known else None)
+    return total, has_unknown
 
 
 class NothingToScore(ArtefactError):

@@ -10,7 +10,6 @@ import argparse
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from inl_core.corpus.encoding import document_stream
@@ -49,11 +48,7 @@ class Text:
     def byte_counts(self, max_tokens: int | None = None) -> ByteCounts:
         """The bytes behind its tokens, when the first `max_tokens` targets are scored (None is all)."""
         is_whole = max_tokens is None or max_tokens >= self.num_targets
-        return self._byte_counts if is_whole else self._byte_counts._replace(num_bytes=None)
-
-    @cached_property
-    def _byte_counts(self) -> ByteCounts:
-        return byte_counts(self.loaded.tokenizer, self.source, self.num_bytes)
+        return byte_counts(self.loaded.tokenizer, self.source, self.num_bytes, is_whole=is_whole)
 
     def windows(
         self, *, window: int, stride: int | None = None, batch_size: int = 16, max_tokens: int | None = None

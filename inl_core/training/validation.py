@@ -1,7 +1,6 @@
 """The validation split as a run scores it: a part periodically, all of it at the end unless told otherwise."""
 
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from itertools import islice
 
 import torch
@@ -30,6 +29,7 @@ class Validation:
         self.split, self.tokenizer = split, tokenizer
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.autocast, self.world = autocast, world
+        self._counted: dict[bool, ByteCounts] = {}
 
     def name(self, tokens: int | None) -> str:
         """What an evaluation of `tokens` (None is all) scores: only scores of the same name can be compared."""
@@ -52,22 +52,23 @@ class Validation:
             max_tokens=tokens,
         )
         own = _until(stop, islice(batches, self.world.rank, None, self.world.size))
-        counts, is_whole = self._byte_counts, tokens is None or tokens >= self.split.num_tokens - 1
+        counts = self._byte_counts(is_whole=tokens is None or tokens >= self.split.num_tokens - 1)
         try:
             return evaluate(
                 model,
                 own,
                 counts.token_num_bytes,
-                num_bytes=counts.num_bytes if is_whole else None,
+                num_bytes=counts.num_bytes,
                 autocast=self.autocast,
                 reduce=self.world.sum,
             )
         except NothingToScore:  # on every rank: the sums are of all ranks
             return None
 
-    @cached_property
-    def _byte_counts(self) -> ByteCounts:
-        return byte_counts(self.tokenizer, self.split, self.split.num_bytes)
+    def _byte_counts(self, *, is_whole: bool) -> ByteCounts:
+        if is_whole not in self._counted:
+            self._counted[is_whole] = byte_counts(self.tokenizer, self.split, self.split.num_bytes, is_whole=is_whole)
+        return self._counted[is_whole]
 
 
 def _until(stop: StopSignal | None, batches: Iterable[Batch]) -> Iterator[Batch]:

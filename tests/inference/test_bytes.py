@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from inl_core.corpus.loader import TokenDataset, evaluation_batches, text_stream
+from inl_core.corpus.loader import TokenDataset, TokenStream, evaluation_batches, text_stream
 from inl_core.corpus.shards import prepare
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.inference.evaluate import Evaluation, byte_counts, evaluate
@@ -45,10 +45,10 @@ def test_text_with_unknown_tokens_claims_no_bytes(kind: str) -> None:
     assert (found.bytes, found.bits_per_byte) == (None, None)
 
 
-def byte_level(**changes: object) -> tokenizers.Tokenizer:
+def byte_level(unknown: str | None = None, **changes: object) -> tokenizers.Tokenizer:
     """A byte-level tokenizer that keeps every byte, but for the changes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({token: id for id, token in enumerate(["<s>", "</s>", *alphabet])}, []))
+    vocab = {token: id for id, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     backend.decoder = decoders.ByteLevel()  # pyright: ignore
     for name, value in changes.items():
@@ -67,15 +67,22 @@ def without_byte(byte: str) -> tokenizers.Tokenizer:
     return byte_level(model=models.BPE({token: id for id, token in enumerate(["<s>", "</s>", *alphabet])}, []))
 
 
+def before_bytes(cut: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([cut, to_bytes])  # pyright: ignore
+
+
 def split_first(behavior: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(tokenizers.Regex("zebra"), behavior)
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])  # pyright: ignore
+    return before_bytes(pre_tokenizers.Split(tokenizers.Regex("zebra"), behavior))
 
 
 KEEPING = {
     "byte level": byte_level(),
     "an added word": with_added(AddedToken("zebra", normalized=False)),
     "a split that keeps": byte_level(pre_tokenizer=split_first("isolated")),
+    "digits apart": byte_level(pre_tokenizer=before_bytes(pre_tokenizers.Digits(individual_digits=True))),
+    "signs apart": byte_level(pre_tokenizer=before_bytes(pre_tokenizers.Punctuation())),
+    "an unknown token that is never needed": byte_level(unknown="<s>"),
 }
 LOSING = {
     "lower case": byte_level(normalizer=normalizers.Lowercase()),
@@ -85,6 +92,13 @@ LOSING = {
     "a sequence": byte_level(normalizer=normalizers.Sequence([normalizers.Replace("z", "zz")])),
     "a prefix space": byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "a split that removes": byte_level(pre_tokenizer=split_first("removed")),
+    "scripts apart": byte_level(pre_tokenizer=before_bytes(pre_tokenizers.UnicodeScripts())),
+    "a delimiter": byte_level(pre_tokenizer=before_bytes(pre_tokenizers.CharDelimiterSplit("\u4e2d"))),
+    "a delimiter within": byte_level(
+        pre_tokenizer=before_bytes(before_bytes(pre_tokenizers.CharDelimiterSplit("\u4e2d")))
+    ),
+    "signs that are removed": byte_level(pre_tokenizer=before_bytes(pre_tokenizers.Punctuation("removed"))),
+    "words at spaces": byte_level(pre_tokenizer=before_bytes(pre_tokenizers.WhitespaceSplit())),
     "spaces before a word": with_added(AddedToken("zebra", lstrip=True, normalized=False)),
     "spaces after a word": with_added(AddedToken("zebra", rstrip=True, normalized=False)),
     "a missing byte": without_byte("\u00ed"),
@@ -100,11 +114,35 @@ def test_whether_a_tokenizer_keeps_every_byte(name: str) -> None:
     assert np.isfinite(sizes).all() == (name in KEEPING)
 
 
-def test_the_tokens_bytes_are_believed_only_where_they_add_up() -> None:
-    stream = text_stream(tokenizer(), tokenizer().encode(ASCII))
-    assert byte_counts(tokenizer(), stream, len(ASCII)).token_num_bytes is tokenizer().token_num_bytes
-    doubted = byte_counts(tokenizer(), stream, len(ASCII) + 1).token_num_bytes
-    assert np.isnan(doubted[tokenizer().encode("a")]).all()
+def with_marked_spaces() -> Tokenizer:
+    """Keeps every byte, but that U+2581 stands for a space, as in Llama's family; other characters go by bytes."""
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    vocab = {name: id for id, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")  # pyright: ignore
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_the_tokens_bytes_are_believed_only_where_they_add_up(is_whole: bool) -> None:
+    found = with_marked_spaces()
+    assert found.keeps_every_byte
+    assert not found.has_exact_bytes
+    for text, is_believed in ((ASCII, True), (ASCII + "\u2581", False)):
+        stream = text_stream(found, found.encode(text))
+        counts = byte_counts(found, stream, len(text.encode()), is_whole=is_whole)
+        assert counts.num_bytes == (len(text.encode()) if is_whole else None)
+        assert np.isfinite(counts.token_num_bytes[found.encode("a b")]).all() == is_believed
+
+
+@pytest.mark.parametrize(("kind", "is_whole"), [("ours", True), ("ours", False), ("meta", False), ("wordpiece", False)])
+def test_no_token_is_read_where_the_bytes_are_known_or_cannot_be(kind: str, is_whole: bool) -> None:
+    found = tokenizer() if kind == "ours" else foreign_tokenizer(kind)
+    stream = TokenStream.__new__(TokenStream)  # without tokens: reading them would be an error
+    stream.prompt_lengths = None
+    counts = byte_counts(found, stream, 1000, is_whole=is_whole)
+    assert counts.num_bytes == (1000 if is_whole else None)
+    assert counts.token_num_bytes is found.token_num_bytes
 
 
 @pytest.fixture(scope="module")
