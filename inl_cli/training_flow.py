@@ -134,6 +134,7 @@ class _Session:
             world,
             lambda settings, path: prepare_with_progress(settings, path, console, wait=True),
             run=self.directory if self.resumption else None,
+            note=console.info,
         )
         if world.is_main and world.device.type == "cpu" and is_to_be_compiled():
             console.info("compiling the operations in C++ for this machine: some seconds, once")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -124,6 +125,17 @@ def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) ->
     }
 
 
+def settings_from(settings: DataSettings, base: Path) -> DataSettings:
+    """The settings with what their relative paths mean in another working directory, `base`."""
+    sources = (
+        s if s == STDIN or s.startswith("builtin:") else portable(str(base / local_path(s))) for s in settings.sources
+    )
+    tokenizer = settings.tokenizer
+    if tokenizer.file is not None:
+        tokenizer = tokenizer.model_copy(update={"file": base / tokenizer.file})
+    return settings.model_copy(update={"sources": tuple(sources), "tokenizer": tokenizer})
+
+
 def default_directory(settings: DataSettings) -> Path:
     """data/NAME from the sources and the tokenizer; a short hash keeps apart what the name cannot tell."""
     stems = [_stem(source) for source in settings.sources]
@@ -155,8 +167,14 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise ArtefactError(f"{error}; {again(directory)}") from None
 
 
-def verify(directory: str | os.PathLike[str], *, deep: bool = False, settings: DataSettings | None = None) -> Manifest:
-    """Check a data set and return its manifest.
+def verify(
+    directory: str | os.PathLike[str],
+    *,
+    deep: bool = False,
+    settings: DataSettings | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Manifest:
+    """Check a data set and return its manifest; `note` hears when much is to be read.
 
     Every shard is what the preparation wrote (read once, then remembered: shard_check.py; `deep` reads it anyway), the
     tokenizer is the one that encoded it, and the sources that still exist are unchanged (size and time; the hash when
@@ -168,7 +186,7 @@ def verify(directory: str | os.PathLike[str], *, deep: bool = False, settings: D
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
-    _check_files(directory, manifest, deep=deep)
+    _check_files(directory, manifest, deep=deep, note=note)
     if settings is not None and (problem := settings_difference(manifest, settings)):
         raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {again(directory)}")
     if problem := stale_source(directory, manifest):
@@ -216,13 +234,14 @@ def data_fingerprint(tokenizer_fingerprint: str, shards: list[Shard]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _check_files(directory: Path, manifest: Manifest, *, deep: bool) -> None:
+def _check_files(directory: Path, manifest: Manifest, *, deep: bool, note: Callable[[str], None]) -> None:
     path = directory / TOKENIZER
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise ArtefactError(f"{path}: not the tokenizer that encoded this data set; {again(directory)}")
     check_ids(directory, manifest, tokenizer)
-    check_shards(directory, manifest, [s for split in manifest.splits.values() for s in split.shards], anew=deep)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    check_shards(directory, manifest, shards, anew=deep, note=note)
 
 
 def check_ids(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:

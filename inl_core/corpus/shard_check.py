@@ -1,7 +1,7 @@
 """Whether the shards of a data set are what its manifest says: a digest and a look at every row, once.
 
 - What was found whole is remembered in a small file beside the shards, by size, times and inode; from then on a start
-  costs one `stat` a shard. Where that file cannot be written, each process looks once.
+  costs one `stat` a shard. Where that file cannot be written, each run looks once: its ranks believe rank 0.
 - The file only saves time: whoever can write it can write the shards and the manifest too.
 """
 
@@ -9,9 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,11 +27,25 @@ VERIFIED = ".verified.json"
 _SETTLED_NS = 50_000_000
 """A file changed less than this before it was read could change again without another time on it."""
 
+_MUCH = 1 << 30
+"""Bytes of shards that take long enough to read for a message."""
+
 _TOKEN_TYPES = (pa.large_list(pa.uint16()), pa.large_list(pa.uint32()))
 
 
-def check_shards(directory: Path, manifest: "Manifest", shards: "Iterable[Shard]", *, anew: bool = False) -> None:
-    """Check some of the manifest's shards; `anew` reads them whatever is remembered.
+_found: dict[tuple[str, str], dict[str, list[int]]] = {}
+"""What this process found whole: by directory and manifest, the identity of each shard."""
+
+
+def check_shards(
+    directory: Path,
+    manifest: "Manifest",
+    shards: "Iterable[Shard]",
+    *,
+    anew: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Check some of the manifest's shards; `anew` reads them whatever is remembered, and `note` hears of long reading.
 
     Raises:
         ArtefactError: one is missing, is no regular file, lies outside the directory, or is not the one that the
@@ -41,21 +53,37 @@ def check_shards(directory: Path, manifest: "Manifest", shards: "Iterable[Shard]
     """
     about = hashlib.sha256(repr((manifest.vocab_size, manifest.bos_id, manifest.eos_id, manifest.splits)).encode())
     key = about.hexdigest()
-    known = {} if anew else _remembered(directory, key)
-    found = dict(known)
+    found = _found.setdefault((str(directory), key), {})
+    known = {} if anew else _remembered(directory, key) | found
+    todo = []
     for shard in shards:
         path = entry_path(directory, shard.file)
         identity = _identity(path, shard.size)
-        if known.get(shard.file) == identity:
-            continue
+        if known.get(shard.file) != identity:
+            todo.append((path, shard, identity))
+    much = sum(shard.size for _, shard, _ in todo)
+    if much >= _MUCH:
+        note(f"{directory}: reading {much:,} bytes of shards to check them, as they are new or changed")
+    is_news = False
+    for path, shard, identity in todo:
         is_settled = time.time_ns() - max(identity[1:3]) > _SETTLED_NS
-        look = _look if is_settled and not anew else _look.__wrapped__
-        totals, ends = (shard.documents, shard.tokens, shard.bytes), (manifest.bos_id, manifest.eos_id)
-        look(path, tuple(identity), _Expected(shard.sha256, totals, manifest.vocab_size, *ends))
+        totals = (shard.documents, shard.tokens, shard.bytes)
+        _look(path, _Expected(shard.sha256, totals, manifest.vocab_size, manifest.bos_id, manifest.eos_id))
         if is_settled:
-            found[shard.file] = identity
-    if found != known:
-        _remember(directory, key, found)
+            found[shard.file], is_news = identity, True
+    if is_news and (problem := _remember(directory, key, known | found)) and much >= _MUCH:
+        note(f"{directory / VERIFIED}: cannot be written ({problem}), so every start reads the shards again")
+
+
+def found_whole(directory: Path) -> dict[str, dict[str, list[int]]]:
+    """What this process found whole there, for `believe` in other processes."""
+    return {key: found for (place, key), found in _found.items() if place == str(directory)}
+
+
+def believe(directory: Path, found: Mapping[str, dict[str, list[int]]]) -> None:
+    """Count as checked what another process found whole: the very same files, by size, times and inode."""
+    for key, shards in found.items():
+        _found.setdefault((str(directory), key), {}).update(shards)
 
 
 def again(directory: Path) -> str:
@@ -85,9 +113,8 @@ class _Expected(NamedTuple):
     eos_id: int
 
 
-@lru_cache(maxsize=65536)
-def _look(path: Path, identity: tuple[int, ...], expected: _Expected) -> None:
-    """Read a shard whole; `identity` is what the cache knows the file by."""
+def _look(path: Path, expected: _Expected) -> None:
+    """Read a shard whole."""
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore - a real file has readinto
     problem = "its sha256 is not the manifest's" if digest != expected.sha256 else None
@@ -138,6 +165,10 @@ def _remembered(directory: Path, key: str) -> dict[str, Any]:
     return shards if content.get("manifest") == key and isinstance(shards, dict) else {}
 
 
-def _remember(directory: Path, key: str, found: dict[str, Any]) -> None:
-    with suppress(OSError):  # read-only, or full: the next process looks again
+def _remember(directory: Path, key: str, found: dict[str, Any]) -> str | None:
+    """Write the file; why it cannot be written (read-only, or full), or None."""
+    try:
         write_whole(directory / VERIFIED, json.dumps({"manifest": key, "shards": found}, indent=1) + "\n")
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

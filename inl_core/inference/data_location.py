@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from inl_core.corpus.manifest import MANIFEST, load_manifest
 from inl_core.corpus.paths import local_path, portable, shown
@@ -42,7 +42,16 @@ def find_data(checkpoint: Path, config: dict[str, Any], *, first: Path | None = 
     return next((place for place in found if _fingerprint(place) in seen), found[0])
 
 
-def find_data_of_run(run: Path, first: Path) -> Path | None:
+class DataOfRun(NamedTuple):
+    """The data set of a run."""
+
+    directory: Path
+    base: Path | None
+    """The directory that the recipe's relative path leads there from, which is all that is known of a run without
+    checkpoints; None where a checkpoint saw this content."""
+
+
+def find_data_of_run(run: Path, first: Path) -> DataOfRun | None:
     """The data set of a run, wherever it lies: the content that its newest readable checkpoint saw.
 
     None when there is none, and for a run without a checkpoint when `first`, the recipe's own place, holds a data set.
@@ -54,12 +63,12 @@ def find_data_of_run(run: Path, first: Path) -> Path | None:
         except ArtefactError:
             continue
         seen = {event.get("data") for event in config["provenance"]}
-        return place if _fingerprint(place) in seen else None
+        return DataOfRun(place, None) if _fingerprint(place) in seen else None
     if os.path.lexists(first / MANIFEST):
         return None
     # A relative path was meant from where the run was started, somewhere above the run's directory.
-    above = (parent / first for parent in Path(os.path.realpath(run)).parents)
-    return next((place for place in above if os.path.lexists(place / MANIFEST)), None)
+    above = Path(os.path.realpath(run)).parents
+    return next((DataOfRun(base / first, base) for base in above if os.path.lexists(base / first / MANIFEST)), None)
 
 
 def _places(checkpoint: Path, config: dict[str, Any], first: Path | None) -> Iterator[Path]:

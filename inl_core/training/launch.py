@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from inl_core.corpus.loader import TokenDataset
-from inl_core.corpus.manifest import WORK, Manifest
+from inl_core.corpus.manifest import WORK, Manifest, settings_from
+from inl_core.corpus.shard_check import believe, found_whole
 from inl_core.corpus.shards import default_directory, prepare, verify
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
@@ -48,23 +49,27 @@ def open_data(
     prepare: Callable[[DataSettings, Path], Manifest] = prepare,
     *,
     run: Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> RunData:
     """Prepare what is missing (rank 0 does, by `prepare`), refuse what is stale or damaged, and open both splits.
 
     `run` is the run that is resumed: its data is found wherever it lies, since the recipe's relative paths are from
-    the directory that it was started in.
+    the directory that it was started in. `note` hears when much is to be read.
     """
     found: Any = None
     if world.is_main:
         # A failure must reach every rank, or the others would wait for ever.
         try:
-            found = _ensure(recipe, prepare, run)
+            directory = _ensure(recipe, prepare, run, note)
+            found = directory, found_whole(directory)
         except Exception as error:
             found = error
-    directory = world.broadcast(found)
-    if isinstance(directory, Exception):
-        raise directory
-    manifest = verify(directory)
+    found = world.broadcast(found)
+    if isinstance(found, Exception):
+        raise found
+    directory, whole = found
+    believe(directory, whole)  # or each rank would read every shard again where nothing can be remembered
+    manifest = verify(directory, note=note)
     tokenizer = Tokenizer.load(directory / "tokenizer.json")
     wanted = recipe.model.vocab_size
     if wanted and wanted != tokenizer.vocab_size:
@@ -79,15 +84,22 @@ def open_data(
     )
 
 
-def _ensure(recipe: Recipe, prepare: Callable[[DataSettings, Path], Manifest], run: Path | None) -> Path:
+def _ensure(
+    recipe: Recipe,
+    prepare: Callable[[DataSettings, Path], Manifest],
+    run: Path | None,
+    note: Callable[[str], None],
+) -> Path:
     directory = data_directory(recipe)
     of_run = find_data_of_run(run, directory) if run is not None else None
     if of_run is not None and _is_unchanged(recipe, run):
-        verify(of_run)
-        return of_run
+        # What no checkpoint saw must be what the recipe describes, read where the run was started.
+        settings = settings_from(recipe.data, of_run.base) if of_run.base else None
+        verify(of_run.directory, settings=settings, note=note)
+        return of_run.directory
     is_cleared = not (directory / WORK).exists() or not os.access(directory, os.W_OK)
     if (directory / "manifest.json").is_file() and is_cleared:  # else a preparation was killed at its very end
-        verify(directory, settings=recipe.data)
+        verify(directory, settings=recipe.data, note=note)
     else:
         prepare(recipe.data, directory)
     return directory

@@ -65,7 +65,6 @@ def test_a_whole_data_set_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPat
     def never(*arguments: object) -> None:
         raise AssertionError
 
-    never.__wrapped__ = never  # type: ignore[attr-defined]
     monkeypatch.setattr(shard_check, "_look", never)
     verify(copy)
     TokenDataset.open(copy, "train")
@@ -93,6 +92,35 @@ def test_a_directory_that_cannot_be_written_is_read_all_the_same(copy: Path, mon
     overwrite_ids(copy / SHARD, 70)
     with pytest.raises(ArtefactError, match="damaged"):
         TokenDataset.open(copy, "validation")
+
+
+@pytest.mark.usefixtures("settled")
+def test_where_nothing_can_be_remembered_ranks_believe_rank_0_of_the_same_files(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / VERIFIED).unlink(missing_ok=True)
+
+    def refuse(path: Path, data: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    heard: list[str] = []
+    monkeypatch.setattr(shard_check, "write_whole", refuse)
+    monkeypatch.setattr(shard_check, "_MUCH", 1)
+    verify(copy, note=heard.append)
+    assert "bytes of shards to check them" in heard[0]
+    assert f"{VERIFIED}: cannot be written (Permission denied), so every start reads" in heard[1]
+    found = shard_check.found_whole(copy)
+    monkeypatch.setattr(shard_check, "_found", {})  # another process
+    shard_check.believe(copy, found)
+    looked: list[str] = []
+    look = shard_check._look
+    monkeypatch.setattr(shard_check, "_look", lambda path, *rest: (looked.append(path.name), look(path, *rest)))
+    verify(copy, note=heard.append)
+    assert (looked, len(heard)) == ([], 2)
+    overwrite_ids(copy / SHARD, 70)
+    with pytest.raises(ArtefactError, match="damaged"):
+        verify(copy)
+    assert looked == [SHARD]
 
 
 @pytest.mark.usefixtures("settled")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from inl_core.errors import Interrupted
+from inl_core.corpus.shards import prepare
+from inl_core.errors import ArtefactError, Interrupted
 from inl_core.inference.artefacts import list_checkpoints
 from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import newest_valid
@@ -173,3 +174,19 @@ def test_a_run_finds_its_data_from_another_directory(make_recipe, data_directory
     changed = load_recipe(tmp_path / "moved/runs/first/recipe.yaml", ["data.validation_fraction=0.2"])
     with pytest.raises(AssertionError):  # other data is prepared from its sources, and then refused as another's
         open_data(changed, world, no_preparation, run=tmp_path / "moved/runs/first")
+
+
+def test_a_data_set_in_the_place_of_a_runs_own_is_refused(make_recipe, data_directory, tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(data_directory / "modules.jsonl", project)
+    monkeypatch.chdir(project)
+    data = {"sources": ("modules.jsonl",), "directory": Path("set")}
+    recipe, world = make_recipe(data=data, training={"steps": 1}), World(0, 1, torch.device("cpu"))
+    opened = open_data(recipe, world)
+    RunFiles(Path("runs/first"), recipe, opened.tokenizer, opened.directory).create()
+    other = recipe.data.model_copy(update={"validation_fraction": 0.3})
+    prepare(other, "set", overwrite=True)
+    monkeypatch.chdir(tmp_path)  # no checkpoint says what the content was
+    with pytest.raises(ArtefactError, match=r"set: prepared with other settings: validation_fraction"):
+        open_data(recipe, world, run=project / "runs/first")
