@@ -5,7 +5,18 @@ from typing import Annotated, Literal
 
 import typer
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+
+def given_path(text: str) -> Path:
+    """The parser of every option and argument that is a path: '' is refused, since Path('') is the current directory.
+
+    It is mostly a shell variable that is not set.
+    """
+    if not text:
+        raise typer.BadParameter("'' names no file; write . if the current directory is meant")
+    return Path(text)
+
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", parser=given_path)]
 
 SetOption = Annotated[
     list[str] | None,
@@ -19,7 +30,9 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No information or pr
 CheckpointArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[CHECKPOINT]", help="A checkpoint or a run; default the newest run's newest intact checkpoint."
+        metavar="[CHECKPOINT]",
+        help="A checkpoint or a run; default the newest run's newest intact checkpoint.",
+        parser=given_path,
     ),
 ]
 
@@ -37,7 +50,13 @@ NoEarlyStoppingOption = Annotated[
 ]
 
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="A prepared data set; default the one the model was trained on.")
+    Path | None,
+    typer.Option(
+        "--data",
+        help="A prepared data set; default the one the model was trained on.",
+        parser=given_path,
+        metavar="PATH",
+    ),
 ]
 
 TextOption = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import DeviceOption, JsonOption, QuietOption, SetOption
+from inl_cli.options import DeviceOption, JsonOption, QuietOption, SetOption, given_path
 from inl_cli.progress import Progress
 from inl_core.errors import RecipeError
 
@@ -19,7 +19,10 @@ Task = Literal["train", "prefill", "decode", "data", "startup"]
 
 TaskArgument = Annotated[Task, typer.Argument(metavar="TASK", help="train, prefill, decode, data or startup.")]
 MeasuredRecipe = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.")
+    Path | None,
+    typer.Argument(
+        metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.", parser=given_path
+    ),
 ]
 AgainstOption = Annotated[
     str | None,

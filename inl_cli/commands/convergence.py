@@ -15,6 +15,7 @@ from inl_cli.options import (
     QuietOption,
     SplitOption,
     TextOption,
+    given_path,
 )
 from inl_core.errors import RecipeError
 
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
 
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Directory of the report; default reports/convergence-step-N of the run."),
+    typer.Option(
+        "--output",
+        "-o",
+        help="Directory of the report; default reports/convergence-step-N of the run.",
+        parser=given_path,
+        metavar="PATH",
+    ),
 ]
 TokensOption = Annotated[int, typer.Option("--max-tokens", "--tokens", min=1, help="Measure on the first N tokens.")]
 WindowOption = Annotated[

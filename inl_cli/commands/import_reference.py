@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption
+from inl_cli.options import JsonOption, QuietOption, given_path
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from inl_core.interop.reference import Imported
 
 FileArgument = Annotated[
-    Path, typer.Argument(metavar="FILE.safetensors", help="The reference model's weights, all in one file.")
+    Path,
+    typer.Argument(
+        metavar="FILE.safetensors", help="The reference model's weights, all in one file.", parser=given_path
+    ),
 ]
-OutputOption = Annotated[Path, typer.Option("--output", help="The checkpoint's directory; it must be new or empty.")]
+OutputOption = Annotated[
+    Path,
+    typer.Option(
+        "--output", help="The checkpoint's directory; it must be new or empty.", parser=given_path, metavar="PATH"
+    ),
+]
 IterationsOption = Annotated[
     str,
     typer.Option(metavar="T", help="Integrator iterations: one number, or one for each layer (2,3,...), bottom up."),
@@ -30,7 +38,10 @@ ContextOption = Annotated[
     int | None, typer.Option(help="Context in tokens; default the file's tables of positions, else 1024.")
 ]
 TokenizerOption = Annotated[
-    Path | None, typer.Option(help="The model's tokenizer.json; without one it cannot be given text.")
+    Path | None,
+    typer.Option(
+        help="The model's tokenizer.json; without one it cannot be given text.", parser=given_path, metavar="PATH"
+    ),
 ]
 
 

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, SetOption
+from inl_cli.options import JsonOption, QuietOption, SetOption, given_path
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from inl_core.recipe import Recipe
 
 PlannedRecipe = Annotated[
-    Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.")
+    Path | None,
+    typer.Argument(
+        metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.", parser=given_path
+    ),
 ]
 PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, transformer.")]
 SizeOption = Annotated[

@@ -6,10 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption
+from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, given_path
 
 RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.")
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.",
+        parser=given_path,
+        metavar="PATH",
+    ),
 ]
 AllowOption = Annotated[
     list[str] | None,
@@ -43,7 +49,7 @@ def train(
 
 @errors_to_exit_codes()
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, e.g. runs/tiny.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, e.g. runs/tiny.", parser=given_path)],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Train up to this step instead.")] = None,
     overrides: SetOption = None,
     allow_change: AllowOption = None,

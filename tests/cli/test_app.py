@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import pytest
 import typer
@@ -89,6 +89,29 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert "Usage:" in result.stderr
+
+
+def test_an_empty_path_is_refused_by_name_wherever_a_path_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    num_checked = 0
+    for name, command in commands():
+        types = get_type_hints(ALL[name].callback)
+        required = [p.name for p in command.params if p.param_type_name == "argument" and p.required]
+        for parameter in command.params:
+            if types.get(parameter.name) not in (Path, Path | None):
+                continue
+            is_option = parameter.param_type_name == "option"
+            others = ["train" for other in required if other != parameter.name]
+            given = [*others, parameter.opts[0], ""] if is_option else [*others, ""]
+            result = inl(*name.split(), *given)
+            assert result.exit_code == 2, (name, parameter.name)
+            assert "': '' names no file; write . if" in result.stderr
+            assert not is_option or f"'{parameter.opts[0]}'" in result.stderr
+            num_checked += 1
+    assert num_checked >= 15
+    assert not list(tmp_path.iterdir())
 
 
 def test_version() -> None:
