@@ -2,7 +2,8 @@
 
 - Data goes to stdout, everything else to stderr; with --json stdout carries one object and nothing else.
 - Colour and live bars only on a terminal; elsewhere plain lines. NO_COLOR is respected.
-- Of several processes (inl_core/launcher.py) only the first talks, but a crash shows its traceback whatever the rank.
+- Of several processes (inl_core/launcher.py) only the first talks, but a crash shows its traceback whatever the rank,
+  and what only one machine may have met (its disk, its copy of a file) is shown by every rank that met it.
 - rich is imported only when something needs it, so that `inl --help` is instant.
 """
 
@@ -140,6 +141,8 @@ def errors_to_exit_codes() -> Callable[[Callable[P, R]], Callable[P, R]]:
             except InlError as error:
                 if is_main_process():
                     show_error(str(error))
+                elif isinstance(error, ArtefactError) and not error.is_shared:
+                    show_error(f"rank {place_or_alone().rank}: {error}")
                 raise typer.Exit(exit_code(error)) from None
             except BrokenPipeError:
                 raise  # `inl ... | head`: Typer ends quietly

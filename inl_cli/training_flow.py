@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from inl_core.inference.artefacts import checkpoint_step, list_checkpoints
 from inl_core.inference.checkpoint_files import read_config
 from inl_core.model.native.build import is_to_be_compiled
 from inl_core.recipe import Recipe
+from inl_core.training.checkpoint import START_ANEW
 from inl_core.training.claim import claim, claim_new, join
 from inl_core.training.distributed import World, start_world
 from inl_core.training.dynamics import cut_records
@@ -28,7 +30,7 @@ from inl_core.training.launch import RunData, build_model, open_data
 from inl_core.training.metrics import cut_metrics
 from inl_core.training.mirrors import check_mirrors
 from inl_core.training.resuming import choose_checkpoint
-from inl_core.training.run import RunFiles, is_taken
+from inl_core.training.run import PREEMPTED, RunFiles, is_taken, write_preempted
 from inl_core.training.trainer import Trainer
 
 Result = TypeVar("Result")
@@ -70,25 +72,43 @@ def run_training(
         _check_batch(recipe, world)
         check_mirrors(recipe)
         directory = _on_main(world, lambda: _claim(console, recipe, run_dir, held, is_new=resumption is None))
-        if not world.is_main:
-            held.enter_context(join(directory))
-        session = _Session(console, recipe, world, directory, resumption, stop)
-        try:
-            return session.run()
-        except KeyboardInterrupt:
-            session.leave_word()
-            raise
+        with _word_of_stop(directory, stop) if world.is_main else join(directory):
+            return _Session(console, recipe, world, directory, resumption, stop).run()
 
 
 def _claim(console: Console, recipe: Recipe, run_dir: Path | None, held: ExitStack, *, is_new: bool) -> Path:
     """The run's directory, ours for as long as `held` lasts."""
     if run_dir is None:
         new = claim_new(Path("runs") / recipe.name, lambda path: not is_taken(path), console.warn)
-        return held.enter_context(new)
+        path = held.enter_context(new)
+        (path / PREEMPTED).unlink(missing_ok=True)
+        return path
     held.enter_context(claim(run_dir, console.warn))
+    (run_dir / PREEMPTED).unlink(missing_ok=True)  # before anything is refused: a scheduler would try it for ever
     if is_new and is_taken(run_dir):
-        raise ArtefactError(f"{run_dir}: not empty; `inl resume {run_dir}` continues it, another --run-dir starts anew")
+        is_run = (run_dir / "recipe.yaml").is_file() or list_checkpoints(run_dir / "checkpoints")
+        go_on = f"`inl resume {run_dir}` continues it, another --run-dir starts anew" if is_run else START_ANEW
+        raise ArtefactError(f"{run_dir}: not empty; {go_on}")
     return run_dir
+
+
+@contextmanager
+def _word_of_stop(directory: Path, stop: StopSignal) -> Iterator[None]:
+    """Leave preempted.json when a signal comes where there is nothing to save, as the trainer does where there is."""
+
+    def leave_word() -> None:
+        newest = list_checkpoints(directory / "checkpoints")[-1:]
+        with suppress(OSError):
+            write_preempted(directory, max(map(checkpoint_step, newest), default=0), stop.name)
+
+    stop.leave_word = leave_word
+    try:
+        yield
+    except KeyboardInterrupt:
+        leave_word()
+        raise
+    finally:
+        stop.leave_word = None
 
 
 def _check_batch(recipe: Recipe, world: World) -> None:
@@ -112,6 +132,11 @@ def _on_main(world: World, work: Callable[[], Result]) -> Result:
     return found
 
 
+def _refuse(problem: str) -> None:
+    if problem:
+        raise ArtefactError(problem)
+
+
 @dataclass
 class _Session:
     """From a claimed directory to the end of training."""
@@ -122,8 +147,6 @@ class _Session:
     directory: Path
     resumption: Resumption | None
     stop: StopSignal
-    run_files: RunFiles | None = None
-    """The run's files, once they exist."""
 
     def run(self) -> dict[str, Any]:
         """Do all of it."""
@@ -154,13 +177,6 @@ class _Session:
             "evaluation": asdict(evaluation) if evaluation else None,
         }
 
-    def leave_word(self) -> None:
-        """A signal came where there was nothing to save: what a scheduler looks for must stand there all the same."""
-        if self.world.is_main and self.run_files is not None:
-            newest = list_checkpoints(self.run_files.checkpoints)[-1:]
-            with suppress(OSError):
-                self.run_files.write_preempted(max(map(checkpoint_step, newest), default=0), self.stop.name)
-
     def _choose(self) -> Path | None:
         if self.resumption is None:
             return None
@@ -183,6 +199,7 @@ class _Session:
                 return trainer
             before, checkpoint = checkpoint, _on_main(self.world, self._choose)
             if checkpoint in (before, None):
+                _on_main(self.world, partial(_refuse, problem))  # once, where all ranks met the same
                 raise ArtefactError(problem or f"{before}: could not be read by another process")
             self.console.warn(f"skipped: {before} changed while it was opened: {problem}")
         trainer = self._build(data, view, ())
@@ -218,7 +235,6 @@ class _Session:
             cut_records(trainer.run.path, trainer.state.step)
 
         _on_main(self.world, write)
-        self.run_files = trainer.run
 
 
 def _show(console: Console, recipe: Recipe, data: RunData, trainer: Trainer, directory: Path, world: World) -> None:

@@ -8,6 +8,9 @@
 class InlError(ValueError):
     """Base of every error the user is meant to read (exit code 1)."""
 
+    is_shared = False
+    """Whether this is rank 0's error, which it passed on to this rank: it need not be shown twice."""
+
 
 class RecipeError(InlError):
     """A recipe, an override or an argument that cannot be used (exit code 2)."""

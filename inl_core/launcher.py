@@ -1,7 +1,7 @@
 """Which process of a run this is: what torchrun and tools like it say in the environment. Imports no torch.
 
 - WORLD_SIZE decides. Without it, or at 1, this is the only process, and a RANK that some other tool left in the
-  environment mutes nothing.
+  environment means nothing.
 """
 
 import os
@@ -38,8 +38,10 @@ def read_place(environment: Mapping[str, str] | None = None) -> Place:
     if "WORLD_SIZE" not in given:
         return Place()
     size = _number(given, "WORLD_SIZE", least=1)
+    if size == 1:
+        return Place()
     missing = [name for name in _NEEDED if not given.get(name)]
-    if size > 1 and missing:
+    if missing:
         raise RecipeError(f"WORLD_SIZE={size} without {missing[0]} in the environment: {_FIX}")
     rank, local_rank = _number(given, "RANK", least=0), _number(given, "LOCAL_RANK", least=0)
     if rank >= size:

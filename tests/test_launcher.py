@@ -14,6 +14,7 @@ MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
         ({}, Place(0, 1, 0)),
         ({"RANK": "1", "LOCAL_RANK": "auto"}, Place(0, 1, 0)),
         ({"WORLD_SIZE": "1"}, Place(0, 1, 0)),
+        ({"WORLD_SIZE": "1", "RANK": "1", "LOCAL_RANK": "auto"}, Place(0, 1, 0)),
         ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", **MEETING}, Place(3, 4, 1)),
     ],
 )
@@ -34,7 +35,6 @@ def test_places(environment: dict[str, str], place: Place) -> None:
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 without MASTER_ADDR"),
         ({"WORLD_SIZE": "2", "RANK": "2", **MEETING}, "RANK=2 with WORLD_SIZE=2: ranks go from 0 to 1"),
-        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK=1 with WORLD_SIZE=1"),
         ({"WORLD_SIZE": "2", "RANK": "-1", **MEETING}, "RANK='-1'"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "auto", **MEETING}, "LOCAL_RANK='auto'"),
     ],

@@ -1,5 +1,6 @@
 """`inl train` and `inl resume`: one flow, from a recipe or from a run's newest intact checkpoint."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ def train(
     from inl_core.training.interruption import StopSignal
 
     console = Console(json=json, quiet=quiet)
-    with StopSignal() as stop:  # before torch is imported, which takes seconds
+    with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
         from inl_cli.training_flow import run_training
         from inl_core.recipe.load import load_recipe
 
@@ -61,7 +62,7 @@ def resume(
 
     console, allowed = Console(json=json, quiet=quiet), tuple(allow_change or ())
     given = [*(overrides or ()), *([f"training.steps={steps}", "training.tokens=null"] if steps else ())]
-    with StopSignal() as stop:  # before torch is imported, which takes seconds
+    with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
         from inl_cli.training_flow import Resumption, run_training
         from inl_core.training.resuming import changed_recipe
 

@@ -45,6 +45,8 @@ from inl_core.model import IntegratorLanguageModel
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import remove_checkpoint
 
+START_ANEW = "start a new run with another --run-dir"
+"""What is left to do with a directory that neither `inl resume` nor `inl train` can use."""
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -162,7 +164,11 @@ def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Opti
 
 
 def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
-    """The newest checkpoint whose every file is intact; `skipped` hears about each one passed over."""
+    """The newest checkpoint whose every file is intact; `skipped` hears about each one passed over.
+
+    Raises:
+        ArtefactError: there is none.
+    """
     candidates = list_checkpoints(parent)
     for path in reversed(candidates):
         try:
@@ -172,8 +178,8 @@ def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
         else:
             return path
     if candidates:
-        raise ArtefactError(f"{parent}: none of its {len(candidates)} checkpoints is intact; start the run again")
-    raise ArtefactError(f"{parent}: holds no checkpoint; start the run again with `inl train`")
+        raise ArtefactError(f"{parent}: none of its {len(candidates)} checkpoints is intact; {START_ANEW}")
+    raise ArtefactError(f"{parent}: holds no checkpoint; {START_ANEW}")
 
 
 def training_bytes(model: IntegratorLanguageModel) -> int:

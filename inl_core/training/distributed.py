@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from inl_core.errors import RecipeError
+from inl_core.errors import InlError, RecipeError
 from inl_core.launcher import read_place, refuse_separate_tasks
 from inl_core.recipe import TrainingSettings
 
@@ -60,11 +60,13 @@ class World:
         return total.tolist()
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Rank 0's value on every rank; an InlError comes marked as shared."""
         if self.size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, device=self.device)
+        if not self.is_main and isinstance(box[0], InlError):
+            box[0].is_shared = True
         return box[0]
 
     def barrier(self) -> None:

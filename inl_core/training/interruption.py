@@ -1,9 +1,11 @@
 """Signals that ask a run to end, and what it does about them.
 
-- SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 all ask the same: save and leave. One that was ignored when the process
-  started (nohup does that to SIGHUP) stays ignored.
+- All of SIGNALS ask the same: save and leave. One that was ignored when the process started (nohup does that to SIGHUP)
+  stays ignored.
 - In the training loop the first signal is a request, honoured between two steps; elsewhere nothing needs saving, and it
-  interrupts at once. A second signal ends the process there and then, with 128 + its number.
+  interrupts at once.
+- A second signal does not wait for the saving. A command hands in how its process ends there and then, with 128 + the
+  signal's number; in a process that is somebody else's (a notebook, say) it is a KeyboardInterrupt.
 - A worker whose torchrun is gone is asked to leave too: nobody else would end it, and a resume must not meet it.
 """
 
@@ -12,14 +14,18 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Self
 
 from inl_core.errors import Interrupted
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR")
+"""What is listened to, where the system has it. SIGXCPU says that the time on the processor is used up, SIGPWR that the
+power fails."""
+_REPEATED = "SIGXCPU"
+"""The system sends this one again every second, so it never counts as a second signal."""
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 """What torchrun puts into the environment of each worker."""
 _PATIENCE = 10.0
@@ -31,13 +37,24 @@ _ORPHAN_PATIENCE = 60.0
 class StopSignal:
     """While entered, the process leaves in good order when it is asked to.
 
-    The first signal sets `requested`, and raises KeyboardInterrupt unless the loop `defers` it. On leaving, a
-    KeyboardInterrupt that came of a signal becomes Interrupted.
+    The first signal sets `requested`, and raises KeyboardInterrupt unless the loop is `deferred`. On leaving, a
+    KeyboardInterrupt that came of a first signal becomes Interrupted.
+
+    Args:
+        end: ends the process at once with an exit code, for a command whose process this is. Signals that come after
+            such a command was stopped are ignored, so that it still ends with the exit code that says so. None leaves
+            the process alive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end: Callable[[int], object] | None = None) -> None:
         self.requested, self.name = False, "another process"
-        self._defers = False
+        self.leave_word: Callable[[], None] | None = None
+        """Called before the process is ended for being busy too long outside of the loop."""
+        self._end = end
+        self._defers = self._is_second = False
+        self._first = 0.0
+        # The same request may come twice: `timeout` and cluster managers signal a process and its group, torchrun too.
+        self._same_request = 5.0 if _LAUNCHED in os.environ else 0.5
         self._previous: dict[int, object] = {}
         self._pipe: tuple[int, int] | None = None
         self._previous_pipe = -1
@@ -53,7 +70,7 @@ class StopSignal:
         self._previous_pipe = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True, name="signals")
         self._thread.start()
-        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -61,15 +78,16 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_ending = self.requested and self._end is not None
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_IGN if is_ending else handler)  # type: ignore[arg-type]
         if self._pipe is not None and self._thread is not None:
             signal.set_wakeup_fd(self._previous_pipe)
             os.write(self._pipe[1], b"\0")  # no signal has this number: the thread ends
             self._thread.join()
             for descriptor in self._pipe:
                 os.close(descriptor)
-        if kind is KeyboardInterrupt and self.requested:
+        if kind is KeyboardInterrupt and self.requested and not self._is_second:
             raise Interrupted(f"stopped by {self.name}; the same command goes on") from None
 
     @contextmanager
@@ -81,18 +99,25 @@ class StopSignal:
         finally:
             self._defers = self.requested
 
+    def share(self, sum_numbers: Callable[..., list[float]]) -> None:
+        """Take the name of the signal from the rank that got it; every rank calls this, with World.sum_numbers."""
+        counts = sum_numbers(*(float(self.name == name) for name in SIGNALS))
+        self.name = next((name for name, count in zip(SIGNALS, counts, strict=True) if count), self.name)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            return  # the watching thread counts
-        self.requested, self.name = True, signal.Signals(number).name
-        if not self._defers:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if not self.requested:
+            self.requested, self.name, self._first = True, name, now
+            if not self._defers:
+                raise KeyboardInterrupt
+        # Where the process may be ended, the watching thread does it: this here waits for the main thread.
+        elif self._end is None and name != _REPEATED and now - self._first > self._same_request:
+            self._is_second = True
             raise KeyboardInterrupt
 
     def _watch(self, descriptor: int) -> None:
         """What must happen even while the main thread is busy; a thread of its own."""
         launcher = os.getppid() if _LAUNCHED in os.environ else None
-        # The same request may come twice: `timeout` and cluster managers signal a process and its group, torchrun too.
-        same_request = 5.0 if launcher else 0.5
         first = orphaned = 0.0
         while True:
             select.select([descriptor], [], [], 1.0 if launcher or (first and not self._defers) else None)
@@ -101,17 +126,23 @@ class StopSignal:
                 if number == 0:
                     return
                 if number in self._previous:
+                    is_second = first and now - first > self._same_request
                     first = first or now
-                    if now - first > same_request:
-                        os._exit(128 + number)
-            if (first and not self._defers and now - first > _PATIENCE) or (
-                orphaned and now - orphaned > _ORPHAN_PATIENCE
-            ):
-                os._exit(75)
+                    if self._end and is_second and signal.Signals(number).name != _REPEATED:
+                        self._end(128 + number)
+            is_busy = first and not self._defers and now - first > _PATIENCE
+            if self._end and (is_busy or (orphaned and now - orphaned > _ORPHAN_PATIENCE)):
+                self._end_unsaved(self._end)
             if launcher and not orphaned and os.getppid() != launcher:
                 orphaned = now
                 if not first:
                     os.kill(os.getpid(), signal.SIGTERM)
+
+    def _end_unsaved(self, end: Callable[[int], object]) -> None:
+        with suppress(Exception):
+            if self.leave_word:
+                self.leave_word()
+        end(75)
 
 
 def _read(descriptor: int) -> bytes:

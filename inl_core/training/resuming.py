@@ -11,8 +11,9 @@ from inl_core.inference.artefacts import checkpoint_step, list_checkpoints
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import Difference, recipe_differences
 from inl_core.recipe.load import load_recipe
-from inl_core.training.checkpoint import newest_valid
+from inl_core.training.checkpoint import START_ANEW, newest_valid
 from inl_core.training.metrics import read_metrics
+from inl_core.training.run import is_taken
 
 Say = Callable[[str], None]
 
@@ -74,7 +75,8 @@ def _recipe_file(run: Path, warn: Say) -> Path:
     path = run / "recipe.yaml"
     try:
         if not path.is_file():
-            raise ArtefactError(f"{run}: not a run (it has no recipe.yaml); `inl train RECIPE` starts one")
+            advice = START_ANEW if is_taken(run) else "`inl train RECIPE` starts one"
+            raise ArtefactError(f"{run}: not a run (it has no recipe.yaml); {advice}")
         load_recipe(path)
     except InlError as error:
         try:
@@ -95,7 +97,7 @@ def _check_none_was_saved(run: Path, recipe: Recipe) -> None:
     if last > (every or recipe.training.num_steps - 1):
         raise ArtefactError(
             f"{run / 'checkpoints'}: holds no checkpoint, though the run went on to step {last:,}; put them back, or "
-            "start a new run with another --run-dir"
+            f"{START_ANEW}"
         )
 
 

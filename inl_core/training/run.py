@@ -31,6 +31,10 @@ from inl_core.training.claim import OWNER, RANKS
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import TRIAL
 
+PREEMPTED = "preempted.json"
+"""What a session that a signal stopped leaves for a scheduler; the next session removes it as soon as it owns the run,
+so that one that fails is not taken for one that was stopped."""
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -64,7 +68,6 @@ class RunFiles:
         path, environment = self.path / "environment.json", describe_environment()
         if _lasting(environment) != _lasting(_read_environment(path)):
             write_whole(path, json.dumps(environment, indent=1))
-        (self.path / "preempted.json").unlink(missing_ok=True)
 
     def documents(self, state: TrainState) -> dict[str, str]:
         """config.json, tokenizer.json and recipe.yaml of a checkpoint at `state`."""
@@ -94,11 +97,6 @@ class RunFiles:
             "tokenizer.json": self.tokenizer.to_json(),
             "recipe.yaml": dump_recipe(self.recipe),
         }
-
-    def write_preempted(self, step: int, signal_name: str) -> None:
-        """Leave word for a scheduler: a signal stopped the run, which can go on; OSError when it cannot be written."""
-        word = {"step": step, "signal": signal_name, "time": time.time()}
-        write_whole(self.path / "preempted.json", json.dumps(word))
 
     def try_checkpoint(
         self,
@@ -141,14 +139,20 @@ class RunFiles:
             shutil.rmtree(trial, ignore_errors=True)
 
 
+def write_preempted(run: Path, step: int, signal_name: str) -> None:
+    """Leave word that a signal stopped the run, which can go on from `step`; OSError when it cannot be written."""
+    word = {"step": step, "signal": signal_name, "time": time.time()}
+    write_whole(run / PREEMPTED, json.dumps(word))
+
+
 def is_taken(path: Path) -> bool:
-    """Whether a directory holds anything worth keeping; a run that failed before its first step leaves nothing."""
+    """Whether a directory holds anything worth keeping; a run that ended before its first step leaves nothing."""
     if not path.exists():
         return False
     names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     if "metrics.jsonl" in names or any((path / "checkpoints").glob("step-*")):
         return True
-    return not {"recipe.yaml", "checkpoints"} <= names and bool(names - {OWNER, RANKS, "checkpoints"})
+    return not {"recipe.yaml", "checkpoints"} <= names and bool(names - {OWNER, RANKS, PREEMPTED, "checkpoints"})
 
 
 def _is_recipe(path: Path) -> bool:

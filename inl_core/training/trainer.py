@@ -39,7 +39,7 @@ from inl_core.training.observer import Observer
 from inl_core.training.optimizers import build_optimizers
 from inl_core.training.prefetch import Prefetcher
 from inl_core.training.retention import remove_leftovers
-from inl_core.training.run import RunFiles
+from inl_core.training.run import PREEMPTED, RunFiles, write_preempted
 from inl_core.training.saving import Saver
 from inl_core.training.schedules import learning_rate_factor
 from inl_core.training.step import MicroBatch, micro_batches
@@ -396,6 +396,7 @@ class Trainer:
 
     def _interrupted(self, stop: StopSignal) -> InlError:
         step = self.state.step
+        stop.share(self.world.sum_numbers)
         if not self._is_saved:
             return InlError(
                 f"stopped by {stop.name} at step {step}, and the checkpoint could not be saved; "
@@ -403,9 +404,9 @@ class Trainer:
             )
         if self.world.is_main:
             try:
-                self.run.write_preempted(self.state.step, stop.name)
+                write_preempted(self.run.path, step, stop.name)
             except OSError as error:
-                self._warn(f"{self.run.path / 'preempted.json'}: not written ({error.strerror or error})")
+                self._warn(f"{self.run.path / PREEMPTED}: not written ({error.strerror or error})")
         return Interrupted(f"stopped by {stop.name} at step {step}, saved; continue with: inl resume {self.run.path}")
 
     def _warn(self, text: str) -> None:

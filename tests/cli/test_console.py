@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 import typer
 from typer.testing import CliRunner
 
 from inl_cli.console import Console, errors_to_exit_codes, format_value, to_plain
 from inl_cli.progress import LineProgress, SilentProgress, amount
 from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
+from inl_core.training.distributed import World
 
 Captured = pytest.CaptureFixture[str]
 
@@ -77,6 +80,16 @@ def test_other_ranks_keep_a_users_error_to_themselves_but_exit_alike(monkeypatch
     be_second_of_two(monkeypatch)
     assert (run_raising(RecipeError("bad")).code, run_raising(RecipeError("bad")).stderr) == (2, "")
     assert run_raising(OSError(28, "No space left on device")).stderr == "No space left on device\n"
+
+
+def test_what_another_rank_alone_has_met_is_shown_and_what_rank_0_passed_on_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    be_second_of_two(monkeypatch)
+    assert run_raising(ArtefactError("recipe.yaml: no such file")).stderr == "rank 1: recipe.yaml: no such file\n"
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, device: box.__setitem__(0, ArtefactError("gone")))
+    passed_on = World(1, 2, torch.device("cpu")).broadcast(None)
+    assert (run_raising(passed_on).code, run_raising(passed_on).stderr) == (4, "")
 
 
 def everything(console: Console) -> None:

@@ -10,7 +10,7 @@ import pytest
 from inl_cli import training_flow
 from inl_cli.console import Console
 from inl_cli.training_flow import Resumption, run_training
-from inl_core.errors import Interrupted
+from inl_core.errors import ArtefactError, Interrupted, RecipeError
 from inl_core.inference.artefacts import list_checkpoints
 from inl_core.training.interruption import StopSignal
 from inl_core.training.trainer import Trainer
@@ -48,15 +48,37 @@ def test_a_checkpoint_that_goes_between_its_check_and_its_opening_is_passed_over
     assert steps == [1, 2, 3, 4, 4]  # the last row is the evaluation
 
 
-def test_a_signal_before_the_first_step_leaves_a_run_that_can_be_resumed(recipe, tmp_path, monkeypatch):
-    def interrupt(*arguments):
+@pytest.mark.parametrize(("place", "resumption"), [("open_data", None), ("_show", Resumption())])
+def test_a_signal_before_the_first_step_leaves_word_and_a_run_that_can_go_on(
+    recipe, tmp_path, monkeypatch, place, resumption
+):
+    def interrupt(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_flow, "_show", interrupt)
+        patch.setattr(training_flow, place, interrupt)
         with pytest.raises(Interrupted, match="SIGTERM"):
             start(recipe, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "preempted.json").read_text())["step"] == 0
     assert not (tmp_path / "run" / "run.lock").exists()
-    assert start(recipe, tmp_path / "run", resumption=Resumption())["step"] == 4
+    assert start(recipe, tmp_path / "run", resumption=resumption)["step"] == 4
     assert not (tmp_path / "run" / "preempted.json").exists()
+
+
+@pytest.mark.parametrize("resumption", [None, Resumption(must_advance=True)], ids=["train", "resume"])
+def test_a_refused_session_leaves_no_word_of_an_earlier_stop(recipe, make_trainer, tmp_path, resumption):
+    trainer, _ = make_trainer(recipe)
+    trainer.fit()
+    word = trainer.run.path / "preempted.json"
+    word.write_text("{}")
+    with pytest.raises((ArtefactError, RecipeError), match=r"resume|adds none"):
+        start(recipe, trainer.run.path, resumption=resumption)
+    assert not word.exists()
+
+
+def test_a_directory_that_cannot_be_resumed_is_not_said_to_be(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(ArtefactError, match="not empty; start a new run with another --run-dir") as refused:
+        start(recipe, tmp_path / "run")
+    assert "resume" not in str(refused.value)

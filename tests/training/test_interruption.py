@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from inl_core.errors import Interrupted
+from inl_core.training import interruption
 from inl_core.training.interruption import StopSignal
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS = [getattr(signal, name) for name in interruption.SIGNALS if hasattr(signal, name)]
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -37,12 +38,71 @@ def test_a_signal_that_was_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """impatient(end) -> a StopSignal for which even a signal that follows at once is a second one."""
+
+    def make(end=None):
+        stop = StopSignal(end)
+        monkeypatch.setattr(stop, "_same_request", -1.0)
+        return stop
+
+    return make
+
+
+@pytest.fixture
+def restored():
+    """The signals do after the test what they did before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_in_a_process_that_is_not_ours_a_second_signal_is_a_keyboard_interrupt(impatient):
+    def stopped_twice():
+        with impatient() as stop, stop.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_twice()
+
+
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [128 + signal.SIGTERM]), (signal.SIGXCPU, [])])
+def test_the_system_may_repeat_that_the_processor_time_is_up(impatient, restored, number, codes):
+    ended = []
+    with impatient(ended.append) as stop, stop.deferred():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    assert ended == codes
+
+
+def test_a_command_that_was_stopped_keeps_its_exit_code_whatever_comes(restored):
+    ended = []
+    with pytest.raises(Interrupted, match="SIGTERM"), StopSignal(ended.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+    for number in SIGNALS:
+        os.kill(os.getpid(), number)
+    assert not ended
+
+
+def test_a_rank_learns_the_name_of_a_signal_that_another_one_got():
+    ranks = [StopSignal(), StopSignal()]
+    ranks[1].name = "SIGUSR1"
+    given = []
+    ranks[1].share(lambda *numbers: given.append(numbers) or list(numbers))
+    ranks[0].share(lambda *numbers: [a + b for a, b in zip(numbers, given[0], strict=True)])
+    assert [rank.name for rank in ranks] == ["SIGUSR1", "SIGUSR1"]
+
+
 _PROCESS = """
 import os, signal, sys, threading, time
 from inl_core.training import interruption
 from inl_core.training.interruption import StopSignal
 interruption._PATIENCE = 0.1
-with StopSignal() as stop:
+with StopSignal(os._exit) as stop:
+    stop.leave_word = lambda: print("word", flush=True)
     {body}
 """
 _TWICE = "with stop.deferred(): os.kill(os.getpid(), 15); time.sleep(0.7); os.kill(os.getpid(), 10); time.sleep(60)"
@@ -53,10 +113,15 @@ _BUSY = """
 """
 
 
-@pytest.mark.parametrize(("body", "code"), [(_TWICE, 128 + 10), (_BUSY, 75)], ids=["second signal", "busy elsewhere"])
-def test_a_process_that_does_not_leave_is_ended(body, code):
-    done = subprocess.run([sys.executable, "-c", _PROCESS.format(body=body)], timeout=50)
-    assert done.returncode == code
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [(_TWICE, 128 + 10, ""), (_BUSY, 75, "word\n")],
+    ids=["second signal", "busy elsewhere"],
+)
+def test_a_process_that_does_not_leave_is_ended(body, code, said):
+    command = [sys.executable, "-c", _PROCESS.format(body=body)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (code, said)
 
 
 def test_a_worker_without_its_launcher_is_asked_to_leave():

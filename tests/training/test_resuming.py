@@ -42,6 +42,20 @@ def test_a_change_that_no_leave_helps_is_not_offered(trained):
         changed(run.path, "training.seed=1")
 
 
+def test_what_cannot_be_resumed_is_not_sent_to_a_train_that_would_refuse_it(trained, tmp_path):
+    run, recipe = trained
+    with pytest.raises(ArtefactError, match="`inl train RECIPE` starts one"):
+        changed(tmp_path / "nothing")
+    for checkpoint in list_checkpoints(run.checkpoints):
+        (checkpoint / "manifest.json").write_text("{}")
+    with pytest.raises(ArtefactError, match="none of its 2 checkpoints is intact; start a new run with another"):
+        choose_checkpoint(run.path, recipe, (), warn=lambda text: None)
+    shutil.rmtree(run.checkpoints)
+    (run.path / "recipe.yaml").unlink()
+    with pytest.raises(ArtefactError, match=r"not a run .* start a new run with another --run-dir"):
+        changed(run.path)
+
+
 @pytest.mark.parametrize("damage", ["", "name: [", None, "name: x\n", "\0"])
 def test_a_damaged_recipe_is_read_from_the_newest_intact_checkpoint_and_put_back(trained, damage):
     run, recipe = trained
