@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from inl_core.corpus.manifest import Shard, SplitInfo, sha256_of
+from inl_core.corpus.manifest import Shard, SplitInfo, sha256_of, shard_name
 from inl_core.corpus.split import Split, shard_of
 from inl_core.corpus.spool import ChunkInfo, Spool
 from inl_core.files import ASIDE, named_errors, written_aside
@@ -99,9 +99,9 @@ def write_shards(
             "num_bytes": pa.int32(),
         }
     )
-    names = [f"train-{shard:05d}-of-{num_shards:05d}.arrow" for shard in range(num_shards)]
+    names = [shard_name("train", shard, num_shards) for shard in range(num_shards)]
     if is_validation.any():
-        names.append("validation-00000-of-00001.arrow")
+        names.append(shard_name("validation", 0, 1))
     has_prompts = False
     with ExitStack() as unfinished:
         writers = []

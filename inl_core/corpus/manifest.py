@@ -14,7 +14,7 @@ from inl_core.corpus.shard_check import again, check_shards
 from inl_core.corpus.sources import BUILTIN_PYTHON, STDIN, SourceFile, hash_file, resolve_sources
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
-from inl_core.files import read_record
+from inl_core.files import entry_path, read_record
 from inl_core.recipe.data import DataSettings
 
 MANIFEST, TOKENIZER, QUARANTINE, WORK = "manifest.json", "tokenizer.json", "quarantine.jsonl", ".prepare"
@@ -79,7 +79,7 @@ class Manifest(_Frozen):
     vocab_size: Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
     bos_id: TokenId
     eos_id: TokenId
-    document_policy: str
+    document_policy: Literal["bos, tokens, eos; text is never read as special tokens"]
     has_prompts: bool
     splits: dict[str, SplitInfo]
     rows: Count
@@ -162,9 +162,16 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
             raise ArtefactError(f"{directory}: preparation was not finished; run the same prepare-data again")
         raise ArtefactError(f"{directory}: no data set here (no {MANIFEST}); make one with inl prepare-data")
     try:
-        return read_record(path, Manifest, limit=_MANIFEST_LIMIT)
+        manifest = read_record(path, Manifest, limit=_MANIFEST_LIMIT)
     except ArtefactError as error:
         raise ArtefactError(f"{error}; {again(directory)}") from None
+    _check_names(directory, manifest)
+    return manifest
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    """What shard `number` of the `count` of a split is called."""
+    return f"{split}-{number:05d}-of-{count:05d}.arrow"
 
 
 def verify(
@@ -232,6 +239,18 @@ def data_fingerprint(tokenizer_fingerprint: str, shards: list[Shard]) -> str:
     """sha256 over the tokenizer and every shard's content."""
     lines = [tokenizer_fingerprint, *(f"{shard.file} {shard.sha256}" for shard in shards)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check_names(directory: Path, manifest: Manifest) -> None:
+    """ArtefactError when a split names another's shard: the fingerprint tells the shards, but not whose they are."""
+    for split, info in manifest.splits.items():
+        for number, shard in enumerate(info.shards):
+            entry_path(directory, shard.file)
+            if shard.file != (name := shard_name(split, number, len(info.shards))):
+                raise ArtefactError(
+                    f"{directory / MANIFEST}: damaged: splits.{split} names {shard.file!r} where {name} belongs; "
+                    f"{again(directory)}"
+                )
 
 
 def _check_files(directory: Path, manifest: Manifest, *, deep: bool, note: Callable[[str], None]) -> None:

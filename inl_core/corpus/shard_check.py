@@ -51,8 +51,8 @@ def check_shards(
         ArtefactError: one is missing, is no regular file, lies outside the directory, or is not the one that the
             preparation wrote; or its rows are not documents of this vocabulary.
     """
-    about = hashlib.sha256(repr((manifest.vocab_size, manifest.bos_id, manifest.eos_id, manifest.splits)).encode())
-    key = about.hexdigest()
+    about = (manifest.vocab_size, manifest.bos_id, manifest.eos_id, manifest.has_prompts, manifest.splits)
+    key = hashlib.sha256(repr(about).encode()).hexdigest()
     found = _found.setdefault((str(directory), key), {})
     known = {} if anew else _remembered(directory, key) | found
     todo = []
@@ -67,8 +67,8 @@ def check_shards(
     is_news = False
     for path, shard, identity in todo:
         is_settled = time.time_ns() - max(identity[1:3]) > _SETTLED_NS
-        totals = (shard.documents, shard.tokens, shard.bytes)
-        _look(path, _Expected(shard.sha256, totals, manifest.vocab_size, manifest.bos_id, manifest.eos_id))
+        totals, ends = (shard.documents, shard.tokens, shard.bytes), (manifest.bos_id, manifest.eos_id)
+        _look(path, _Expected(shard.sha256, totals, manifest.vocab_size, *ends, manifest.has_prompts))
         if is_settled:
             found[shard.file], is_news = identity, True
     if is_news and (problem := _remember(directory, key, known | found)) and much >= _MUCH:
@@ -111,6 +111,8 @@ class _Expected(NamedTuple):
     vocab_size: int
     bos_id: int
     eos_id: int
+    has_prompts: bool
+    """Whether some document of the data set may have a prompt; where none may, all tokens are trained on."""
 
 
 def _look(path: Path, expected: _Expected) -> None:
@@ -152,6 +154,8 @@ def _problem(path: Path, expected: _Expected) -> str | None:
             return "a document does not begin and end as it must"
         if (prompts < 0).any() or (prompts >= lengths).any() or (sizes < 0).any():
             return "a document's prompt or size is impossible"
+        if prompts.any() and not expected.has_prompts:
+            return "a document has a prompt, the manifest says that none has"
         totals += (batch.num_rows, len(tokens), int(sizes.sum(dtype=np.int64)))
     return None if tuple(totals.tolist()) == expected.totals else "its totals are not the manifest's"
 

@@ -238,6 +238,8 @@ FIRST = "splits.train.shards.0"
         ("settings.sources", 3, "settings.sources"),
         ("fingerprint", "x", "fingerprint"),
         ("format", 2, "format"),
+        ("document_policy", "tokens alone", "document_policy"),
+        ("document_policy", ..., "document_policy"),
     ],
 )
 def test_an_impossible_manifest_is_refused(copy: Path, path: str, value: object, message: str) -> None:
@@ -254,6 +256,32 @@ def rename_shard(directory: Path, name: str) -> None:
     shards = [Shard(**s) for split in manifest["splits"].values() for s in split["shards"]]
     manifest["fingerprint"] = data_fingerprint(manifest["tokenizer_fingerprint"], shards)
     (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_split_that_names_anothers_shards_is_refused(copy: Path) -> None:
+    splits = json.loads((copy / "manifest.json").read_text())["splits"]
+    # In this order the shards, and so the fingerprint, are those of the manifest that was written.
+    edit(copy, "splits", {"validation": splits["train"], "train": splits["validation"]})
+    message = r"manifest\.json: damaged: splits\.validation names 'train-00000-of-00003\.arrow' where validation-"
+    for read in (verify, TokenDataset.open, load_manifest):
+        with pytest.raises(ArtefactError, match=message):
+            read(copy)
+
+
+def test_prompts_that_the_manifest_denies_are_refused(prompt_data: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(prompt_data, tmp_path / "copy"))
+    TokenDataset.open(directory)
+    edit(directory, "has_prompts", False)
+    for read in (verify, TokenDataset.open):  # though the shards were found whole with the right manifest
+        with pytest.raises(ArtefactError, match="a document has a prompt, the manifest says that none has"):
+            read(directory)
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00003.arrow", "train-00000-of-00001.arrow", "validation.arrow"])
+def test_a_shard_of_another_name_is_refused(copy: Path, name: str) -> None:
+    rename_shard(copy, name)
+    with pytest.raises(ArtefactError, match=f"splits.validation names '{name}' where {SHARD} belongs; prepare"):
+        TokenDataset.open(copy, "validation")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "", "a\x00b", "C:\\x"])
