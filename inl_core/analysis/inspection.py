@@ -173,7 +173,7 @@ def inspect_run(path: Path) -> Overview:
             problems.append(str(error))
 
     recipe_path, environment, preempted = path / "recipe.yaml", path / "environment.json", path / "preempted.json"
-    recipe = read(lambda: load_recipe(recipe_path)) if os.path.lexists(recipe_path) else None
+    recipe = read(lambda: load_recipe(recipe_path, allow_pipe=False)) if os.path.lexists(recipe_path) else None
     stop = read(lambda: read_record(preempted, _Preempted)) if os.path.lexists(preempted) else None
     history = _History(path)
     read(history.read)

@@ -145,7 +145,7 @@ def _document_mask(loaded: LoadedModel) -> bool:
     """Whether the model was trained with document masks, and so should be measured with them."""
     path = loaded.path / "recipe.yaml"
     try:
-        return load_recipe(path).data.document_mask if path.is_file() else True
+        return load_recipe(path, allow_pipe=False).data.document_mask if path.is_file() else True
     except RecipeError as error:
         raise ArtefactError(str(error)) from None
 

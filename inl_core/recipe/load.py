@@ -28,11 +28,16 @@ _ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
 _LONGEST_RECIPE = 1 << 20
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override (`["training.steps=100"]`, the values are YAML) and validate; RecipeError lists every problem."""
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pipe: bool = True) -> Recipe:
+    """Read, override (`["training.steps=100"]`, the values are YAML) and validate; RecipeError lists every problem.
+
+    Args:
+        allow_pipe: whether it may be what a shell's `<(...)` writes; the recipe that a run or a checkpoint holds is
+            a file, and a FIFO in its place would be waited for.
+    """
     path = expand_home(path)
     source = str(path)
-    document = parse_yaml(_read_text(path), source)
+    document = parse_yaml(_read_text(path, allow_pipe=allow_pipe), source)
     if document.values is None:
         raise RecipeError(f"{source}: the recipe is empty; it needs at least name and training")
     if not isinstance(document.values, dict):
@@ -73,7 +78,7 @@ def _validated(document: Document, overrides: Sequence[str], source: str) -> Rec
         raise RecipeError("\n".join(lines)) from None
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, *, allow_pipe: bool) -> str:
     source = str(path)
     if path.is_dir():
         names = ", ".join(sorted(item.name for item in path.glob("*.yaml"))) or "no .yaml file"
@@ -81,7 +86,7 @@ def _read_text(path: Path) -> str:
     try:
         if not path.exists():
             raise RecipeError(f"{shortened(source)}: no such file{_nearest_file(path)}")
-        return read_bytes(path, limit=_LONGEST_RECIPE, allow_pipe=True).decode("utf-8-sig")
+        return read_bytes(path, limit=_LONGEST_RECIPE, allow_pipe=allow_pipe).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}: {error.reason})") from None
     except ArtefactError as error:

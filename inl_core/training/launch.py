@@ -109,7 +109,7 @@ def _is_unchanged(recipe: Recipe, run: Path | None) -> bool:
     """Whether the data is described as in the run's own recipe; where it lies does not matter."""
     assert run is not None
     try:
-        own = load_recipe(run / "recipe.yaml").data
+        own = load_recipe(run / "recipe.yaml", allow_pipe=False).data
     except InlError:
         return True  # damaged: the checkpoint's recipe is gone on with
     return own.model_copy(update={"directory": recipe.data.directory}) == recipe.data

@@ -3,6 +3,7 @@
 Nothing is written here, so a resume that is refused leaves the run as it was.
 """
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def changed_recipe(
         ArtefactError: the directory is no run.
     """
     path = _recipe_file(run, warn)
-    old, new = load_recipe(path), load_recipe(path, overrides)
+    old, new = (load_recipe(path, given, allow_pipe=False) for given in ((), overrides))
     changes = recipe_differences(old, new)
     for change in changes:
         show(change)
@@ -73,15 +74,19 @@ def choose_checkpoint(
 def _recipe_file(run: Path, warn: Say) -> Path:
     """recipe.yaml of the run, or of its newest intact checkpoint where that is damaged."""
     path = run / "recipe.yaml"
+    if os.path.lexists(path) and not path.is_file():
+        raise ArtefactError(
+            f"{path}: not a regular file; put the recipe back, or remove what is there, and a checkpoint's copy is used"
+        )
     try:
         if not path.is_file():
             advice = START_ANEW if is_taken(run) else "`inl train RECIPE` starts one"
             raise ArtefactError(f"{run}: not a run (it has no recipe.yaml); {advice}")
-        load_recipe(path)
+        load_recipe(path, allow_pipe=False)
     except InlError as error:
         try:
             copy = newest_valid(run / "checkpoints", lambda text: None) / "recipe.yaml"
-            load_recipe(copy)
+            load_recipe(copy, allow_pipe=False)
         except InlError:
             raise error from None
         reason = str(error).splitlines()[0] if path.is_file() else f"{path}: missing"
@@ -104,7 +109,7 @@ def _check_none_was_saved(run: Path, recipe: Recipe) -> None:
 def _check_recipe(run: Path, checkpoint: Path, recipe: Recipe, allowed: Collection[str], warn: Say) -> None:
     """ArtefactError when the checkpoint was trained with another recipe: another run's, say."""
     try:
-        trained = load_recipe(checkpoint / "recipe.yaml")
+        trained = load_recipe(checkpoint / "recipe.yaml", allow_pipe=False)
     except InlError as error:
         warn(f"{str(error).splitlines()[0]}; so it is not known whether {checkpoint} belongs to this run")
         return

@@ -157,7 +157,7 @@ def is_taken(path: Path) -> bool:
 
 def _is_recipe(path: Path) -> bool:
     try:
-        load_recipe(path)
+        load_recipe(path, allow_pipe=False)
     except InlError:
         return False
     return True

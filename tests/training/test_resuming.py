@@ -1,12 +1,15 @@
 """What a resume starts from, and that one which is refused writes nothing."""
 
+import os
 import shutil
 
 import pytest
 
+from inl_core import files
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.artefacts import list_checkpoints
 from inl_core.recipe.load import dump_recipe
+from inl_core.training.launch import _is_unchanged
 from inl_core.training.resuming import changed_recipe, choose_checkpoint
 
 
@@ -21,6 +24,38 @@ def trained(make_recipe, make_trainer):
 
 def changed(run, *overrides, allowed=(), warn=pytest.fail):
     return changed_recipe(run, overrides, allowed, show=lambda change: None, warn=warn)
+
+
+def put_directory(path):
+    path.mkdir()
+
+
+def put_broken_link(path):
+    path.symlink_to("nothing")
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, put_directory, put_broken_link])
+def test_a_recipe_that_is_no_file_is_refused_at_once(trained, put):
+    run, _ = trained
+    path = run.path / "recipe.yaml"
+    path.unlink()
+    put(path)
+    with pytest.raises(ArtefactError, match=r"recipe.yaml: not a regular file; put the recipe back"):
+        changed(run.path)
+
+
+def test_a_fifo_in_the_place_of_a_recipe_is_not_waited_for(trained, monkeypatch):
+    run, recipe = trained
+    monkeypatch.setattr(files, "_read_pipe", lambda *args: pytest.fail("a pipe was read"))
+    for path in (run.path / "recipe.yaml", list_checkpoints(run.checkpoints)[-1] / "recipe.yaml"):
+        path.unlink()
+        os.mkfifo(path)
+    said = []
+    assert choose_checkpoint(run.path, recipe, (), warn=said.append)
+    assert "recipe.yaml" in said[-1]
+    assert _is_unchanged(recipe, run.path)
+    run.create()
+    assert (run.path / "recipe.yaml").read_text() == dump_recipe(recipe)
 
 
 def test_a_resume_starts_at_the_newest_checkpoint_and_must_add_steps(trained):
