@@ -1,4 +1,4 @@
-"""The learning rate and the drawn iterations as functions of the step; nothing here has state."""
+"""The learning rate, the drawn iterations and what is due, as functions of the step; nothing here has state."""
 
 import hashlib
 import math
@@ -26,6 +26,11 @@ def learning_rate_factor(settings: ScheduleSettings, step: int, num_steps: int) 
     if left >= decay:
         return 1.0
     return settings.final_ratio + (1 - settings.final_ratio) * max(0, left) / decay
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done `every` so many steps is due after `step` of them; never where `every` is 0."""
+    return every > 0 and step % every == 0
 
 
 def drawn_iterations(configured: Sequence[int], fewest: int, seed: int, step: int) -> tuple[int, ...]:

@@ -16,8 +16,6 @@ import time
 from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from inl_core.recipe import Recipe
 from inl_core.training.checkpoint import TrainState, load_checkpoint, restore_rng
 from inl_core.training.cycles import Regime, regime
 from inl_core.training.distributed import World, prepare_blocks
-from inl_core.training.dynamics import headline, last_residuals, record_layers, write_record
+from inl_core.training.dynamics import last_residuals
 from inl_core.training.gradients import Gradients
 from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import Interval, MetricsWriter, read_metrics
@@ -41,8 +39,9 @@ from inl_core.training.prefetch import Prefetcher
 from inl_core.training.retention import remove_leftovers
 from inl_core.training.run import PREEMPTED, RunFiles, write_preempted
 from inl_core.training.saving import Saver
-from inl_core.training.schedules import learning_rate_factor
+from inl_core.training.schedules import is_due, learning_rate_factor
 from inl_core.training.step import MicroBatch, micro_batches
+from inl_core.training.step_rows import StepRows
 from inl_core.training.validation import Validation
 
 
@@ -82,6 +81,7 @@ class Trainer:
         self._since_log = Interval()
         self.state = TrainState(data_fingerprint=train.fingerprint, world_size=world.size)
         self.metrics = MetricsWriter(run.path, recipe, self._warn) if world.is_main else None
+        self.rows = self._step_rows(self.metrics) if self.metrics is not None else None
         self.validation = Validation(
             validation,
             run.tokenizer,
@@ -128,11 +128,11 @@ class Trainer:
             while self.state.step < total:
                 stopping = self._train_step(stop)
                 done = self.state.step == total
-                if done or stopping or _due(self.state.step, self.settings.checkpoint.every):
+                if done or stopping or is_due(self.state.step, self.settings.checkpoint.every):
                     saved = self._is_saved = self.saver.save(self.state)
                     if stopping and not done:
                         raise self._interrupted(stop)
-                if not done and _due(self.state.step, self.settings.evaluation.every):
+                if not done and is_due(self.state.step, self.settings.evaluation.every):
                     self._evaluate(self.settings.evaluation.tokens, stop)
                     self.saver.save_best(self.state)
             evaluation = self._evaluate(self.settings.evaluation.final_tokens, stop)
@@ -168,7 +168,7 @@ class Trainer:
         start, step = time.perf_counter(), self.state.step
         now = self._enter(step)
         batch, parts = self.batches.get(step)
-        if step and _due(step, self.settings.evaluation.every):
+        if step and is_due(step, self.settings.evaluation.every):
             self._reallocate(parts)
         # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
         count, num_bytes, stopping = self.world.sum_numbers(*self._count(batch), float(stop.requested))
@@ -191,7 +191,19 @@ class Trainer:
         self.state.tokens += int(count)
         self.state.seconds += seconds
         if self._logs_after(self.state.step):
-            self._log(terms, now, rate, norm, count, num_bytes, parts[0])
+            speed = self._since_log.restart()
+            if self.rows is not None:
+                self.rows.write(
+                    self.state,
+                    terms,
+                    now,
+                    parts[0],
+                    rate=rate,
+                    norm=norm,
+                    count=count,
+                    num_bytes=num_bytes,
+                    speed=speed,
+                )
         return stopping > 0
 
     def _gradient(
@@ -223,12 +235,12 @@ class Trainer:
         return now
 
     def _logs_after(self, step: int) -> bool:
-        return step in (1, self.settings.num_steps) or _due(step, self.settings.logging.every)
+        return step in (1, self.settings.num_steps) or is_due(step, self.settings.logging.every)
 
     def _writes_after(self, step: int) -> bool:
         """Whether anything is written when `step` steps are done."""
-        checkpoints = _due(step, self.settings.checkpoint.every)
-        return self._logs_after(step) or checkpoints or _due(step, self.settings.evaluation.every)
+        checkpoints = is_due(step, self.settings.checkpoint.every)
+        return self._logs_after(step) or checkpoints or is_due(step, self.settings.evaluation.every)
 
     @property
     def _may_defer(self) -> bool:
@@ -292,64 +304,20 @@ class Trainer:
 
     # What is written --------------------------------------------------------------------------------------------
 
-    def _log(
-        self,
-        terms: dict[str, Tensor],
-        now: Regime,
-        rate: float,
-        norm: Tensor | None,
-        count: float,
-        num_bytes: float,
-        part: MicroBatch,
-    ) -> None:
-        """Write one row of metrics and, when due, a record of the dynamics; a step that learned nothing has no loss."""
-        speed = self._since_log.restart()
-        if not self.world.is_main:
-            return
-        every = self.settings.logging.dynamics_every
-        gains: dict[str, float] = {}
-        if self.model.config.integrator and every and (self.state.step == 1 or _due(self.state.step, every)):
-            gains = self._record_dynamics(part)
-        task = terms["task"].item() if terms else math.nan
-        row: dict[str, Any] = {"step": self.state.step, "tokens": self.state.tokens, "loss": task}
-        row |= {f"loss_{name}": terms[name].item() for name in ("mean", "speed", "energy", "balance") if name in terms}
-        row |= {
-            "bits_per_byte": _bits_per_byte(task - terms["special"].item(), count, num_bytes) if terms else None,
-            "learning_rate": rate,
-            "gradient_norm": math.nan if norm is None else norm.item(),
-            "tokens_per_second": speed,
-            "memory_bytes": memory_in_use(self.world.device),
-            "epoch": self.state.samples / self.loader.num_windows,
-        }
-        if self.model.config.integrator:
-            drawn = self.gradients.drawn_iterations(self.state.step - 1)
-            row |= {"phase": now.phase, "lambda_mean": now.lambda_mean, "A": self.model.excitation_amplitude.item()}
-            row |= {"iterations": self.model.config.mean_iterations if drawn is None else fmean(drawn), **gains}
-        if self.model.budget is not None:
-            row["budget"] = self.model.budget.shares().tolist()
-        if "loads" in terms:
-            row["expert_load"] = (terms["loads"] / terms["loads"].sum(-1, keepdim=True)).tolist()
-        assert self.metrics is not None
-        self.observer.on_metrics(self.metrics.write(row))
-
-    def _record_dynamics(self, part: MicroBatch) -> dict[str, float]:
-        """Write this step's record of the dynamics; its headline comes back."""
-        rows_used = slice(0, max(1, 1024 // part.tokens.shape[1]))
-        extra = {
-            name: None if (tensor := getattr(part, name)) is None else tensor[rows_used]
-            for name in ("positions", "document_ids")
-        }
-        with self.autocast:
-            rows = record_layers(self.model, part.tokens[rows_used], **extra)
-        try:
-            write_record(self.run.path, self.state.step, rows)
-        except OSError as error:
-            self._warn(f"dynamics of step {self.state.step} not written: {error.strerror or error}")
-        return headline(rows)
+    def _step_rows(self, metrics: MetricsWriter) -> StepRows:
+        return StepRows(
+            self.model,
+            self.settings,
+            self.gradients,
+            metrics,
+            self.observer,
+            autocast=self.autocast,
+            num_windows=self.loader.num_windows,
+        )
 
     def _missed_evaluation(self) -> bool:
         step, every = self.state.step, self.settings.evaluation.every
-        if step == self.settings.num_steps or not _due(step, every):
+        if step == self.settings.num_steps or not is_due(step, every):
             return False
         rows = read_metrics(self.run.path) if self.world.is_main else []
         return self.world.broadcast(not any(row["step"] == step and "validation_loss" in row for row in rows))
@@ -413,27 +381,9 @@ class Trainer:
         self.observer.on_message(text, warning=True)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _bits_per_byte(nats: float, count: float, num_bytes: float) -> float | None:
-    """Of `count` tokens of so many nats; None where there are no bytes, or nobody can tell how many (they are NaN)."""
-    return nats * count / math.log(2) / num_bytes if num_bytes > 0 else None
-
-
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
     """Whether forward passes run under bfloat16 autocast."""
     wanted = recipe.training.precision
     if wanted == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return wanted == "bf16"
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Peak bytes so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
