@@ -153,6 +153,9 @@ def _problem(path: Path, expected: _Expected) -> str | None:
             return f"token id {int(tokens.max()):,}, the vocabulary has {expected.vocab_size:,}"
         if (tokens[offsets[:-1]] != expected.bos_id).any() or (tokens[offsets[1:] - 1] != expected.eos_id).any():
             return "a document does not begin and end as it must"
+        ends = {expected.bos_id, expected.eos_id}
+        if sum(np.count_nonzero(tokens == id) for id in ends) != 2 * batch.num_rows:
+            return "a document has the token for an end of documents inside it"
         if (prompts < 0).any() or (prompts >= lengths).any() or (sizes < 0).any():
             return "a document's prompt or size is impossible"
         if prompts.any() and not expected.has_prompts:

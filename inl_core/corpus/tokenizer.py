@@ -1,7 +1,8 @@
 """Byte-level BPE: train, load, encode and decode without loss, and stream text out token by token.
 
 - Text is never turned into special tokens: a document that spells `<|bos|>` gets ordinary tokens, so that it cannot
-  forge a document boundary.
+  forge a document boundary (special_text.py for tokenizers whose vocabulary would).
+- The same text always gets the same tokens: a tokenizer's dropout of merges is switched off.
 - No normaliser, no prefix space: decode(encode(text)) == text for every str that UTF-8 can hold.
 - A tokenizer.json made elsewhere is accepted too. Many of those do not keep every byte of a text (`keeps_every_byte`):
   nobody can say how many of its bytes one of their tokens stands for.
@@ -11,6 +12,7 @@ import codecs
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from inl_core.corpus.special_text import BYTE_TOKEN, SpecialText
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import read_text, written_aside
 
@@ -65,6 +68,8 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, origin: str = "tokenizer") -> None:
         backend.no_truncation()
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None  # pyright: ignore - of BPE models
         _check_ids(backend, origin)
         bos = _first_known(backend, BOS_NAMES, f"{origin}: no beginning-of-text token; add one of")
         eos = _first_known(backend, EOS_NAMES, f"{origin}: no end-of-text token; add one of")
@@ -80,6 +85,7 @@ class Tokenizer:
         self._content: dict[str, Any] = json.loads(backend.to_str())
         canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+        self._special_text = SpecialText(backend, self._content["model"], self._never_from_text(), self.unknown_id)
         self._byte_level = '"type": "ByteLevel"' in json.dumps(self._content.get("decoder"))
 
     @classmethod
@@ -118,12 +124,17 @@ class Tokenizer:
             aside.write_text(self.to_json(), encoding="utf-8", newline="\n")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; no special token is added, and none is recognised in it."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Ids of the text; no special token is added, and none is recognised in it.
+
+        Raises:
+            ArtefactError: a tokenizer made elsewhere has nothing but a special token for some of the text.
+        """
+        return self._special_text.replace(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores; releases the GIL meanwhile."""
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._special_text.replace(e.ids) for e in encoded]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
@@ -174,11 +185,15 @@ class Tokenizer:
     def keeps_every_byte(self) -> bool:
         """Whether the bytes of an encoded text's tokens are the text's: nothing is added, dropped or rewritten.
 
-        Found by encoding a text that has every byte, spaces of every kind, and each added token between spaces; what no
-        single text can try (rules for some text only) is looked for in the tokenizer's own description.
+        Found by encoding a text that has every byte, spaces of every kind, and between spaces each token that may be
+        found in a text whole: added ones, special ones that get other tokens, the unknown one. What no single text can
+        try (rules for some text only) is looked for in the tokenizer's own description.
         """
-        added = [token["content"] for token in self._content["added_tokens"] if not token["special"]]
-        probes = ["a", f"  A  b\t\r\n\n {_EVERY_BYTE}  ", " ".join(f" {content}  a" for content in added)]
+        tried = [token["content"] for token in self._content["added_tokens"] if not token["special"]]
+        tried += [name for name, _ in self._special_text.instead.values()]
+        if self._byte_level and self._content["model"].get("unk_token"):
+            tried.append(self._content["model"]["unk_token"])
+        probes = ["a", f"  A  b\t\r\n\n {_EVERY_BYTE}  ", " ".join(f" {content}  a" for content in tried)]
         if _rewrites_some_text(self._content):
             return False
         return all(b"".join(self.token_bytes[id] for id in self.encode(text)) == text.encode() for text in probes)
@@ -198,6 +213,12 @@ class Tokenizer:
         if model.get("unk_id") is not None:
             return int(model["unk_id"])
         return self._vocab.get(model.get("unk_token"))
+
+    def _never_from_text(self) -> dict[str, int]:
+        """Special and chat tokens: all but an unknown token that is not also the end of a document."""
+        chat = {name: self._vocab[name] for role in (*ROLES, "end") if (name := f"<|{role}|>") in self._vocab}
+        ends = (self.bos_id, self.eos_id)
+        return {name: id for name, id in (self.special_ids | chat).items() if id != self.unknown_id or id in ends}
 
     @property
     def is_byte_level(self) -> bool:
@@ -321,11 +342,16 @@ class StreamDecoder:
 
 
 def _check_ids(backend: tokenizers.Tokenizer, origin: str) -> None:
-    """ArtefactError when there is no token, or an id beyond every real vocabulary's."""
-    largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    """ArtefactError when there is no token, an id beyond every real vocabulary's, or one id for two tokens."""
+    vocab = backend.get_vocab(with_added_tokens=True)
+    largest = max(vocab.values(), default=-1)
     if not 0 <= largest < _MOST_IDS:
         found = f"a token with id {largest:,}; ids must be below {_MOST_IDS:,}" if largest >= 0 else "no token"
         raise ArtefactError(f"{origin}: has {found}; name another tokenizer.json")
+    if len(set(vocab.values())) < len(vocab):
+        (id, _), *_ = Counter(vocab.values()).most_common(1)
+        names = " and ".join(repr(name) for name in sorted(vocab) if vocab[name] == id)
+        raise ArtefactError(f"{origin}: {names} have the same id {id}; give each token an id of its own")
 
 
 def _rewrites_some_text(content: dict[str, Any]) -> bool:
@@ -378,6 +404,6 @@ def _byte_level_bytes(token: str) -> bytes:
 
 def _piece_bytes(token: str) -> bytes:
     """SentencePiece and WordPiece spellings: `<0x0A>` is one byte, U+2581 a space, `##` a continuation."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if BYTE_TOKEN.fullmatch(token):
         return bytes([int(token[3:5], 16)])
     return token.removeprefix("##").replace("\u2581", " ").encode("utf-8", "replace")
