@@ -1,5 +1,7 @@
 """The directory of a data set while it is being prepared: the lock, the plan, stdin's copy, and cleaning up."""
 
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -10,23 +12,44 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from inl_core.corpus.manifest import MANIFEST, QUARANTINE, TOKENIZER, WORK
+from inl_core.corpus.manifest import MANIFEST, QUARANTINE, SPLITS, TOKENIZER, WORK
 from inl_core.corpus.shard_check import VERIFIED
 from inl_core.corpus.sources import SourceFile, copy_stdin
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.files import written_aside
+from inl_core.files import ASIDE, open_regular, written_aside
 from inl_core.locking import lock
 
 PLAN, _STDIN, _LOCK = "plan.json", "stdin", "lock"
+
+_SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}-of-\d{{5,}}\.arrow({re.escape(ASIDE)})?")
+"""What shards are called; with the other ending, what a killed run leaves of one."""
+_MODEL_FILES = ("model.safetensors", "config.json", "training_state")
+_MANIFEST_HEAD = 1 << 20
 
 
 def check_directory(directory: Path) -> None:
     """RecipeError when the output is a file, or a directory with something else in it."""
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"{directory}: a file; the output is a directory")
-    ours = any((directory / name).exists() for name in (MANIFEST, WORK))
-    if directory.is_dir() and not ours and any(directory.iterdir()):
+    if directory.is_dir() and any(directory.iterdir()) and not _is_data_set(directory):
         raise RecipeError(f"{directory}: not empty and not a data set; name another --output")
+
+
+def _is_data_set(directory: Path) -> bool:
+    """Whether a directory holds a data set, damaged or unfinished perhaps; other things have a manifest.json too."""
+
+    def has(*names: str) -> list[bool]:
+        return [os.path.lexists(directory / name) for name in names]
+
+    if any(has(*_MODEL_FILES)):
+        return False
+    if any(has(WORK)) or all(has(MANIFEST, TOKENIZER, QUARANTINE)):
+        return True
+    try:
+        with open_regular(directory / MANIFEST) as file:
+            return b'"tokenizer_fingerprint"' in file.read(_MANIFEST_HEAD)
+    except (ArtefactError, OSError):
+        return False
 
 
 @contextmanager
@@ -104,6 +127,6 @@ def remove_data_set(directory: Path) -> None:
     """The manifest first: from then on there is no data set, whatever else is left."""
     for path in [directory / name for name in (MANIFEST, TOKENIZER, QUARANTINE, VERIFIED)]:
         path.unlink(missing_ok=True)
-    for pattern in ("train-*.arrow*", "validation-*.arrow*"):  # .tmp too, from a killed run
-        for path in directory.glob(pattern):
+    for path in list(directory.iterdir()):
+        if _SHARD.fullmatch(path.name):
             path.unlink()
