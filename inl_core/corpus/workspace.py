@@ -1,5 +1,6 @@
 """The directory of a data set while it is being prepared: the lock, the plan, stdin's copy, and cleaning up."""
 
+import errno
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, SPLITS, TOKENIZER, WORK
 from inl_core.corpus.shard_check import VERIFIED
 from inl_core.corpus.sources import SourceFile, copy_stdin
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError, InlError, RecipeError
 from inl_core.files import ASIDE, open_regular, written_aside
 from inl_core.locking import lock
 
@@ -25,6 +26,7 @@ _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}-of-\d{{5,}}\.arrow({re.esca
 """What shards are called; with the other ending, what a killed run leaves of one."""
 _MODEL_FILES = ("model.safetensors", "config.json", "training_state")
 _MANIFEST_HEAD = 1 << 20
+_FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there") | {errno.EFBIG: "raise `ulimit -f`"}
 
 
 def check_directory(directory: Path) -> None:
@@ -58,11 +60,19 @@ def locked(directory: Path, waiting: Callable[[], None] | None = None) -> Iterat
 
     Args:
         waiting: called once when another preparation has to be waited for; without it that is an ArtefactError.
+
+    Raises:
+        InlError: a file found no room.
     """
     with _lock(directory, waiting):
         work = directory / WORK
         try:
             yield work
+        except OSError as error:
+            if error.errno not in _FIXES:
+                raise
+            fix = f"{_FIXES[error.errno]} and run the same again, which goes on from here"
+            raise InlError(f"{error.filename or directory}: {error.strerror}; {fix}") from error
         finally:
             if not (work / PLAN).exists():  # nothing to go on from
                 clear(work)

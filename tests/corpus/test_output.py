@@ -1,5 +1,6 @@
 """A preparation writes over data sets alone, damaged ones too, and of those over its own files alone."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from inl_core.corpus import spool
 from inl_core.corpus.shards import prepare, verify
-from inl_core.errors import RecipeError
+from inl_core.errors import InlError, RecipeError
 from tests.corpus.texts import settings
 
 RECORD = json.dumps({"format": 1, "step": 30, "files": {"config.json": {"bytes": 2, "sha256": "0" * 64}}})
@@ -71,3 +73,19 @@ def test_a_damaged_data_set_is_replaced_and_what_else_lies_there_stays(source: P
         ours = {path.name for path in directory.iterdir()} - {*mine, ".verified.json"}
         assert ours == {path.name for path in intact.iterdir()} - {".verified.json"}
         assert [(directory / file).read_text() for file in mine] == ["mine"] * 3
+
+
+@pytest.mark.parametrize(("number", "fix"), [(errno.ENOSPC, "make room there"), (errno.EFBIG, "raise `ulimit -f`")])
+def test_a_disk_without_room_is_one_line_with_the_file_and_the_fix(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as full:
+        full.setattr(spool.pa.ipc, "new_file", refuse)
+        with pytest.raises(InlError) as told:
+            prepare(settings(source), tmp_path / "out")
+    file = tmp_path / "out" / ".prepare" / "text-00000.arrow"
+    assert str(told.value) == f"{file}: {os.strerror(number)}; {fix} and run the same again, which goes on from here"
+    assert prepare(settings(source), tmp_path / "out").splits["train"].documents
