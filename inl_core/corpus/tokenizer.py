@@ -107,7 +107,8 @@ class Tokenizer:
     def padded(self, vocab_size: int) -> "Tokenizer":
         """The same tokenizer with unused special tokens up to `vocab_size` ids, for an embedding with more rows.
 
-        Special tokens are never encoded from text and never generated, so no text gets other ids.
+        Special tokens are never encoded from text and never generated, so no text gets other ids. The ids must have no
+        gaps (`has_gaps`): the library would put the new tokens into them.
         """
         backend = tokenizers.Tokenizer.from_str(self.to_json())
         names = [f"<|unused_{id}|>" for id in range(self.vocab_size, vocab_size)]
@@ -219,6 +220,11 @@ class Tokenizer:
         chat = {name: self._vocab[name] for role in (*ROLES, "end") if (name := f"<|{role}|>") in self._vocab}
         ends = (self.bos_id, self.eos_id)
         return {name: id for name, id in (self.special_ids | chat).items() if id != self.unknown_id or id in ends}
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some ids below `vocab_size` stand for no token."""
+        return len(self._vocab) < self.vocab_size
 
     @property
     def is_byte_level(self) -> bool:

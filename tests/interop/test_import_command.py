@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
 from inl_core.errors import ArtefactError
+from inl_core.interop.reference.importing import load_tokenizer
 from inl_core.interop.reference.layout import read_layout
 from tests.damage import WHOLE_FILE, write_header
 from tests.inference.test_commands import assert_refused
@@ -206,6 +207,16 @@ def test_a_tokenizer_that_does_not_fit_exits_with_4(tmp_path: Path, file: Path, 
     )
     assert_refused(inl("import-reference", file, *arguments, tmp_path / "none.json"), 4, "none.json: missing")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rows", [1003, 3000])
+def test_a_tokenizer_whose_ids_have_gaps_is_not_extended(tmp_path: Path, tokenizer_file: Path, rows: int) -> None:
+    content = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["far"] = 1000
+    path = tmp_path / "gaps.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ArtefactError, match=r"gaps\.json: its ids have gaps"):
+        load_tokenizer(path, rows)
 
 
 def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,8 +171,8 @@ def load_tokenizer(path: Path | None, vocab_size: int) -> tuple[Tokenizer | None
             f"{path}: has {tokenizer.vocab_size:,} tokens where the model's embedding has {vocab_size:,} rows; "
             "name the tokenizer the model was trained with"
         )
-    padded = tokenizer.padded(vocab_size)
-    if padded.vocab_size != vocab_size:
+    padded = None if tokenizer.has_gaps else tokenizer.padded(vocab_size)
+    if padded is None or padded.vocab_size != vocab_size:
         raise ArtefactError(
             f"{path}: its ids have gaps, so it cannot be extended to the embedding's {vocab_size:,} rows; "
             "name a tokenizer without gaps"
