@@ -62,8 +62,8 @@ class SpecialText:
         if not others:
             what = "text that it cannot spell" if id == self._unknown_id else f'the text "{name}"'
             raise ArtefactError(
-                f"the tokenizer has only its special token {name} for {what}, which would then look like the end of a "
-                "document; name a tokenizer with an unknown token of its own, or take that text out"
+                f"the tokenizer has only its special token {name} for {what}, and text must not become a "
+                "special token; name a tokenizer that has an unknown token besides, or take that text out"
             )
         return others
 
