@@ -23,8 +23,9 @@ from inl_cli.commands import (
     recipe,
     train,
 )
-from inl_cli.console import EXIT_FAILURE, describe_os_error, show_error
+from inl_cli.console import EXIT_FAILURE, show_error
 from inl_cli.streams import prepare_streams
+from inl_core.files import describe_os_error
 from inl_core.launcher import place_or_alone
 
 app = typer.Typer(

@@ -23,7 +23,7 @@ import typer
 from inl_cli.memory import describe_out_of_memory, is_out_of_memory
 from inl_cli.progress import LineProgress, Progress, SilentProgress, open_bar
 from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
-from inl_core.files import expand_home, shortened
+from inl_core.files import describe_os_error, expand_home, shortened
 from inl_core.launcher import place_or_alone
 
 if TYPE_CHECKING:
@@ -222,12 +222,6 @@ def show_error(text: str) -> None:
         lines[_MOST_ERROR_LINES - 1 :] = [f"... and {len(lines) - _MOST_ERROR_LINES + 1:,} more lines"]
     shown = (shortened(line, _LONGEST_ERROR_LINE).translate(_CONTROL_CHARACTERS) for line in lines)
     _write_line(sys.stderr, "\n".join(shown), style="red")
-
-
-def describe_os_error(error: OSError) -> str:
-    """`file: what the system says`."""
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}"
 
 
 def _write_line(stream: TextIO, text: str, *, style: str = "") -> None:

@@ -206,6 +206,12 @@ def named_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def describe_os_error(error: OSError) -> str:
+    """`file: what the system says`."""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}"
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line of UTF-8 text whole or not at all; a last line that was cut short before is ended first.
 

@@ -8,8 +8,10 @@
 - Weights alone are all that evaluation, generation and inspection read (inference/loading.py).
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,12 +22,13 @@ from typing import Annotated, Any
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from inl_core.errors import ArtefactError
-from inl_core.files import read_record
+from inl_core.files import named_errors, read_record
 from inl_core.inference.checkpoint_files import (
     MANIFEST,
     OPTIMIZER,
@@ -122,7 +125,7 @@ def save_checkpoint(
         (aside / "training_state").mkdir()
         _write_weights(aside, model, documents)
         _write_tensors(aside / "training_state", _on_cpu(_tensors(_optimizer_state(model, optimizers))))
-        (aside / "training_state" / "progress.json").write_text(state.model_dump_json(), encoding="utf-8")
+        _write_text(aside / PROGRESS, state.model_dump_json())
     return final
 
 
@@ -192,14 +195,13 @@ def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
     """A new directory `aside` to fill, which is then sealed and renamed to `final`, or removed if anything fails."""
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        with _disk_errors():
-            aside.mkdir(parents=True)
-            yield aside
-            _seal(aside, step)
-            if final.exists():  # the same step saved again, say by a resumed run
-                remove_checkpoint(final)
-            aside.replace(final)
-            _sync(final.parent)
+        aside.mkdir(parents=True)
+        yield aside
+        _seal(aside, step)
+        if final.exists():  # the same step saved again, say by a resumed run
+            remove_checkpoint(final)
+        aside.replace(final)
+        _sync(final.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -208,7 +210,7 @@ def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
 def _write_weights(directory: Path, model: IntegratorLanguageModel, documents: dict[str, str]) -> None:
     _write_tensors(directory, _on_cpu(model.state_dict()), name="model.safetensors")
     for name, text in documents.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        _write_text(directory / name, text)
 
 
 def _optimizer_state(model: IntegratorLanguageModel, optimizers: Optimizers) -> dict[str, Any]:
@@ -226,11 +228,12 @@ def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_tensors(directory: Path, tensors: dict[str, Tensor], name: str = "optimizer.safetensors") -> None:
     writer = dcp.HuggingFaceStorageWriter(str(directory))
-    with _alone():
+    with _alone(), _disk_errors(directory / name):
         dcp.save(tensors, storage_writer=writer, no_dist=True)
     (directory / "model-00001-of-00001.safetensors").replace(directory / name)
     (directory / "model.safetensors.index.json").unlink()  # one file needs no index
-    _sort_header(directory / name)
+    with named_errors(directory / name):
+        _sort_header(directory / name)
 
 
 def _sort_header(path: Path) -> None:
@@ -249,7 +252,7 @@ def _read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
         with _alone():
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
     except (CheckpointException, RuntimeError, ValueError) as error:
-        raise ArtefactError(f"{directory}: does not fit this model or optimizer: {_root_cause(error)}") from error
+        raise ArtefactError(f"{directory}: does not fit this model or optimizer: {_reason(error)}") from error
 
 
 @contextmanager
@@ -261,26 +264,32 @@ def _alone() -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Turn what the checkpoint library raises when it cannot write into the OSError underneath."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise OSError(_root_cause(error)) from error
-    except OSError:
-        raise
-    except Exception as error:  # safetensors' own error type for I/O
-        if "No space left" in str(error) or "I/O error" in str(error) or "os error" in str(error):
-            raise OSError(str(error)) from error
-        raise
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise when they cannot write into the OSError underneath, which then names `path`."""
+    with named_errors(path):
+        try:
+            yield
+        except CheckpointException as error:
+            raise _os_error(_root_cause(error)) from error
+        except SafetensorError as error:
+            raise _os_error(error) from error
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
     failures = getattr(error, "failures", None)
-    if failures:
-        inner = next(iter(failures.values()))[0]
-        return f"{type(inner).__name__}: {inner}"
-    return str(error)
+    return next(iter(failures.values()))[0] if failures else error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(_root_cause(error)).split())
+
+
+def _os_error(error: BaseException) -> OSError:
+    """An error of the disk as the system numbers it; safetensors writes the number into its message."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(errno.EIO, str(error))
 
 
 def _seal(directory: Path, step: int) -> None:
@@ -295,16 +304,20 @@ def _seal(directory: Path, step: int) -> None:
             _sync(path)
     for path in filter(Path.is_dir, directory.iterdir()):
         _sync(path)
-    (directory / MANIFEST).write_text(
-        json.dumps({"format": 1, "step": step, "files": entries}, indent=1), encoding="utf-8"
-    )
+    _write_text(directory / MANIFEST, json.dumps({"format": 1, "step": step, "files": entries}, indent=1))
     _sync(directory / MANIFEST)
     _sync(directory)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with named_errors(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named_errors(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -20,7 +20,7 @@ import torch
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
-from inl_core.files import read_json, write_whole
+from inl_core.files import describe_os_error, read_json, write_whole
 from inl_core.inference.artefacts import verify_checkpoint
 from inl_core.inference.data_location import record_location
 from inl_core.model import IntegratorLanguageModel
@@ -108,12 +108,14 @@ class RunFiles:
         """Save, read back, compare and time a real checkpoint, then remove it; better now than after a night.
 
         Raises:
-            ArtefactError: the disk has no room, or what is read back is not what was written.
+            InlError: the disk has no room.
+            ArtefactError: what is read back is not what was written.
         """
         needed, free = training_bytes(model), shutil.disk_usage(self.path).free
         if free < needed:
-            raise ArtefactError(
-                f"{self.path}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free"
+            raise InlError(
+                f"{self.path}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
+                "make room or choose another --run-dir"
             )
         trial = self.path / TRIAL
         start = time.perf_counter()
@@ -130,8 +132,9 @@ class RunFiles:
         except InlError:
             raise
         except OSError as error:
-            raise ArtefactError(
-                f"{self.path}: a checkpoint cannot be saved here: {error}; free space or choose --run-dir"
+            error.filename = error.filename or str(self.path)
+            raise InlError(
+                f"{describe_os_error(error)}: a checkpoint cannot be saved here; make room or choose another --run-dir"
             ) from error
         finally:
             # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.

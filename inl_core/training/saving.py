@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from inl_core.errors import ArtefactError, NonFiniteError
+from inl_core.files import describe_os_error
 from inl_core.inference.finite import first_nonfinite
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.checkpoint import TrainState, capture_rng, save_checkpoint
@@ -89,8 +90,8 @@ class Saver:
             path = save_checkpoint(self.run.checkpoints, state, self.model, self.optimizers, documents)
         except OSError as error:
             self.observer.on_message(
-                f"{self.run.checkpoints}: checkpoint of step {state.step} not saved ({error}); earlier checkpoints "
-                "are untouched and the run goes on; make room on this disk",
+                f"{self.run.checkpoints}: checkpoint of step {state.step} not saved ({describe_os_error(error)}); "
+                "earlier checkpoints are untouched and the run goes on; make room on this disk",
                 warning=True,
             )
             return False

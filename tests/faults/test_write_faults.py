@@ -75,8 +75,8 @@ def _saving() -> list[Case]:
 def _starting() -> list[Case]:
     trial = "run/checkpoints.trial/.*model"
     return [
-        Case("the trial checkpoint", "prepared", TRAIN, _fails(f"^open {trial}", 1, errno.ENOSPC), (4,)),
-        Case("the trial on the disk", "prepared", TRAIN, _fails(f"^fsync {trial}", 1, errno.EIO), (4,)),
+        Case("the trial checkpoint", "prepared", TRAIN, _fails(f"^open {trial}", 1, errno.ENOSPC), (1,)),
+        Case("the trial on the disk", "prepared", TRAIN, _fails(f"^fsync {trial}", 1, errno.EIO), (1,)),
         Case("the run's directory", "prepared", TRAIN, _fails("^mkdir run", 0, errno.EROFS), (1, 4)),
         Case("the run's recipe", "prepared", TRAIN, _fails(r"^open run/\.?recipe", 1, errno.ENOSPC), (1, 4)),
         Case("the environment", "prepared", TRAIN, _fails(r"^open run/\.?environment", 1, errno.EDQUOT), (1, 4)),

@@ -2,14 +2,17 @@
 
 import errno
 import json
+import re
 import resource
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
-from inl_core.errors import Interrupted, NonFiniteError
+from inl_core.errors import InlError, Interrupted, NonFiniteError
 from inl_core.files import append_line
 from inl_core.training import checkpoint as checkpoint_module
 from inl_core.training.metrics import cut_metrics, read_metrics
@@ -130,3 +133,27 @@ def test_any_failing_disk_costs_one_checkpoint_and_no_more(make_recipe, make_tra
     assert [path.name for path in trainer.run.checkpoints.iterdir()] == ["step-00000001"]
     assert sum("step 2 not saved" in text and "make room" in text for text in heard.messages) == 1
     assert json.loads((trainer.run.checkpoints / "step-00000001" / "manifest.json").read_text())["step"] == 1
+
+
+def test_a_disk_too_small_for_one_checkpoint_is_said_before_the_first_step(make_recipe, make_trainer, quota):
+    trainer, _ = make_trainer(make_recipe())
+    with full_beyond(50_000), pytest.raises(InlError) as told:
+        trainer.fit()
+    message = r"\S*/checkpoints\.trial/step-00000000\.tmp/model\.safetensors: File too large: a checkpoint cannot be "
+    assert re.fullmatch(message + "saved here; make room or choose another --run-dir", str(told.value))
+    assert type(told.value) is InlError  # exit code 1
+    assert not list(trainer.run.path.glob("checkpoints*/*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "text"),
+    [
+        (CheckpointException("write", {0: (OSError(errno.ENOSPC, "full"), None)}), errno.ENOSPC, "full"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 28, "No space left on device"),
+        (CheckpointException("write", {0: (ValueError("odd"), None)}), errno.EIO, "odd"),
+    ],
+)
+def test_what_the_libraries_say_of_a_disk_becomes_the_systems_error_and_names_the_file(error, number, text):
+    with pytest.raises(OSError, match=text) as told, checkpoint_module._disk_errors(Path("a/model.safetensors")):
+        raise error
+    assert (told.value.errno, told.value.strerror, told.value.filename) == (number, text, "a/model.safetensors")
