@@ -204,3 +204,13 @@ def test_what_is_loaded_is_the_bytes_and_no_file(monkeypatch, has_memory_files):
     assert one.floor(2.5) == 2.0
     with pytest.raises(OSError):  # noqa: PT011 - the loader's own
         cache.load(b"no library")
+
+
+@pytest.mark.parametrize("value", ["cache", "./cache", "../cache", ".", "~/cache", ""])
+def test_a_relative_place_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    cache.keep(NAME, CODE)
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob(NAME)] == [Path("home/.cache/inl") / NAME]

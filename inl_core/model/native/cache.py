@@ -93,9 +93,10 @@ def load(code: bytes) -> ctypes.CDLL:
 
 
 def cache_directory() -> Path:
-    """Where the files are; OSError where there is no home."""
+    """Where the files are; a relative $XDG_CACHE_HOME is ignored, as its standard demands. OSError without a home."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inl"
+        chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (chosen if chosen.is_absolute() else Path.home() / ".cache") / "inl"
     except RuntimeError as error:
         raise OSError(str(error)) from error
 
