@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from torch import Tensor
 
 from inl_core.errors import ArtefactError
 from inl_core.files import entry_path, is_directory, open_regular, read_record
@@ -138,7 +139,7 @@ def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = 
         _check_complete(path, manifest, purpose)
         if contents:
             for name in (WEIGHTS, OPTIMIZER) if purpose == "resume" else (WEIGHTS,):
-                _check_finite(path / name)
+                _check_numbers(path / name, manifest.step)
     except ArtefactError as error:
         raise ArtefactError(f"{error}; use an earlier checkpoint") from None
     return manifest
@@ -165,12 +166,28 @@ def _check_file(path: Path, entry: FileEntry, *, with_digest: bool) -> None:
         raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _check_finite(path: Path) -> None:
-    """ArtefactError when a number is NaN or infinite; one tensor at a time is in memory."""
+def _check_numbers(path: Path, step: int) -> None:
+    """ArtefactError when a number is NaN, infinite or impossible at `step`; one tensor at a time is in memory."""
     with open_tensors(path) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-            if first_nonfinite({name: read_tensor(path, name, tensors)}):
+            tensor = read_tensor(path, name, tensors)
+            if first_nonfinite({name: tensor}):
                 raise ArtefactError(f"{path}: {name} holds NaN or infinity, the training had failed")
+            if path.name == PurePosixPath(OPTIMIZER).name and (problem := _impossible(name, tensor, step)):
+                raise ArtefactError(f"{path}: {name} {problem}, the file is damaged")
+
+
+def _impossible(name: str, tensor: Tensor, step: int) -> str | None:
+    """What no optimizer can have come to after `step` steps, in words, or None."""
+    if name.endswith(".exp_avg_sq") and bool((tensor.float() < 0).any()):
+        return "is a mean of squares and holds negative numbers"
+    # Skipped updates leave the count behind the run's. A new optimizer is saved with a count of 1: torch makes its
+    # moments by a step that changes nothing.
+    if name.endswith(".step"):
+        for count in tensor.double().flatten().tolist():
+            if not (0 <= count <= max(step, 1) and count.is_integer()):
+                return f"counts {count:,g} updates where the checkpoint is of step {step:,}"
+    return None
 
 
 def _check_complete(path: Path, manifest: CheckpointManifest, purpose: Purpose) -> None:

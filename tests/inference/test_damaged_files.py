@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from inl_core.analysis.inspection import inspect_path
 from inl_core.errors import ArtefactError
@@ -249,6 +250,37 @@ def test_a_header_that_does_not_fit_is_refused(checkpoint: Path, file: str, name
     reseal(checkpoint)
     said = refused(checkpoint) if file == WEIGHTS else refused(checkpoint, resume)
     assert all(file in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("ending", "value", "problem"),
+    [
+        (".exp_avg_sq", -1e-9, "is a mean of squares and holds negative numbers"),
+        (".step", -1.0, "counts -1 updates where the checkpoint is of step 7"),
+        (".step", 8.0, "counts 8 updates where the checkpoint is of step 7"),
+        (".step", 1.5, "counts 1.5 updates where the checkpoint is of step 7"),
+    ],
+)
+def test_moments_that_no_optimizer_can_have_come_to_are_refused(
+    checkpoint: Path, ending: str, value: float, problem: str
+) -> None:
+    path = checkpoint / OPTIMIZER
+    tensors = load_file(path)
+    name = sorted(name for name in tensors if name.endswith(ending))[-1]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path)
+    reseal(checkpoint)
+    assert all(f"{OPTIMIZER}: {name} {problem}" in line for line in refused(checkpoint, resume))
+    load_model(find_checkpoint(checkpoint))  # the weights are whole
+
+
+@pytest.mark.parametrize("count", [0.0, 1.0, 6.0, 7.0])
+def test_an_optimizer_may_have_skipped_updates(checkpoint: Path, count: float) -> None:
+    tensors = load_file(checkpoint / OPTIMIZER)
+    counted = {name: torch.full_like(value, count) for name, value in tensors.items() if name.endswith(".step")}
+    save_file(tensors | counted, checkpoint / OPTIMIZER)
+    reseal(checkpoint)
+    resume(checkpoint)
 
 
 def test_the_newest_run_that_is_intact_is_found_among_anything_else(whole: Path, tmp_path: Path) -> None:
