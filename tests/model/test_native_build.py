@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from inl_core.model.backends import native
+from inl_core.model.backends.select import describe_backend
 from inl_core.model.native import build as native_build
+from inl_core.model.native import calls
+from inl_core.recipe import IntegratorConfig
 from tests.model.test_native import RULE, flat_inputs
 from tests.model.test_native import test_a_model_trains_alike_by_either_way as train_by_either_way
 
@@ -163,6 +166,10 @@ def test_without_what_it_needs_there_is_none_and_training_goes_on(cache, tmp_pat
     with pytest.warns(RuntimeWarning, match=f"in C\\+\\+ are not there: .*{message}") if message else nullcontext():
         assert native_build.library() is None
     assert not native.is_available()
+    plan = describe_backend(IntegratorConfig(backend="native"), torch.device("cpu"), is_compiled=False)
+    for said in (plan, calls.describe(is_compiled=False)):
+        reason = str(said).partition("GNU's OpenMP")[2]
+        assert (message in reason and reason.startswith(" (here: ")) if message else not reason
     train_by_either_way()
 
 

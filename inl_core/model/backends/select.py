@@ -67,6 +67,10 @@ def describe_backend(
     best = "triton" if device.type == "cuda" else "native"
     wanted = best if config.backend == "auto" else config.backend
     missing = "" if name in ("plain", wanted) else f"; {_NEEDS[wanted]}"
+    if missing and wanted == "native":
+        from inl_core.model.native import build
+
+        missing += build.failure()
     return f"{name} on {device.type}, {note}{within}{missing}"
 
 

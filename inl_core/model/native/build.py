@@ -63,15 +63,26 @@ class Unusable(Exception):
     """Why there is no library, in one line."""
 
 
+_failures: list[str] = []
+"""Why this process could not make the library, where it tried to."""
+
+
+def failure() -> str:
+    """Why the library could not be made, as ` (here: ...)` for the end of a sentence on what it needs; else nothing."""
+    return f" (here: {_failures[-1]})" if _failures else ""
+
+
 @lru_cache(maxsize=1)
 def library() -> Library | None:
     """The compiled operations, or None where this machine cannot have them."""
+    _failures.clear()
     blas = _mkl()
     if blas is None or not _threads_are_gnu():
         return None
     try:
         code = _opened_kept() or _compiled(find_compilers())
     except Unusable as error:
+        _failures.append(str(error))
         warnings.warn(f"the operations in C++ are not there: {error}", RuntimeWarning, stacklevel=2)
         return None
     if code is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inl_core.model.by_rows import matrix_dtype
-from inl_core.model.native.build import NAMES, Blas, library
+from inl_core.model.native.build import NAMES, Blas, failure, library
 
 MOST_SUMS_BYTES = 64 * 2**20
 """At most this for all threads' own sums of weights' gradients; beyond it one product over all tokens is as fast."""
@@ -86,7 +86,7 @@ def describe(*, is_compiled: bool) -> str:
     """
     found = library()
     if found is None:
-        return "torch's; those in C++ need a compiler, and a torch with MKL and GNU's OpenMP"
+        return f"torch's; those in C++ need a compiler, and a torch with MKL and GNU's OpenMP{failure()}"
     has_brgemm = found.has_brgemm(torch.float32)
     products = "products, " if has_brgemm else ""
     which = "attention and loss" if is_compiled else f"attention, {products}feed-forward, norms and loss"
