@@ -1,6 +1,7 @@
 """A disk that is full, or cannot be written for another reason: no half files, no torn rows, no other exit code."""
 
 import errno
+import functools
 import json
 import re
 import resource
@@ -43,12 +44,18 @@ def full_from(trainer, step: int, size: int) -> None:
     trainer._train_step = train_step
 
 
-@pytest.fixture
-def quota():
-    """Whatever a test does to the limit is taken back."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def within_a_quota(test):
+    """Whatever a test does to the limit is taken back before pytest writes its result, maybe to a file."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            test(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return run
 
 
 def test_a_line_that_does_not_fit_is_taken_back_and_the_next_one_is_whole(tmp_path):
@@ -78,7 +85,8 @@ def test_rows_hold_no_word_that_json_does_not_know(make_recipe, make_trainer):
     assert text == '{"step": 1, "loss": null, "budget": [1.0, null], "word": "NaN"}\n'
 
 
-def test_a_full_disk_leaves_no_half_files_and_is_reported(make_recipe, make_trainer, quota):
+@within_a_quota
+def test_a_full_disk_leaves_no_half_files_and_is_reported(make_recipe, make_trainer):
     recipe = make_recipe(training={"steps": 6, "checkpoint": {"every": 2}, "logging": {"dynamics_every": 1}})
     trainer, heard = make_trainer(recipe)
     full_from(trainer, 2, size=500)
@@ -92,7 +100,8 @@ def test_a_full_disk_leaves_no_half_files_and_is_reported(make_recipe, make_trai
         assert sum(word in text for text in heard.messages) == 1, (word, heard.messages)
 
 
-def test_nan_while_the_disk_is_full_is_still_a_nonfinite_error(make_recipe, make_trainer, quota):
+@within_a_quota
+def test_nan_while_the_disk_is_full_is_still_a_nonfinite_error(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe(training={"checkpoint": {"every": 2}}))
     full_from(trainer, 3, size=100)
     update = trainer.optimizers.step
@@ -135,7 +144,8 @@ def test_any_failing_disk_costs_one_checkpoint_and_no_more(make_recipe, make_tra
     assert json.loads((trainer.run.checkpoints / "step-00000001" / "manifest.json").read_text())["step"] == 1
 
 
-def test_a_disk_too_small_for_one_checkpoint_is_said_before_the_first_step(make_recipe, make_trainer, quota):
+@within_a_quota
+def test_a_disk_too_small_for_one_checkpoint_is_said_before_the_first_step(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe())
     with full_beyond(50_000), pytest.raises(InlError) as told:
         trainer.fit()
