@@ -45,7 +45,7 @@ test-machines: $(BIN)/.dev  ## the numerical tests as on another machine: its su
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
 	env -u CXX PATH="$(CURDIR)/$(BIN)" XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=2 \
 		MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
-		$(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) tests/model tests/seeds tests/inference
+		$(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) tests/model tests/documents tests/inference
 
 lint: $(BIN)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .

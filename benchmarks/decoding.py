@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 import torch
 
+from inl_core.documents.generation import continue_ids
 from inl_core.inference.decoding import Decoder
 from inl_core.inference.settings import GenerationSettings
 from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.recipe import ModelConfig
-from inl_core.seeds.generation import continue_ids
 
 VOCAB, WIDTH, LAYERS = 16_384, 512, 6
 Arms = dict[str, Callable[[], object]]

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inl_core.seeds import (
+    from inl_core.documents import (
         CycleScheduler,
         IntegratorLanguageModel,
         IntegratorLoss,
@@ -40,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'inl_core' has no attribute '{name}'")
-    return getattr(import_module("inl_core.seeds"), name)
+    return getattr(import_module("inl_core.documents"), name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from inl_core.analysis.convergence.metrics import METRICS, ConvergenceMetrics
 from inl_core.analysis.convergence.sketch import Distribution
 from inl_core.analysis.convergence.stability import BETA_FLOOR, KINDS, fixed_point, frozen_stability
-from inl_core.seeds import compute_convergence_metrics
+from inl_core.documents import compute_convergence_metrics
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.3, 5e4])

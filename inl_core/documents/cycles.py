@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from inl_core.documents.arguments import validated
 from inl_core.recipe import CycleSettings
-from inl_core.seeds.arguments import validated
 from inl_core.training.cycles import CycleConfig, cycle_config
 
 

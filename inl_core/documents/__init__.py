@@ -5,17 +5,17 @@
 - Sources: doc 000 (v3), doc 001 (v2), doc 002 (v1), and model.md section 4 for what they leave open.
 """
 
-from inl_core.seeds.convergence import compute_convergence_metrics
-from inl_core.seeds.creation import create_model, create_optimized_model
-from inl_core.seeds.cycles import CycleScheduler, create_cycle_scheduler
-from inl_core.seeds.language_model import (
+from inl_core.documents.convergence import compute_convergence_metrics
+from inl_core.documents.creation import create_model, create_optimized_model
+from inl_core.documents.cycles import CycleScheduler, create_cycle_scheduler
+from inl_core.documents.language_model import (
     IntegratorLanguageModel,
     OptimizedIntegratorLanguageModel,
     UltraOptimizedIntegratorLanguageModel,
 )
-from inl_core.seeds.layer import IntegratorNeuronLayer
-from inl_core.seeds.losses import IntegratorLoss
-from inl_core.seeds.regression import IntegratorModel
+from inl_core.documents.layer import IntegratorNeuronLayer
+from inl_core.documents.losses import IntegratorLoss
+from inl_core.documents.regression import IntegratorModel
 
 __all__ = [
     "CycleScheduler",

@@ -13,12 +13,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from inl_core.documents.arguments import validated
+from inl_core.documents.building import materialise
 from inl_core.model.controller import Controller
 from inl_core.model.initialisation import draw
 from inl_core.model.integrator import Integrator, Trajectory
 from inl_core.recipe import IntegratorConfig
-from inl_core.seeds.arguments import validated
-from inl_core.seeds.building import materialise
 
 _ARGUMENTS = {
     "mu.init": "target_value",

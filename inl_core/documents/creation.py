@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from inl_core.seeds.language_model import (
+from inl_core.documents.language_model import (
     IntegratorLanguageModel,
     OptimizedIntegratorLanguageModel,
     Preset,

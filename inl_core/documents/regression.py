@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inl_core.documents.building import materialise
+from inl_core.documents.layer import IntegratorNeuronLayer
 from inl_core.model.initialisation import draw
-from inl_core.seeds.building import materialise
-from inl_core.seeds.layer import IntegratorNeuronLayer
 
 
 class IntegratorModel(nn.Module):

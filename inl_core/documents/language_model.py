@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from inl_core.documents.arguments import check_name, validated
+from inl_core.documents.building import materialise
+from inl_core.documents.generation import continue_ids
+from inl_core.documents.layer import trajectory_dict
 from inl_core.inference.settings import GenerationSettings
 from inl_core.model import IntegratorLanguageModel as Model
 from inl_core.model import IntegratorOutput, KVCache, ModelOutput, Options
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.presets import GROUPED_QUERIES, PRESETS, merge
 from inl_core.recipe.sizes import ALIASES, QUERIES_PER_KEY, SIZES, find_size
-from inl_core.seeds.arguments import check_name, validated
-from inl_core.seeds.building import materialise
-from inl_core.seeds.generation import continue_ids
-from inl_core.seeds.layer import trajectory_dict
 
 Preset = Literal["v1", "v2", "v3", "v4", "transformer"]
 _HEAD_DIM = 64  # d_model / num_heads in the documents' sizes up to 3B
