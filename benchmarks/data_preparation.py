@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inl_core.corpus.builtin import python_documents
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.corpus.tokenizer import train_tokenizer
 from inl_core.recipe.data import DataSettings, TokenizerSettings
 

@@ -14,7 +14,7 @@ if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 from inl_core.corpus.loader import BatchLoader, TokenDataset
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.recipe.data import DataSettings
 
 SHAPES = ((128, 16), (128, 64), (256, 64), (512, 32), (1024, 16))  # sequence length, sequences a batch

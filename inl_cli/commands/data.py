@@ -10,7 +10,7 @@ from inl_cli.options import JsonOption, QuietOption, given_path
 from inl_core.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:
-    from inl_core.corpus.shards import Manifest, PrepareProgress
+    from inl_core.corpus.preparation import Manifest, PrepareProgress
     from inl_core.recipe import DataSettings
 
 _STAGES = {
@@ -63,7 +63,7 @@ def prepare_data(
 ) -> None:
     """Turn text into a tokenizer and verified token shards; a stopped run goes on when started again."""
     from inl_core.corpus.paths import portable
-    from inl_core.corpus.shards import default_directory
+    from inl_core.corpus.preparation import default_directory
 
     console = Console(json=json, quiet=quiet)
     settings = _settings(
@@ -85,7 +85,7 @@ def prepare_with_progress(
 
     `wait` waits for another process that prepares the same.
     """
-    from inl_core.corpus.shards import prepare
+    from inl_core.corpus.preparation import prepare
 
     stage = ""
     with console.progress() as progress:

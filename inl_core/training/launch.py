@@ -16,8 +16,8 @@ import torch
 
 from inl_core.corpus.loader import TokenDataset
 from inl_core.corpus.manifest import WORK, Manifest, settings_from
+from inl_core.corpus.preparation import default_directory, prepare, verify
 from inl_core.corpus.shard_check import believe, found_whole
-from inl_core.corpus.shards import default_directory, prepare, verify
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
 from inl_core.inference.data_location import find_data_of_run

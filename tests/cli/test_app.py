@@ -233,7 +233,7 @@ def test_ctrl_c_while_preparing_is_exit_75(tmp_path: Path, monkeypatch: pytest.M
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("inl_core.corpus.shards.prepare", interrupted)
+    monkeypatch.setattr("inl_core.corpus.preparation.prepare", interrupted)
     result = inl("prepare-data", "builtin:python", "--output", str(tmp_path))
     assert result.exit_code == 75
     assert result.stderr.startswith(f"{tmp_path}: stopped; the same command goes on")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from inl_cli import sizes_page
 from inl_cli.app import app
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.recipe.load import load_recipe, shipped_recipes
 from inl_core.training.launch import data_directory
 

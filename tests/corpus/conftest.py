@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from tests.corpus.texts import random_text, settings
 

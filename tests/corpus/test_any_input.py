@@ -22,8 +22,8 @@ from inl_core.corpus.dataset import TokenDataset
 from inl_core.corpus.formats import sniff
 from inl_core.corpus.manifest import default_directory, load_manifest
 from inl_core.corpus.paths import local_path, matches, portable, shown
+from inl_core.corpus.preparation import prepare, verify
 from inl_core.corpus.rows import BadRow, Document
-from inl_core.corpus.shards import prepare, verify
 from inl_core.corpus.sources import documents
 from inl_core.corpus.tokenizer import train_tokenizer
 from inl_core.errors import ArtefactError, InlError, RecipeError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from inl_core.corpus import spool
-from inl_core.corpus.shards import prepare, verify
+from inl_core.corpus.preparation import prepare, verify
 from inl_core.errors import InlError, RecipeError
 from tests.corpus.texts import settings
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from inl_core.corpus import ingest, shards
+from inl_core.corpus import ingest, preparation
 from inl_core.corpus.manifest import default_directory
+from inl_core.corpus.preparation import PrepareProgress, load_manifest, prepare, verify
 from inl_core.corpus.shard_check import VERIFIED
-from inl_core.corpus.shards import PrepareProgress, load_manifest, prepare, verify
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.recipe.data import DataSettings, TokenizerSettings
@@ -283,7 +283,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from inl_core.corpus import ingest
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.recipe.data import DataSettings
 ingest.CHUNK_BYTES = 4_000
 def kill(event):
@@ -297,7 +297,7 @@ prepare(settings, sys.argv[2], progress=kill)
 def test_a_killed_process_is_continued(text_directory: Path, tmp_path: Path) -> None:
     def run(name: str, *arguments: str) -> int:
         command = [sys.executable, "-c", KILLED, str(text_directory), str(tmp_path / name), *arguments]
-        return subprocess.run(command, check=False, cwd=Path(shards.__file__).parents[2]).returncode
+        return subprocess.run(command, check=False, cwd=Path(preparation.__file__).parents[2]).returncode
 
     assert run("killed", "kill") == -signal.SIGKILL
     assert list((tmp_path / "killed" / ".prepare").glob("tokens-*.arrow"))
@@ -442,7 +442,7 @@ def test_the_tokenizer_sample_is_bounded_and_even(
         seen.extend(texts)
         return train_tokenizer(iter(seen), vocab_size=vocab_size)
 
-    monkeypatch.setattr(shards, "train_tokenizer", train)
+    monkeypatch.setattr(preparation, "train_tokenizer", train)
     chosen = settings(text_directory, tokenizer=TokenizerSettings(vocab_size=300, sample_bytes=5000))
     prepare(chosen, tmp_path / "out")
     sizes = [len(text.encode()) for text in texts_of(tmp_path / "out", "train")]

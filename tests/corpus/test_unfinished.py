@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from inl_core.corpus import ingest
+from inl_core.corpus.preparation import PrepareProgress, prepare, verify
 from inl_core.corpus.sealed import sealed_aside
-from inl_core.corpus.shards import PrepareProgress, prepare, verify
 from inl_core.errors import ArtefactError
 from inl_core.recipe.data import DataSettings
 from tests.corpus.test_prepare import Stopped, contents

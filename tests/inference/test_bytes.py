@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from inl_core.corpus.loader import TokenDataset, TokenStream, evaluation_batches, text_stream
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.inference.evaluate import Evaluation, byte_counts, evaluate
 from inl_core.inference.texts import Text, plain_text

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from inl_core.corpus.shards import load_manifest, prepare
+from inl_core.corpus.preparation import load_manifest, prepare
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.inference.artefacts import MANIFEST, file_digest
 from inl_core.model import IntegratorLanguageModel

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from inl_core.corpus.loader import TokenDataset
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.inference.evaluate import Evaluation
 from inl_core.model import IntegratorLanguageModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inl_core.corpus.loader import BatchLoader, TokenDataset, TokenStream
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.errors import ArtefactError
 from inl_core.recipe import DataSettings
 from inl_core.training.metrics import read_metrics

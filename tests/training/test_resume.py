@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inl_core.corpus.shards import prepare
+from inl_core.corpus.preparation import prepare
 from inl_core.errors import ArtefactError, Interrupted
 from inl_core.inference.artefacts import list_checkpoints
 from inl_core.recipe.load import load_recipe

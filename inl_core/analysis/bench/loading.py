@@ -13,7 +13,7 @@ import torch
 from inl_core.analysis.bench.measuring import Spread, spread
 from inl_core.corpus.loader import BatchLoader, TokenDataset
 from inl_core.corpus.manifest import MANIFEST
-from inl_core.corpus.shards import prepare, verify
+from inl_core.corpus.preparation import prepare, verify
 from inl_core.recipe import DataSettings, Recipe, TokenizerSettings
 from inl_core.training.launch import data_directory
 from inl_core.training.step import micro_batches
