@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from inl_core.inference.artefacts import find_checkpoint, load_model
 from inl_core.inference.evaluate import evaluate
 from inl_core.inference.generate import generate
+from inl_core.inference.loading import find_checkpoint, load_model
 from inl_core.inference.settings import GenerationSettings
 from inl_core.inference.texts import default_window, open_default
 from inl_core.model import IntegratorLanguageModel, Options

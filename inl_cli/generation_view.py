@@ -8,8 +8,8 @@ from inl_cli.console import Console
 from inl_core.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from inl_core.inference.artefacts import LoadedModel
     from inl_core.inference.generate import Completion, Piece
+    from inl_core.inference.loading import LoadedModel
 
 # Few iterations to many; black text on each reads on dark and light terminals, and spaces show.
 _COLOURS = ("#9ecae1", "#a1d99b", "#e5e27a", "#fdae6b", "#fb8072")

@@ -7,7 +7,7 @@ from inl_cli.console import Console
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from inl_core.inference.artefacts import LoadedModel
+    from inl_core.inference.loading import LoadedModel
     from inl_core.inference.texts import Text
 
 
@@ -17,7 +17,7 @@ def open_model(
     """The checkpoint, verified and loaded; `iterations` is checked against what the model can do."""
     if iterations is not None and iterations < 1:
         raise RecipeError(f"iterations {iterations}: must be at least 1")
-    from inl_core.inference.artefacts import open_checkpoint
+    from inl_core.inference.loading import open_checkpoint
     from inl_core.training.distributed import choose_device
 
     def note(text: str) -> None:

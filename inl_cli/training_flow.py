@@ -17,8 +17,7 @@ from inl_cli.training_view import TrainingView, show_plan
 from inl_core.analysis.planning import plan_recipe
 from inl_core.analysis.planning.plan import describe_operations, plans_backend
 from inl_core.errors import ArtefactError, InlError, RecipeError
-from inl_core.inference.artefacts import checkpoint_step, list_checkpoints
-from inl_core.inference.checkpoint_files import read_config
+from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, read_config
 from inl_core.model.native.build import is_to_be_compiled
 from inl_core.recipe import Recipe
 from inl_core.training.checkpoint import START_ANEW

@@ -24,7 +24,7 @@ from inl_core.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from inl_core.corpus.loader import Batch
-    from inl_core.inference.artefacts import LoadedModel
+    from inl_core.inference.loading import LoadedModel
     from inl_core.inference.texts import Text
 
 WindowOption = Annotated[

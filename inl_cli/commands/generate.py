@@ -18,7 +18,7 @@ from inl_cli.options import (
 from inl_core.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from inl_core.inference.artefacts import LoadedModel
+    from inl_core.inference.loading import LoadedModel
 
 _DEFAULTS = GenerationSettings()
 

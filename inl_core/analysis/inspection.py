@@ -20,7 +20,6 @@ from inl_core.analysis.planning import count_parameters, meta_model, plan_recipe
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, WORK, Manifest, load_manifest, verify
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import is_directory, open_regular, parse_json_object, read_record
-from inl_core.inference.artefacts import fitting_model, read_model_config
 from inl_core.inference.checkpoint_files import (
     PROGRESS,
     Scalar,
@@ -30,6 +29,7 @@ from inl_core.inference.checkpoint_files import (
     read_config,
     verify_checkpoint,
 )
+from inl_core.inference.loading import fitting_model, read_model_config
 from inl_core.recipe import IntegratorConfig, ModelConfig
 from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import read_progress

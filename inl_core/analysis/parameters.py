@@ -8,7 +8,7 @@ import torch
 
 from inl_core.analysis.planning import count_parameters
 from inl_core.corpus.loader import Batch
-from inl_core.inference.artefacts import LoadedModel
+from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
 from inl_core.model.excitation import Excitation
 from inl_core.training.dynamics import record_layers, summarise

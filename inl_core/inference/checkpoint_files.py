@@ -18,8 +18,7 @@ from torch import Tensor
 
 from inl_core.errors import ArtefactError
 from inl_core.files import entry_path, is_directory, open_regular, read_record
-from inl_core.inference.finite import first_nonfinite
-from inl_core.inference.tensor_files import open_tensors, read_tensor
+from inl_core.inference.tensor_files import first_nonfinite, open_tensors, read_tensor
 
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
 TRAINING_STATE = "training_state"

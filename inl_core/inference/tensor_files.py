@@ -1,4 +1,4 @@
-"""Safetensors files, judged by their header before a tensor is read or memory is taken for one.
+"""Safetensors files, whose header is checked before a tensor is read or memory is taken for one.
 
 with open_tensors(path) as tensors:                       # safetensors' own handle
     ...
@@ -62,6 +62,22 @@ def read_tensor(path: Path, name: str, tensors: Any) -> Tensor:
         return tensors.get_tensor(name)
     except (SafetensorError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ArtefactError(f"{path}: {name} cannot be read ({error})") from None
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, or None.
+
+    While all is well the host waits for the device only once: a sum over everything is finite only if each part is.
+    """
+    floating = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floating:
+        return None
+    device = next(iter(floating.values())).device
+    sums = [tensor.sum(dtype=torch.float32).to(device, non_blocking=True) for tensor in floating.values()]
+    if torch.isfinite(torch.stack(sums).sum()):
+        return None
+    # Large values may also add up to infinity, so now every tensor is looked at by itself.
+    return next((name for name, tensor in floating.items() if not torch.isfinite(tensor).all()), None)
 
 
 def check_tensors(path: Path, expected: Mapping[str, Tensor], other: str) -> None:

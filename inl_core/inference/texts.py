@@ -20,9 +20,9 @@ from inl_core.corpus.rows import Document
 from inl_core.corpus.sources import STDIN
 from inl_core.corpus.whole import whole_documents
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.inference.artefacts import LoadedModel
 from inl_core.inference.data_location import find_data
 from inl_core.inference.evaluate import ByteCounts, byte_counts
+from inl_core.inference.loading import LoadedModel
 from inl_core.recipe.load import load_recipe
 
 SPLITS = ("train", "validation")

@@ -42,8 +42,7 @@ from inl_core.inference.checkpoint_files import (
     read_manifest,
     verify_checkpoint,
 )
-from inl_core.inference.finite import first_nonfinite
-from inl_core.inference.tensor_files import check_tensors
+from inl_core.inference.tensor_files import check_tensors, first_nonfinite
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import remove_checkpoint

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from inl_core.errors import ArtefactError, InlError, RecipeError
-from inl_core.inference.artefacts import checkpoint_step, list_checkpoints
+from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import Difference, recipe_differences
 from inl_core.recipe.load import load_recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from inl_core.errors import ArtefactError
 from inl_core.files import ASIDE
-from inl_core.inference.artefacts import checkpoint_step, list_checkpoints, verify_checkpoint
+from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, verify_checkpoint
 
 TRIAL = "checkpoints.trial"
 """Where a run tries to save before its first step."""

@@ -21,7 +21,7 @@ import torch
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
 from inl_core.files import describe_os_error, read_json, write_whole
-from inl_core.inference.artefacts import verify_checkpoint
+from inl_core.inference.checkpoint_files import verify_checkpoint
 from inl_core.inference.data_location import record_location
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe

@@ -13,7 +13,7 @@ from typing import Any
 
 from inl_core.errors import ArtefactError, NonFiniteError
 from inl_core.files import describe_os_error
-from inl_core.inference.finite import first_nonfinite
+from inl_core.inference.tensor_files import first_nonfinite
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.checkpoint import TrainState, capture_rng, save_checkpoint
 from inl_core.training.distributed import World

@@ -17,8 +17,8 @@ from inl_core.analysis.convergence.iterations import (
 )
 from inl_core.analysis.convergence.sample import TokenSample
 from inl_core.corpus.loader import IGNORED, Batch
-from inl_core.inference.artefacts import LoadedModel, load_model
 from inl_core.inference.evaluate import evaluate
+from inl_core.inference.loading import LoadedModel, load_model
 from inl_core.inference.texts import open_split
 from inl_core.model import IntegratorLanguageModel, Options
 from tests.inference.tiny import tiny_model

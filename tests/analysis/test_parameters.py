@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
 from inl_core.analysis.parameters import ParameterReport, report_parameters
-from inl_core.inference.artefacts import load_model
+from inl_core.inference.loading import load_model
 from inl_core.inference.texts import open_split, open_text
 from inl_core.model import Options
 from tests.inference.tiny import TEXT

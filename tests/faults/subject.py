@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from inl_core.corpus.shard_check import VERIFIED
-from inl_core.inference.artefacts import MANIFEST, list_checkpoints, verify_checkpoint
+from inl_core.inference.checkpoint_files import MANIFEST, list_checkpoints, verify_checkpoint
 from tests.faults.commands import PROJECT, Outcome, Server, check_manners
 from tests.faults.inject import Fault
 

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from inl_core.corpus.tokenizer import Tokenizer
-from inl_core.inference.artefacts import LoadedModel
+from inl_core.inference.loading import LoadedModel
 from inl_core.model import IntegratorLanguageModel
 from tests.inference.tiny import config, perturb
 

@@ -16,8 +16,8 @@ from inl_core.corpus import whole
 from inl_core.corpus.loader import IGNORED
 from inl_core.corpus.whole import read_prompts, whole_documents
 from inl_core.errors import ArtefactError, InlError, RecipeError
-from inl_core.inference.artefacts import LoadedModel
 from inl_core.inference.evaluate import evaluate
+from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, open_text
 from tests.inference.tiny import TEXT, tiny_model, tokenizer
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from inl_core.analysis.inspection import inspect_path
 from inl_core.errors import ArtefactError
-from inl_core.inference import artefacts
-from inl_core.inference.artefacts import find_checkpoint, load_model, open_checkpoint
+from inl_core.inference import loading
 from inl_core.inference.checkpoint_files import verify_checkpoint
+from inl_core.inference.loading import find_checkpoint, load_model, open_checkpoint
 from inl_core.recipe import OptimizerSettings
 from inl_core.training.checkpoint import load_checkpoint, restore_rng
 from inl_core.training.optimizers import build_optimizers
@@ -329,14 +329,14 @@ def test_a_checkpoint_that_a_live_run_removes_gives_way_to_another(
 ) -> None:
     newer = Path(shutil.copytree(checkpoint, checkpoint.with_name("step-00000009")))
     put(newer / MANIFEST, "step", 9)
-    verify, said = artefacts.verify_checkpoint, list[str]()
+    verify, said = loading.verify_checkpoint, list[str]()
 
     def verify_and_remove(path: Path, **options: Any) -> None:
         verify(path, **options)
         if path == newer:
             shutil.rmtree(newer)
 
-    monkeypatch.setattr(artefacts, "verify_checkpoint", verify_and_remove)
+    monkeypatch.setattr(loading, "verify_checkpoint", verify_and_remove)
     assert open_checkpoint(checkpoint.parent.parent, note=said.append).path == checkpoint
     assert [line.split()[0] for line in said] == ["using", "skipped:", "using"]
     assert "was removed while it was read" in said[1]

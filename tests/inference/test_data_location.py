@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from inl_core.errors import ArtefactError
-from inl_core.inference.artefacts import load_model
+from inl_core.inference.loading import load_model
 from inl_core.inference.texts import open_split
 from tests.inference.tiny import reseal, write_checkpoint
 

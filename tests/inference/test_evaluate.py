@@ -9,8 +9,8 @@ import torch
 
 from inl_core.corpus.loader import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.inference.artefacts import LoadedModel, load_model
 from inl_core.inference.evaluate import Evaluation, evaluate, most_iterations
+from inl_core.inference.loading import LoadedModel, load_model
 from inl_core.inference.texts import default_window, open_default, open_split, open_text
 from inl_core.model import IntegratorLanguageModel
 from tests.inference.tiny import PRESETS, TEXT, perturb, reseal, tiny_model, tokenizer, write_checkpoint

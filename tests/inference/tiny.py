@@ -9,7 +9,7 @@ import torch
 
 from inl_core.corpus.preparation import load_manifest, prepare
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
-from inl_core.inference.artefacts import MANIFEST, file_digest
+from inl_core.inference.checkpoint_files import MANIFEST, file_digest
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import DataSettings, ModelConfig, OptimizerSettings, Recipe, TokenizerSettings
 from inl_core.recipe.load import recipe_from_mapping

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inl_core.corpus.tokenizer import Tokenizer
-from inl_core.inference.artefacts import file_digest, load_weights, verify_checkpoint
+from inl_core.inference.checkpoint_files import file_digest, verify_checkpoint
+from inl_core.inference.loading import load_weights
 from inl_core.interop.reference import import_reference
 from inl_core.interop.reference.conversion import build_config
 from inl_core.interop.reference.importing import load_reference

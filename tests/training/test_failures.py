@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from inl_core.errors import NonFiniteError
-from inl_core.inference.artefacts import list_checkpoints, verify_checkpoint
+from inl_core.inference.checkpoint_files import list_checkpoints, verify_checkpoint
 from inl_core.training.metrics import read_metrics
 from inl_core.training.nonfinite import FiniteWatch
 from tests.training.conftest import run_inl

@@ -11,7 +11,7 @@ from inl_cli import training_flow
 from inl_cli.console import Console
 from inl_cli.training_flow import Resumption, run_training
 from inl_core.errors import ArtefactError, Interrupted, RecipeError
-from inl_core.inference.artefacts import list_checkpoints
+from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.training.interruption import StopSignal
 from inl_core.training.trainer import Trainer
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from inl_cli.app import app
 from inl_core.errors import ArtefactError, NonFiniteError
-from inl_core.inference.artefacts import list_checkpoints, verify_checkpoint
-from inl_core.inference.finite import first_nonfinite
+from inl_core.inference.checkpoint_files import list_checkpoints, verify_checkpoint
+from inl_core.inference.tensor_files import first_nonfinite
 from inl_core.training.checkpoint import newest_valid, save_checkpoint, save_weights
 from tests.training.test_retention import SCORE
 

@@ -8,7 +8,7 @@ import torch
 
 from inl_core.corpus.preparation import prepare
 from inl_core.errors import ArtefactError, Interrupted
-from inl_core.inference.artefacts import list_checkpoints
+from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import newest_valid
 from inl_core.training.distributed import World

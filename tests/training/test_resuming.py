@@ -7,7 +7,7 @@ import pytest
 
 from inl_core import files
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.inference.artefacts import list_checkpoints
+from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.recipe.load import dump_recipe
 from inl_core.training.launch import _is_unchanged
 from inl_core.training.resuming import changed_recipe, choose_checkpoint

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from inl_core.inference.artefacts import list_checkpoints
+from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.inference.evaluate import Evaluation
 from inl_core.training.metrics import read_scores
 from inl_core.training.retention import remove_leftovers

@@ -27,7 +27,7 @@ from inl_core.analysis.convergence.sample import TokenSample, portrait_dims
 from inl_core.analysis.convergence.stability import BETA_FLOOR
 from inl_core.analysis.convergence.verdict import Evidence, Thresholds, Verdict, gather, judge
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.inference.artefacts import LoadedModel
+from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
 
 FEWEST_FOLLOWED = 8

@@ -21,8 +21,8 @@ from torch import Tensor
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import is_directory
-from inl_core.inference.artefacts import check_tables
 from inl_core.inference.checkpoint_files import file_digest
+from inl_core.inference.loading import check_tables
 from inl_core.inference.tensor_files import open_tensors, read_shapes, read_tensor
 from inl_core.interop.reference.conversion import build_config, convert
 from inl_core.interop.reference.layout import ROTARY_BASE, Generation, Layout, read_layout

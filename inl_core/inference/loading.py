@@ -1,11 +1,12 @@
-"""Find and open what training leaves behind: runs, checkpoints, and the model inside one.
+"""Find a run's checkpoint and load the model and the tokenizer inside it.
 
-- Weights alone are read here: evaluation, generation and inspection need no optimizer.
-- Everything is verified before it is used or memory is taken for it; what fails says which file and what to do.
+- Only the weights are read: evaluation, generation and inspection need no optimizer.
+- Every file is verified before it is used, and its size is judged before memory is taken for it. What is refused is
+  named, with the remedy.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,13 @@ from safetensors.torch import load_file
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
-from inl_core.files import is_directory, read_json
+from inl_core.files import is_directory
 from inl_core.inference.checkpoint_files import (
     CONFIG,
     MANIFEST,
     TOKENIZER,
     WEIGHTS,
     CheckpointConfig,
-    checkpoint_step,
-    file_digest,
     is_checkpoint,
     list_checkpoints,
     read_config,
@@ -36,24 +35,6 @@ from inl_core.inference.tensor_files import check_tensors, open_tensors
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.problems import find_problems
-
-__all__ = [
-    "MANIFEST",
-    "LoadedModel",
-    "check_tables",
-    "checkpoint_step",
-    "file_digest",
-    "find_checkpoint",
-    "fitting_model",
-    "list_checkpoints",
-    "load_model",
-    "load_weights",
-    "open_checkpoint",
-    "read_config",
-    "read_json",
-    "read_model_config",
-    "verify_checkpoint",
-]
 
 _LARGEST_TABLE = 1 << 30
 """Bytes that tables computed from the configuration may take, where the weights are smaller."""
@@ -75,9 +56,12 @@ class LoadedModel:
 def find_checkpoint(
     path: Path | None, runs: Path = Path("runs"), note: Callable[[str], None] = lambda text: None
 ) -> Path:
-    """A checkpoint from what a user names: a checkpoint, a run, or nothing (the newest run's newest valid one).
+    """A verified checkpoint from what a user names.
 
-    `note` hears what was chosen and what was passed over; the result is verified, as far as evaluation reads it.
+    Args:
+        path: a checkpoint, a run, or None for the run below `runs` that saved last. Of a run it is the newest
+            checkpoint that is intact.
+        note: is told which checkpoint was chosen, and which were passed over and why.
 
     Raises:
         ArtefactError: there is none, or the one that was named is damaged.
@@ -113,20 +97,18 @@ def _newest_intact(run: Path, note: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _newest_runs(runs: Path) -> Iterator[Path]:
-    """The runs with checkpoints below `runs`, the one that saved last first; anything else there is no run."""
+def _newest_runs(runs: Path) -> list[Path]:
+    """The runs below `runs` that have checkpoints, the one that saved last first."""
     try:
-        names = [path.name for path in runs.iterdir()]
+        checkpoints = {run: list_checkpoints(run / "checkpoints") for run in runs.iterdir()}
     except OSError:
-        return
-    saved = {name: max(map(_saved_at, list_checkpoints(runs / name / "checkpoints")), default=None) for name in names}
-    times = {name: time for name, time in saved.items() if time is not None}
-    for name in sorted(times, key=lambda name: times[name], reverse=True):
-        yield runs / name
+        return []
+    saved = {run: max(map(_saved_at, found)) for run, found in checkpoints.items() if found}
+    return sorted(saved, key=saved.__getitem__, reverse=True)
 
 
 def _saved_at(checkpoint: Path) -> float:
-    """When it was finished, or begun where it never was."""
+    """When a checkpoint was finished, or when it was begun if it never was."""
     for path in (checkpoint / MANIFEST, checkpoint):
         try:
             return path.stat().st_mtime
@@ -138,7 +120,9 @@ def _saved_at(checkpoint: Path) -> float:
 def open_checkpoint(
     path: Path | None, device: torch.device | str = "cpu", *, note: Callable[[str], None] = lambda text: None
 ) -> LoadedModel:
-    """`load_model` of `find_checkpoint`; where a live run removes the one that was found, the next one is taken.
+    """Find a checkpoint as `find_checkpoint` does and load it as `load_model` does.
+
+    Training may remove a checkpoint after it was found; the search then starts again.
 
     Raises:
         ArtefactError: as those two.
@@ -173,23 +157,19 @@ def _load_tokenizer(path: Path, config: CheckpointConfig, model_config: ModelCon
             f"{path}: was imported without a tokenizer, so it cannot read or write text; "
             "import it again with --tokenizer FILE"
         )
-    tokenizer = Tokenizer.load(path / TOKENIZER)
+    tokenizer, file = Tokenizer.load(path / TOKENIZER), TOKENIZER
     if tokenizer.vocab_size != model_config.vocab_size:
-        raise ArtefactError(
-            f"{path / TOKENIZER}: has {tokenizer.vocab_size} tokens where the model has "
-            f"{model_config.vocab_size}; put back the tokenizer the model was trained with"
-        )
-    if config.tokenizer != tokenizer.fingerprint:
-        raise ArtefactError(
-            f"{path / TOKENIZER}: is not the tokenizer that config.json names, so its tokens mean something "
-            "else; put back the tokenizer the model was trained with"
-        )
-    if (config.bos_id, config.eos_id) != (tokenizer.bos_id, tokenizer.eos_id):
-        raise ArtefactError(
-            f"{path / CONFIG}: bos_id {config.bos_id} and eos_id {config.eos_id} are not the tokenizer's "
-            f"{tokenizer.bos_id} and {tokenizer.eos_id}; put back the config.json the model was trained with"
-        )
-    return tokenizer
+        problem = f"has {tokenizer.vocab_size} tokens where the model has {model_config.vocab_size}"
+    elif config.tokenizer != tokenizer.fingerprint:
+        problem = "is not the tokenizer that config.json names, so its tokens mean something else"
+    elif (config.bos_id, config.eos_id) != (tokenizer.bos_id, tokenizer.eos_id):
+        ids = f"bos_id {config.bos_id} and eos_id {config.eos_id}"
+        problem = f"{ids} are not the tokenizer's {tokenizer.bos_id} and {tokenizer.eos_id}"
+        file = CONFIG
+    else:
+        return tokenizer
+    remedy = "the config.json" if file == CONFIG else "the tokenizer"
+    raise ArtefactError(f"{path / file}: {problem}; put back {remedy} the model was trained with")
 
 
 def load_weights(path: Path, model_config: ModelConfig, device: torch.device | str = "cpu") -> IntegratorLanguageModel:
@@ -210,23 +190,21 @@ def load_weights(path: Path, model_config: ModelConfig, device: torch.device | s
 
 
 def fitting_model(path: Path, model_config: ModelConfig) -> IntegratorLanguageModel:
-    """The model of a checkpoint without memory, once the weights' header says that they are this model's.
+    """The model of a checkpoint on the meta device, after comparing it with the header of the weights.
 
     Raises:
         ArtefactError: names the first tensor that is missing, too many, or of another shape or type.
     """
-    file = path / WEIGHTS
-    integrator = model_config.integrator
-    experts = integrator.controller.experts if integrator else 1
-    shared = integrator is None or integrator.controller.shared
+    file, num_layers, integrator = path / WEIGHTS, model_config.num_layers, model_config.integrator
+    num_controllers = 0
+    if integrator:
+        num_controllers = integrator.controller.experts * (1 if integrator.controller.shared else num_layers)
     with open_tensors(file) as tensors:
         num_tensors = len(tensors.keys())
-    # Even without memory a model of a million blocks takes minutes to build, so the number of modules is judged first.
-    if model_config.num_layers * (1 if shared else experts) + experts > num_tensors:
-        raise ArtefactError(
-            f"{file}: does not fit config.json ({num_tensors:,} tensors for {model_config.num_layers:,} layers"
-            + (f" of {experts:,} experts)" if experts > 1 else ")")
-        )
+    # Each layer and controller has a tensor at least, and a million of them take minutes to build, even without memory.
+    if num_layers + num_controllers > num_tensors:
+        counts = f"{num_tensors:,} tensors for {num_layers:,} layers and {num_controllers:,} controllers"
+        raise ArtefactError(f"{file}: does not fit config.json ({counts})")
     try:
         with torch.device("meta"):
             model = IntegratorLanguageModel(model_config)
@@ -238,7 +216,11 @@ def fitting_model(path: Path, model_config: ModelConfig) -> IntegratorLanguageMo
 
 
 def check_tables(source: Path, model: IntegratorLanguageModel) -> None:
-    """Refuse a context whose tables of positions take more memory than the weights; `source` says how long it is."""
+    """Refuse a context so long that the tables of positions take more memory than the weights.
+
+    Args:
+        source: the file that says how long the context is, for the message.
+    """
     weights = model.state_dict()
     tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in weights)
     if tables > max(_LARGEST_TABLE, sum(tensor.nbytes for tensor in weights.values())):
