@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-slow faults test-machines lint types imports format schema check clean
+.PHONY: help quickstart smoke test test-slow faults test-machines lint types imports format schema architecture check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 15
@@ -63,6 +63,9 @@ format: $(BIN)/.dev  ## rewrite the sources in the house format
 
 schema: $(BIN)/.core  ## bring recipes/recipe.schema.json up to date
 	$(BIN)/inl recipe schema > recipes/recipe.schema.json
+
+architecture: $(BIN)/.dev  ## bring the picture and the list of files in docs/architecture.md up to date
+	$(BIN)/python docs/architecture.py
 
 check: lint types imports test  ## everything that must hold before a commit
 
