@@ -25,7 +25,8 @@ on the real modules on the meta device and FLOPs from the equations. Activations
 pass on fake tensors, which tests compare with real ones. Nothing on this page was measured on a GPU, and none of the
 models above `tiny` was trained.
 
-doc 000, 001 and 002 are the three documents (v3, v2 and v1). Their vocabulary is 50,000, and so it is here.
+Documents 000, 001 and 002 describe v3, v2 and v1 ([docs/model.md](model.md)). Their vocabulary is 50,000, and so it is
+here.
 
 ## The documents' shares of parameters
 """
@@ -78,8 +79,9 @@ precision, and for state sharded over 2 to 32 devices; `inl train` itself keeps 
 _MEMORY = """
 ## Training memory: the documents' -65%
 
-Doc 002 says that low-rank embeddings and recomputation leave 30 to 40% of the training memory, doc 001 35%. One device,
-one window of the whole context, bf16; the standard model is v1 without recomputation, the optimised v2 with `block`:
+Document 002 says that low-rank embeddings and recomputation leave 30 to 40% of the training memory, document 001 35%.
+One device, one window of the whole context, bf16; the standard model is v1 without recomputation, the optimised v2 with
+`block`:
 """
 
 _MEMORY_EXPLAINED = """
@@ -91,12 +93,13 @@ state, and only in small does the low-rank embedding weigh. The price is one mor
 _OTHERS = """
 ## What is not reproduced
 
-- **Training FLOPs -20 to -30% against a Transformer (doc 000).** The integrator adds its controller to the same block,
-  so at equal dimensions a token costs more, not less: see below. A saving would have to come from needing fewer
+- **Training FLOPs -20 to -30% against a Transformer (document 000).** The integrator adds its controller to the same
+  block, so at equal dimensions a token costs more, not less: see below. A saving would have to come from needing fewer
   tokens or parameters for the same loss, which is docs/evidence.md's subject.
-- **Memory -40 to -60% against a Transformer (doc 000).** At equal dimensions the state is equal within a percent, and
-  the iterations are kept besides; only recomputation brings the activations down, and it does so in a Transformer too.
-- **GPU memory of doc 001's table** (5.2B in 25 GB, 9.8B in 45 GB, 22B in 90 GB, 75B in 300 GB) is 4 to 5 bytes a
+- **Memory -40 to -60% against a Transformer (document 000).** At equal dimensions the state is equal within a percent,
+  and the iterations are kept besides; only recomputation brings the activations down, and it does so in a Transformer
+  too.
+- **GPU memory of document 001's table** (5.2B in 25 GB, 9.8B in 45 GB, 22B in 90 GB, 75B in 300 GB) is 4 to 5 bytes a
   parameter: float32 weights alone, hence inference. Training needs 16 bytes a parameter before the first activation.
 - **Speeds** are measured, not planned: docs/performance.md.
 """

@@ -2,7 +2,8 @@
 
 - A package above model, training and inference: it needs all three, and nothing below needs the documents' names.
 - Everything here is importable from `inl_core` directly; docs/python-api.md is the guide.
-- Sources: doc 000 (v3), doc 001 (v2), doc 002 (v1), and model.md section 4 for what they leave open.
+- What the documents are, and what is done where they leave something open: docs/model.md, "The three documents", and
+  docs/python-api.md.
 """
 
 from inl_core.documents.convergence import compute_convergence_metrics

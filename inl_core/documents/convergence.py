@@ -8,7 +8,7 @@ from torch import Tensor
 def compute_convergence_metrics(
     x_trajectory: Tensor, target_value: float | Tensor, epsilon: float = 0.1
 ) -> dict[str, float]:
-    """Five figures of a trajectory (doc 002, "Convergence Metrics"); an element is one dimension of one state.
+    """Five figures of a trajectory (docs/model.md, "Convergence metrics"); an element is one dimension of one state.
 
     Args:
         x_trajectory: (..., T+1, D), iterations next to last: (B, T+1, D), or a language model layer's (B, S, T+1, D).

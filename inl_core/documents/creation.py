@@ -24,11 +24,11 @@ def create_model(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> IntegratorLanguageModel:
-    """A model of a documented size with all its generation's optimisations on (doc 001).
+    """A model of a documented size with all its generation's optimisations on, as document 001 has it.
 
     Args:
-        size: small, medium, large, xlarge, 3B, 7B, 13B, 3072x32, or doc 001's names 2B, 2.2B, 5B, 10B.
-        preset: the generation; doc 001's is v2.
+        size: small, medium, large, xlarge, 3B, 7B, 13B, 3072x32, or document 001's names 2B, 2.2B, 5B, 10B.
+        preset: the generation; document 001 describes v2.
         use_gradient_checkpointing: None turns it on for v2 and v3, whose documents count it among the optimisations.
         device: "meta" builds shapes without memory: the way to look at a 5B model.
         options: any other argument of IntegratorLanguageModel.
@@ -51,7 +51,7 @@ def create_model(
 def create_optimized_model(
     size: str, vocab_size: int, enable_all_optimizations: bool = True, **options: Any
 ) -> IntegratorLanguageModel:
-    """A second-generation model with doc 002's three optimisations on, or off, but for those that `options` set.
+    """A second-generation model with document 002's three optimisations on, or off, but for those that `options` set.
 
     They are use_lowrank_embeddings, use_gradient_checkpointing and use_adaptive_stopping.
 

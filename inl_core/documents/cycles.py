@@ -58,7 +58,7 @@ def create_cycle_scheduler(
     num_cycles: int | None = None,
     warmup_epochs: int | None = None,
 ) -> CycleScheduler:
-    """The scheduler of a preset, with whatever is given laid over it (doc 002, pillar 5).
+    """The scheduler of a preset, with whatever is given laid over it (docs/model.md, "Cycles").
 
     Args:
         preset: conservative, balanced or aggressive.

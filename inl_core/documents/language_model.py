@@ -5,7 +5,7 @@
     logits, aux, cache = model(ids, use_cache=True, return_aux=True)
     ids = model.generate(ids, max_new_tokens=100, temperature=0.8, top_p=0.9)
 
-- The three classes differ in what a preset fills in: v1 (doc 002), v2 (docs 001 and 002), v3 (doc 000).
+- The three classes differ in what a preset fills in: v1, v2 or v3 (docs/model.md, "The generations").
 - The wrapped model is `.model`; checkpoints of `inl train` are its state.
 - Legend: B batch, S sequence, V vocabulary, D d_model, L layers, T iterations.
 """
@@ -259,7 +259,7 @@ class IntegratorLanguageModel(nn.Module):
 
 
 class OptimizedIntegratorLanguageModel(IntegratorLanguageModel):
-    """The second generation, v2: v1's block with all optimisations of docs 001 and 002 but recomputation on."""
+    """The second generation, v2: v1's block with all optimisations of documents 001 and 002 but recomputation on."""
 
     default_preset = "v2"
 

@@ -3,7 +3,7 @@
     v_{t+1} = alpha v_t + (1 - alpha) v_cand - beta (x_t - mu) + A sin(gamma t + phi)
     x_{t+1} = x_t + dt velocity_scale gate v_{t+1}
 
-- Source: doc 002 ("Core Dynamics", "Key Parameters Reference"); the equations are inl_core/model/integrator.py's.
+- Source: document 002 (docs/model.md, "One step"); the equations are those of inl_core/model/integrator.py.
 - A forward pass is one iteration, as the documents' layer has no T; a caller may ask for more at once.
 - Legend: B batch, H hidden_dim (context), D output_dim (state), T iterations.
 """

@@ -4,7 +4,7 @@
     L_speed  = lambda_speed  sum_t w_t mean |x_t - mu|        w_t proportional to exp(-t / tau), tau = T/3, t = 1..T
     L_energy = lambda_energy mean |v_t|^2                     t = 1..T
 
-- Source: doc 002 ("Loss Function"), model.md section 6. The documents sum over dimensions; means are taken here, so
+- Source: document 002 (docs/model.md, "Losses"). The documents sum over dimensions; means are taken here, so
   that a weight means the same at every width. For the documents' scalar state the two are the same.
 - The terms are computed by the functions `inl train` uses (inl_core/training/losses.py).
 - Legend: B batch, S sequence (1 in regression), D state, L layers, T iterations, V classes.

@@ -5,9 +5,9 @@
     x_T = T iterations of the integrator under h
     y   = readout(x_T)                      starts as the identity
 
-- Source: doc 002 ("Advanced Training with Cycles" and the diagram's information flow). The document does not say where
-  x starts; an x_0 that depends on the input is what gives "steps to equilibrium" a meaning, and what a language model's
-  block does. It starts scattered around target_value.
+- Source: document 002, its training example and its diagram (docs/model.md, "The three documents"). It does not say
+  where x starts; an x_0 that depends on the input is what gives "steps to equilibrium" a meaning, and what a language
+  model's block does. It starts scattered around target_value.
 - Legend: B batch, I input_dim, H hidden_dim, D output_dim, T iterations.
 """
 

@@ -2,7 +2,7 @@
 
 - `preset` fills whatever the recipe leaves out; the validated object is complete, and its dump is a
   checkpoint's config.json, so a checkpoint never depends on what a preset means later.
-- Symbols are model.md's: D d_model, L num_layers, T iterations, C controller width, R embedding rank.
+- Symbols are those of docs/model.md: D d_model, L num_layers, T iterations, C controller width, R embedding rank.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -92,7 +92,7 @@ class EarlyStoppingConfig(Section):
 
 
 class IntegratorConfig(Section):
-    """The second-order dynamical system inside a block (model.md section 1)."""
+    """The second-order dynamical system inside a block (docs/model.md, "One step")."""
 
     num_iterations: Iterations = 2
     """T, integrator iterations per layer."""
@@ -107,7 +107,7 @@ class IntegratorConfig(Section):
     kappa: Positive = 1.0
     """Sensitivity of the dynamic alpha."""
     beta_max: Positive | None = 2.0
-    """Upper clamp of beta; null leaves it unbounded as released seeds' weights have it, and may end in NaN."""
+    """Upper bound of beta; null is none, which imported reference weights need; training may then end in NaN."""
     init_alpha: OpenUnit = 0.5
     """alpha_base at the start."""
     init_beta: Annotated[float, Field(ge=1e-30, le=100)] = 0.05
@@ -119,7 +119,7 @@ class IntegratorConfig(Section):
     carry_velocity: bool = True
     """The velocity a layer ends with is the next layer's v_0; otherwise every layer starts at rest."""
     readout: Literal["delta", "state"] = "delta"
-    """What joins the residual stream: layer_gain (s_T - s_0), or s_T as in the seeds' code."""
+    """What joins the residual stream: layer_gain (s_T - s_0), or s_T as in the code released with the documents."""
     backend: Literal["auto", "eager", "native", "compiled", "triton"] = "auto"
     """How the iterations are computed, never what: auto is triton on a GPU, native (C++) on a CPU with a compiler, else
     eager. None keeps every iteration."""

@@ -1,7 +1,7 @@
 """The generations as plain dictionaries: what each preset means, before a recipe's own keys are laid over it.
 
 - Pure data, no torch: a recipe can be validated, and `inl --help` shown, without the core.
-- Sources: doc 002 is `v1`, doc 001 `v2`, doc 000 `v3`; `v4` and `transformer` are this project's own.
+- Sources: docs/model.md, "The generations". `v4` and `transformer` are this project's own.
 - v2 is v1 with low-rank embeddings, a shared controller, hierarchical mu and sparse excitation; v3 has a modern block.
 """
 
@@ -30,8 +30,8 @@ _FIRST_BLOCK: dict[str, Any] = {
     "embedding_scale": "sqrt_dim",  # arXiv 1706.03762, section 3.4: or the positions' sines drown the tokens
 }
 
-# The dynamics all three documents share. The seeds' own code reads the state out as it is, hence `readout: state`.
-_SEEDS_DYNAMICS: dict[str, Any] = {
+# The dynamics that all three documents share. The code released with them adds the state itself to the residual stream.
+_DOCUMENTED_DYNAMICS: dict[str, Any] = {
     "num_iterations": 5,
     "dt": 0.1,
     "init_alpha": 0.8,
@@ -42,8 +42,8 @@ _SEEDS_DYNAMICS: dict[str, Any] = {
     "readout": "state",
 }
 
-_SEEDS_OPTIMISED: dict[str, Any] = {
-    **_SEEDS_DYNAMICS,
+_DOCUMENTED_OPTIMISED: dict[str, Any] = {
+    **_DOCUMENTED_DYNAMICS,
     "mu": {"form": "hierarchical"},
     "excitation": {"amplitude": 0.03, "sparsity": 0.1},
     "controller": {"shared": True, "modulation": "scalar"},
@@ -55,20 +55,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_FIRST_BLOCK,
         "embedding_rank": None,
         "integrator": {
-            **_SEEDS_DYNAMICS,
+            **_DOCUMENTED_DYNAMICS,
             "mu": {"form": "per_dim"},
             "excitation": {"amplitude": 0.03, "sparsity": 1.0},
             "controller": {"shared": False},
             "early_stopping": {"convergence_threshold": 0.0},
         },
     },
-    "v2": {**_FIRST_BLOCK, "embedding_rank": "auto", "integrator": _SEEDS_OPTIMISED},
+    "v2": {**_FIRST_BLOCK, "embedding_rank": "auto", "integrator": _DOCUMENTED_OPTIMISED},
     "v3": {
         **_MODERN_BLOCK,
         "feed_forward_rounding": "exact",
         "embedding_rank": "auto",
         "embedding_norm": False,
-        "integrator": {**_SEEDS_OPTIMISED, "budget": {"strategy": "hybrid"}},
+        "integrator": {**_DOCUMENTED_OPTIMISED, "budget": {"strategy": "hybrid"}},
     },
     # The feed-forward is the integrator's candidate velocity and velocity is carried through depth.
     "v4": {
@@ -101,9 +101,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# How a generation reads the documents' sizes: grouped queries or one key per query, the seeds' iterations or its own.
+# How a generation reads the documents' sizes: four queries a key or one, the size's iterations or its own.
 GROUPED_QUERIES = ("v3", "v4", "transformer")
-SEEDS_ITERATIONS = ("v1", "v2", "v3")
+ITERATIONS_BY_SIZE = ("v1", "v2", "v3")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """The documents' model sizes: dimensions and iterations, without torch.
 
-- Sources: doc 002 (small ... 13B), doc 000 (3072x32, the one model it shows). Feed-forward width is 4 D everywhere.
-- Doc 001 names the last three by their parameters after optimisation (2.2B, 5B, 10B, and 2B): both names are accepted.
+- Source: docs/model.md, "Sizes". Document 001 names three of them by their parameters after optimisation (2.2B, 5B,
+  10B, and 2B): both names are accepted. The feed-forward is 4 D wide everywhere.
 - The documents give key-value heads for 3072x32 alone, four queries to one; the other grouped-query sizes follow it.
-- `num_iterations` belongs to the seeds' generations (dt = 0.1); v4 has its own T (model.md section 5).
+- `num_iterations` belongs to v1, v2 and v3 (dt = 0.1); v4 has its own T.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from inl_core.recipe.presets import GROUPED_QUERIES, SEEDS_ITERATIONS
+from inl_core.recipe.presets import GROUPED_QUERIES, ITERATIONS_BY_SIZE
 
 QUERIES_PER_KEY = 4
 
@@ -34,7 +34,7 @@ class Size:
         }
         if preset in GROUPED_QUERIES:
             values["num_kv_heads"] = self.num_heads // QUERIES_PER_KEY
-        if preset in SEEDS_ITERATIONS:
+        if preset in ITERATIONS_BY_SIZE:
             values["integrator"] = {"num_iterations": self.num_iterations}
         return values
 

@@ -64,7 +64,7 @@ class ScheduleSettings(Section):
 
 
 class LossSettings(Section):
-    """Weights of the auxiliary losses on the integrator's states (model.md section 6); all zero by default."""
+    """Weights of the auxiliary losses on the integrator's states (docs/model.md, "Losses"); all zero by default."""
 
     lambda_mean: NonNegative = 0.0
     """Weight of the mean loss without a cycle: sum_i w_i (xbar_i - mu_i)^2 / D."""
@@ -98,7 +98,7 @@ class PhaseSettings(Section):
 
 
 class CycleSettings(Section):
-    """Equilibrium-exploration cycles (doc 002, pillar 5)."""
+    """Equilibrium-exploration cycles (docs/model.md, "Cycles")."""
 
     preset: Literal["conservative", "balanced", "aggressive"] = "balanced"
     """The documents' presets."""

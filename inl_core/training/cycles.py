@@ -1,4 +1,4 @@
-"""Equilibrium-exploration cycles as a function of the step (doc 002 pillar 5, presets in model.md section 6).
+"""Equilibrium-exploration cycles as a function of the step (docs/model.md, "Cycles").
 
     warm-up | cycle 1: equilibrium, exploration | cycle 2: equilibrium, exploration | ... | consolidation
 

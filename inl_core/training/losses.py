@@ -5,7 +5,7 @@
   variance of the final states over the whole batch. `mean_loss_share` therefore takes the global moments (gathered in a
   pass without gradients when the batch is split) and gives each part exactly its share of the gradient. Load balancing
   likewise: which experts were chosen is counted over the whole batch, the probabilities' share is this part's.
-- Source: docs 001-002 and model.md section 6; averaged over layers and dimensions.
+- Source: docs/model.md, "Losses"; averaged over layers and dimensions.
 - Legend: B batch, S sequence, D d_model, L layers, E experts, k experts per token.
 """
 

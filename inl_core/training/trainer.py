@@ -258,7 +258,7 @@ class Trainer:
         return integrator.mu.adaptation_rate if integrator else 0.0
 
     def _adapt_mu(self, terms: dict[str, Tensor], count: float) -> None:
-        """The seeds' moving average of mu over the global batch's mean final states."""
+        """The moving average of mu (docs/model.md, "The equilibrium") over the global batch's mean final states."""
         if self._adaptation_rate > 0:
             for integrator, total in zip(self.model.integrators(), terms["moments"][0], strict=True):
                 integrator.equilibrium.adapt(total / count, self._adaptation_rate)

@@ -44,7 +44,7 @@ def test_values_that_are_not_finite_are_counted_and_kept_out() -> None:
 
 
 def slow_metrics(states: np.ndarray, targets: np.ndarray, epsilon: float) -> list[float]:
-    """Doc 002's five metrics, an element at a time; states and targets (T+1, N, D)."""
+    """The five metrics of document 002, an element at a time; states and targets (T+1, N, D)."""
     times, finals, errors, inside = [], [], [], []
     last = len(states) - 1
     for n, d in np.ndindex(states.shape[1:]):

@@ -59,7 +59,7 @@ def test_the_documents_three_shares_are_reproduced_at_their_own_dimensions(inl: 
         "controller": -96,
         "mu": -98,
     }
-    # doc 002: 102M -> 13.3M
+    # document 002 says: from 102M to 13.3M
     assert (rows["embedding"]["full"], rows["embedding"]["optimised"]) == (102_400_000, 13_324_288)
     assert (rows["mu"]["full"] / 24, rows["mu"]["optimised"] / 24) == (2048, 33)
     counts = {row["part"]: row["number"] for row in data["parameters"]}

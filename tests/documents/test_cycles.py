@@ -4,7 +4,7 @@ import pytest
 
 from inl_core import create_cycle_scheduler
 
-# preset: warm-up, cycles, (lambda_mean, A, epochs) of equilibrium and of exploration (model.md section 6)
+# preset: warm-up, cycles, (lambda_mean, A, epochs) of equilibrium and of exploration (docs/model.md, "Cycles")
 TABLE = {
     "conservative": (20, 4, (0.8, 0.0, 15), (0.1, 0.02, 15)),
     "balanced": (10, 5, (0.5, 0.0, 10), (0.05, 0.05, 20)),

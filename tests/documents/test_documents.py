@@ -3,7 +3,7 @@
 - A snippet's text is the document's, comments left out where they are not ASCII. `run` changes the import lines, which
   a reader of the documents must change too, and whatever else a test names: dimensions that need more memory or time
   than a test may take. Where that is so, the snippet's own dimensions also run, on the meta device (shapes, no memory).
-- Doc 002's one-line fragments leave out hidden_dim, which has no default; the test adds it.
+- Document 002's one-line fragments leave out hidden_dim, which has no default; the test adds it.
 """
 
 import sys

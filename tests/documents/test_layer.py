@@ -35,7 +35,7 @@ def sigmoid(x):
 
 
 def reference(layer, context, state, velocity, first_step: int, total: int, **arguments):
-    """Doc 002's dynamics, one sample at a time; arguments as the documents name them."""
+    """The dynamics (docs/model.md, "One step"), one sample at a time; arguments as the documents name them."""
     weights = {name: value.detach().numpy() for name, value in layer.dynamics.controller.named_parameters()}
     bias = layer.dynamics.modulation.bias.detach().numpy()
     mu, amplitude = layer.mu.detach().numpy(), layer.excitation_amplitude

@@ -1,6 +1,6 @@
 """The five documented convergence metrics of trajectories that arrive in parts, for every number of iterations.
 
-- Source: doc 002, "Convergence Metrics"; an element is one dimension of one token's state, as in
+- Source: document 002 (docs/model.md, "Convergence metrics"); an element is one dimension of one token's state, as in
   `compute_convergence_metrics`, whose values on the trajectory cut after iteration t these are.
 - Only sums are kept: memory is (T+1) numbers a metric, whatever the number of tokens.
 """

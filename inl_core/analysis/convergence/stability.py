@@ -6,8 +6,8 @@
 - Stable iff alpha < 1 and 0 < s beta < 2 (1 + alpha). Complex eigenvalues (a rotation) iff (1 - sqrt(alpha))^2 <
   s beta < (1 + sqrt(alpha))^2; real and positive below, real and negative above (the state jumps from side to side).
 - At rest v = 0, so 0 = (1 - alpha) v_cand - beta (x - mu) + forcing.
-- Source: model.md section 1. `Frozen` means: alpha, beta, gate and v_cand are held at one step's values; the real
-  controller computes them anew from (x, v).
+- Source: docs/model.md, "Stability of a frozen step". Frozen means that alpha, beta, gate and v_cand keep one step's
+  values, where the real controller computes them anew from (x, v).
 """
 
 from typing import NamedTuple

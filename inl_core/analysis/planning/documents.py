@@ -14,9 +14,9 @@ class Documented:
 
     size: str
     standard: float | None
-    """Doc 002, "Standard Architecture"."""
+    """Document 002, "Standard Architecture"."""
     optimised: float | None
-    """Doc 002, "Optimized Architecture", and doc 001, "Real Params"."""
+    """Document 002, "Optimized Architecture", and document 001, "Real Params"."""
 
 
 DOCUMENTED: tuple[Documented, ...] = (
@@ -44,8 +44,8 @@ class Claim:
 
 CLAIM_DIMENSIONS = {"d_model": 2048, "num_layers": 24, "num_heads": 16}
 CLAIMS: tuple[Claim, ...] = (
-    Claim("embedding", "low-rank embedding, 50k x 2048 (doc 002)", -0.87),
-    Claim("controller", "shared controller, 24 layers x 2048 (docs 000 and 001)", -0.96),
-    Claim("mu", "hierarchical mu, 2048 dims in groups of 64 (docs 000 and 001)", -0.98),
-    Claim("excitation", 'sparse excitation, "10x less compute" (docs 000 and 002)', -0.90),
+    Claim("embedding", "low-rank embedding, 50k x 2048 (document 002)", -0.87),
+    Claim("controller", "shared controller, 24 layers x 2048 (documents 000 and 001)", -0.96),
+    Claim("mu", "hierarchical mu, 2048 dims in groups of 64 (documents 000 and 001)", -0.98),
+    Claim("excitation", 'sparse excitation, "10x less compute" (documents 000 and 002)', -0.90),
 )

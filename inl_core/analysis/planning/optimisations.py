@@ -1,6 +1,7 @@
 """What each of the documents' parameter optimisations saves in a model, each variant built on the meta device.
 
-- Source: doc 002 (low-rank embedding), doc 001 level 2 (shared controllers, hierarchical mu, sparse excitation).
+- Source: documents 002 and 001 (docs/model.md: "Embedding and head", "The controller", "The equilibrium", "The
+  excitation").
 - The two variants have all four off and all four on; no part's count depends on another part's optimisation.
 """
 
@@ -10,7 +11,7 @@ from typing import Any
 from inl_core.analysis.planning.parameters import count_parameters, meta_model
 from inl_core.recipe import ModelConfig
 
-_SPARSE = 0.1  # doc 001's sparsity, for models that excite every dimension
+_SPARSE = 0.1  # v2's sparsity, for models that excite every dimension
 
 OPTIMISATIONS = {
     "embedding": "low rank",
