@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-slow faults test-machines lint types imports format schema architecture check clean
+.PHONY: help quickstart smoke test test-slow faults test-machines lint types imports format schema architecture pages check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 15
@@ -66,6 +66,9 @@ schema: $(BIN)/.core  ## bring recipes/recipe.schema.json up to date
 
 architecture: $(BIN)/.dev  ## bring the picture and the list of files in docs/architecture.md up to date
 	$(BIN)/python docs/architecture.py
+
+pages: architecture  ## the same, and the tables of options, recipe keys, presets and sizes on the other pages
+	$(BIN)/python docs/tables.py
 
 check: lint types imports test  ## everything that must hold before a commit
 

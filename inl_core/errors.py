@@ -1,6 +1,6 @@
 """Errors a user can cause, each with what went wrong, where, and the fix.
 
-- `inl_cli` maps the classes to exit codes (docs/formats in README); nothing in `inl_core` exits or prints.
+- `inl_cli` maps the classes to exit codes (docs/commands.md); nothing in `inl_core` exits or prints.
 - The message is one line, or one line per problem: it is shown to the user exactly as it stands.
 """
 

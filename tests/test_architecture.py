@@ -5,10 +5,7 @@ import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import pytest
-
 PROJECT = Path(__file__).parent.parent
-LINK = re.compile(r"\[[^]]*\]\(([^)#:]+)(?:#[^)]*)?\)")
 NAMED = re.compile(r"`([\w.]+)`\s+(?:in|is in)\s+\[[^]]*\]\((\.\./[^)]+\.py)\)")
 
 
@@ -19,13 +16,6 @@ def test_the_generated_part_is_what_make_architecture_writes() -> None:
     generator = module_from_spec(spec)
     spec.loader.exec_module(generator)
     assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run `make architecture` and commit the page"
-
-
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in PROJECT.glob("docs/*.md"))])
-def test_every_file_that_a_page_links_to_is_there(page: str) -> None:
-    links = LINK.findall((PROJECT / page).read_text(encoding="utf-8"))
-    missing = [link for link in links if not ((PROJECT / page).parent / link).exists()]
-    assert not missing
 
 
 def test_every_name_that_a_page_places_in_a_file_is_defined_there() -> None:

@@ -109,7 +109,7 @@ def open_stage(base: Path) -> Iterator[tuple[Stage, Whole]]:
     stage = Stage(base)
     try:
         (stage.path / "recipe.yaml").write_text(RECIPE)
-        paragraphs = (PROJECT / "README.md").read_text(encoding="utf-8")[:14_000].split("\n\n")
+        paragraphs = (PROJECT / "docs" / "commands.md").read_text(encoding="utf-8")[:14_000].split("\n\n")
         (stage.path / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs))
         stage.keep("start")
         check_manners(
