@@ -2,9 +2,10 @@
 
     step-00000500/  config.json  tokenizer.json  recipe.yaml  model.safetensors  training_state/  manifest.json
 
-- The manifest must name every file that is read, each with its size and SHA-256; no other file is trusted.
-- Evaluation reads no optimizer, so of `training_state` it looks at the sizes alone: that keeps it quick.
-- A checkpoint may be copied under any name of its own, but one called step-N must be of step N.
+- The manifest names every file with its size and SHA-256; no other file is read. `training/checkpoint.py` writes it
+  last, which seals the checkpoint.
+- Evaluation does not read the optimizer. To be quick, it checks only the sizes of the files in `training_state`.
+- A checkpoint may be copied to any name, but one called step-N must be of step N.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ _STEP_NAME = re.compile("step-([0-9]+)")
 
 
 class Record(BaseModel):
-    """A JSON record that a checkpoint holds: nothing is converted, and keys of later versions are left out."""
+    """A JSON record of a checkpoint. No value is converted to another type; keys of later versions are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -47,7 +48,7 @@ class FileEntry(Record):
 
 
 class CheckpointManifest(Record):
-    """manifest.json, which is written last: a directory without it is no checkpoint."""
+    """manifest.json, which is written last: a directory without it is not a checkpoint."""
 
     format: Format
     step: Count
@@ -72,7 +73,7 @@ class CheckpointConfig(Record):
     data_directory_from_run: Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")] | None = None
     """The same from the run's directory, for projects that were moved."""
     provenance: list[dict[str, Scalar | list[Scalar]]] = []
-    """What happened to the weights, oldest first."""
+    """The trainings and imports that made the weights, oldest first."""
 
 
 def file_digest(path: Path) -> str:
@@ -114,11 +115,11 @@ def read_manifest(path: Path) -> CheckpointManifest:
 
 
 def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = True) -> CheckpointManifest:
-    """The manifest of an intact checkpoint.
+    """Check that a checkpoint is as it was saved, and return its manifest.
 
     Args:
-        purpose: evaluate leaves the contents of `training_state` unread; resume demands that it is there.
-        contents: False looks at sizes alone, not at checksums and at whether the numbers are finite.
+        purpose: "evaluate" does not read the contents of `training_state`; "resume" demands that it is there.
+        contents: False checks only that the files are there and have their sizes, not checksums or NaN.
 
     Raises:
         ArtefactError: names the first thing that is wrong.
@@ -129,7 +130,11 @@ def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = 
         raise ArtefactError(f"{path}: has no {MANIFEST}, so the save never finished; use an earlier checkpoint")
     try:
         manifest = read_manifest(path)
-        _check_step(path, manifest.step)
+        if _STEP_NAME.fullmatch(path.name) and checkpoint_step(path) != manifest.step:
+            raise ArtefactError(
+                f"{path}: its {MANIFEST} says step {manifest.step}, so the directory was renamed; call it "
+                f"step-{manifest.step:08d}, or anything that does not begin with step-"
+            )
         for name, entry in manifest.files.items():
             if PurePosixPath(name).as_posix() != name:
                 raise ArtefactError(f"{path / MANIFEST}: damaged: {name!r} is not a plain name of a file")
@@ -142,15 +147,6 @@ def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = 
     except ArtefactError as error:
         raise ArtefactError(f"{error}; use an earlier checkpoint") from None
     return manifest
-
-
-def _check_step(path: Path, step: int) -> None:
-    named = _STEP_NAME.fullmatch(path.name)
-    if named and int(named[1]) != step:
-        raise ArtefactError(
-            f"{path}: its {MANIFEST} says step {step}, so the directory was renamed; call it step-{step:08d}, or "
-            "anything that does not begin with step-"
-        )
 
 
 def _check_file(path: Path, entry: FileEntry, *, with_digest: bool) -> None:
@@ -166,7 +162,7 @@ def _check_file(path: Path, entry: FileEntry, *, with_digest: bool) -> None:
 
 
 def _check_numbers(path: Path, step: int) -> None:
-    """ArtefactError when a number is NaN, infinite or impossible at `step`; one tensor at a time is in memory."""
+    """Refuse NaN, infinity and what is impossible after `step` steps; one tensor at a time is in memory."""
     with open_tensors(path) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (not a mapping)
             tensor = read_tensor(path, name, tensors)
@@ -177,11 +173,11 @@ def _check_numbers(path: Path, step: int) -> None:
 
 
 def _impossible(name: str, tensor: Tensor, step: int) -> str | None:
-    """What no optimizer can have come to after `step` steps, in words, or None."""
+    """Why a tensor of the optimizer's state cannot be right after `step` steps; None if it can be."""
     if name.endswith(".exp_avg_sq") and bool((tensor.float() < 0).any()):
         return "is a mean of squares and holds negative numbers"
-    # Skipped updates leave the count behind the run's. A new optimizer is saved with a count of 1: torch makes its
-    # moments by a step that changes nothing.
+    # Updates that were skipped make the count smaller than the run's. A new optimizer has a count of 1, because torch
+    # makes its moments by a step that changes nothing.
     if name.endswith(".step"):
         for count in tensor.double().flatten().tolist():
             if not (0 <= count <= max(step, 1) and count.is_integer()):
@@ -190,19 +186,17 @@ def _impossible(name: str, tensor: Tensor, step: int) -> str | None:
 
 
 def _check_complete(path: Path, manifest: CheckpointManifest, purpose: Purpose) -> None:
-    """Every file that somebody reads must be in the manifest."""
-    needed = {CONFIG, WEIGHTS}
-    if purpose == "resume":
-        needed |= {OPTIMIZER, PROGRESS}
-    # What lies there is read, so it must be what was saved.
+    """Refuse a checkpoint with a file that somebody reads, but that the manifest does not name."""
+    needed = {CONFIG, WEIGHTS} | ({OPTIMIZER, PROGRESS} if purpose == "resume" else set())
     needed |= {name for name in (TOKENIZER, "recipe.yaml", OPTIMIZER, PROGRESS) if os.path.lexists(path / name)}
-    needed |= {file.relative_to(path).as_posix() for file in path.glob("*.safetensors")}
-    needed |= {file.relative_to(path).as_posix() for file in path.glob(f"{TRAINING_STATE}/*.safetensors")}
+    for pattern in ("*.safetensors", f"{TRAINING_STATE}/*.safetensors"):
+        needed |= {file.relative_to(path).as_posix() for file in path.glob(pattern)}
     if CONFIG in manifest.files and read_config(path).tokenizer is not None:
         needed.add(TOKENIZER)
     missing = sorted(needed - manifest.files.keys())
-    if not missing:
-        return
-    if purpose == "resume" and not os.path.lexists(path / TRAINING_STATE):
+    if missing and purpose == "resume" and not os.path.lexists(path / TRAINING_STATE):
         raise ArtefactError(f"{path}: holds no training state, so it can be evaluated but not resumed")
-    raise ArtefactError(f"{path / MANIFEST}: does not name {missing[0]}, so nothing says whether that file is whole")
+    if missing:
+        raise ArtefactError(
+            f"{path / MANIFEST}: does not name {missing[0]}, so nothing says whether that file is whole"
+        )

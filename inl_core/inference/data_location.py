@@ -12,7 +12,7 @@ from inl_core.inference.checkpoint_files import list_checkpoints, read_config
 
 
 def record_location(directory: Path, run: Path) -> dict[str, str]:
-    """What a checkpoint's config.json says of the data: its absolute path, and its path from the run's directory."""
+    """What a checkpoint's config.json says about the data: its absolute path, and its path from the run's directory."""
     absolute = os.path.realpath(directory)
     return {
         "data_directory": portable(absolute),
@@ -21,15 +21,20 @@ def record_location(directory: Path, run: Path) -> dict[str, str]:
 
 
 def find_data(checkpoint: Path, config: dict[str, Any], *, first: Path | None = None) -> Path:
-    """The data set that a checkpoint was trained on; `first` is tried before the places that its config names.
+    """The directory of the data set that a checkpoint was trained on.
 
-    Of several places that hold a data set, the first with the content that the checkpoint saw, else the first.
+    Several places may hold a data set. The first with the content that the checkpoint was trained on is taken, or the
+    first of all where none has it.
+
+    Args:
+        config: the checkpoint's config.json.
+        first: a place to look at before those that the config names.
 
     Raises:
-        ArtefactError: none of them does; it names them all.
+        ArtefactError: no place holds a data set; it names them all.
     """
     places = list(dict.fromkeys(_places(checkpoint, config, first)))
-    # lexists raises nothing, whatever name config.json holds.
+    # Unlike Path.exists, lexists raises nothing, whatever name config.json holds.
     found = [place for place in places if os.path.lexists(place / MANIFEST)]
     if not places:
         raise ArtefactError(f"{checkpoint}: does not name its data; name a data set (--data) or a text file (--text)")
@@ -47,14 +52,18 @@ class DataOfRun(NamedTuple):
 
     directory: Path
     base: Path | None
-    """The directory that the recipe's relative path leads there from, which is all that is known of a run without
-    checkpoints; None where a checkpoint saw this content."""
+    """Where a checkpoint confirms that it was trained on this content: None. Otherwise the directory from which the
+    recipe's relative path leads to the data set, which is the only evidence."""
 
 
 def find_data_of_run(run: Path, first: Path) -> DataOfRun | None:
-    """The data set of a run, wherever it lies: the content that its newest readable checkpoint saw.
+    """The data set that the newest readable checkpoint of a run was trained on, wherever it lies now.
 
-    None when there is none, and for a run without a checkpoint when `first`, the recipe's own place, holds a data set.
+    Args:
+        first: the directory that the run's recipe names.
+
+    Returns:
+        None where it was not found, and where `first` can be used because the run has no checkpoint yet.
     """
     for checkpoint in reversed(list_checkpoints(run / "checkpoints")):
         try:
@@ -66,7 +75,7 @@ def find_data_of_run(run: Path, first: Path) -> DataOfRun | None:
         return DataOfRun(place, None) if _fingerprint(place) in seen else None
     if os.path.lexists(first / MANIFEST):
         return None
-    # A relative path was meant from where the run was started, somewhere above the run's directory.
+    # The run was probably started in a directory above its own, and the recipe's relative path begins there.
     above = Path(os.path.realpath(run)).parents
     return next((DataOfRun(base / first, base) for base in above if os.path.lexists(base / first / MANIFEST)), None)
 
@@ -83,7 +92,7 @@ def _places(checkpoint: Path, config: dict[str, Any], first: Path | None) -> Ite
             recorded = local_path(config[name])
         except RecipeError:
             continue
-        # A relative one is from where training was started: here, or somewhere above the run.
+        # A relative path begins where training was started: here, or in a directory above the run's.
         for base in [Path()] if recorded.is_absolute() else bases:
             yield Path(os.path.normpath(base / recorded))
 

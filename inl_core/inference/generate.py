@@ -1,19 +1,19 @@
-"""Prompts -> completions: prefill in one pass, then a token a step for all rows, with a key-value cache.
+"""Prompts -> completions: the prompts in one pass, then one token a step for all rows, with a key-value cache.
 
     for piece in stream(model, tokenizer, ["def "], settings):
         print(piece.text, end="")
 
-- A row is one sample of one prompt. Rows of different length share a batch by left padding; each row's tokens are
-  those it would get alone, and a finished row leaves the batch.
-- The samples of a prompt share its prefill.
-- A token's iterations are those spent at the position that predicted it, the mean over layers.
-- Legend: B rows, S tokens, V vocabulary, T iterations.
+- A row is one sample of one prompt. Prompts of different length share a batch by padding on the left. A row gets the
+  tokens it would get alone, and leaves the batch when it is finished.
+- The samples of a prompt share the pass over the prompt.
+- `sampling.py` chooses the tokens (temperature, top-k, top-p, min-p), `streaming.py` turns them into text.
+- Legend: B rows, P prompts, S tokens.
 """
 
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from inl_core.corpus.tokenizer import StreamDecoder, Tokenizer
+from inl_core.corpus.whole import check_utf8
 from inl_core.errors import RecipeError
 from inl_core.inference.decoding import Decoder, Predicted
 from inl_core.inference.sampling import Sampler
 from inl_core.inference.settings import GenerationSettings
 from inl_core.inference.streaming import TextStream
 from inl_core.model import IntegratorLanguageModel, Options
-
-__all__ = ["Completion", "GenerationSettings", "Piece", "generate", "stream", "token_texts"]
 
 FinishReason = Literal["eos", "stop", "length", "context"]
 _DEFAULTS = GenerationSettings()
@@ -45,11 +44,11 @@ class Completion:
     finish_reason: FinishReason
     """eos: the model ended it; stop: a stop string; length: max_new_tokens; context: the model's context is full."""
     token_ids: tuple[int, ...]
-    """Every generated token, the closing eos and a stop string's tokens included."""
+    """Every generated token, including the closing eos and a stop string's tokens."""
     iterations: tuple[float, ...]
-    """Mean integrator iterations over layers, a token; 0 without an integrator."""
+    """The integrator iterations spent on predicting each token, the mean over layers; 0 without an integrator."""
     prompt_tokens: int
-    """Tokens of the prompt, bos included."""
+    """Tokens of the prompt, including bos."""
     prompt_index: int = 0
     sample_index: int = 0
 
@@ -69,15 +68,10 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     settings: GenerationSettings = _DEFAULTS,
-    *,
-    on_text: Callable[[Piece], None] = lambda piece: None,
 ) -> list[Completion]:
-    """Complete every prompt `num_samples` times; by prompt, then by sample. `on_text` hears each piece as it comes."""
-    done = []
-    for piece in stream(model, tokenizer, prompts, settings):
-        on_text(piece)
-        if piece.completion is not None:
-            done.append(piece.completion)
+    """Complete every prompt `num_samples` times, in the order of prompts and samples; raises as `stream` does."""
+    pieces = stream(model, tokenizer, prompts, settings)
+    done = [piece.completion for piece in pieces if piece.completion is not None]
     return sorted(done, key=lambda completion: (completion.prompt_index, completion.sample_index))
 
 
@@ -87,14 +81,14 @@ def stream(
     prompts: Sequence[str],
     settings: GenerationSettings = _DEFAULTS,
 ) -> Iterator[Piece]:
-    """`generate` as an iterator of pieces. Prompts are checked here, before the first token.
+    """The text of all completions piece by piece. The prompts are checked at once, before the first token.
 
     Raises:
         RecipeError: a prompt is not UTF-8 text or is longer than the model's context.
         NonFiniteError: the model's logits are not finite.
     """
     rows = _make_rows(tokenizer, prompts, settings, max_seq_len=model.config.max_seq_len)
-    return _complete_all(model, tokenizer, rows, settings)
+    return _complete_rows(model, tokenizer, rows, settings)
 
 
 def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[tuple[str, float]]:
@@ -130,40 +124,32 @@ class _Row:
     iterations: list[float] = field(default_factory=list)
 
     def add(self, token: int, iterations: float, eos_id: int) -> Piece:
-        """Take the next token."""
+        """Take the next token; the piece is the text that it makes certain."""
         self.token_ids.append(token)
         self.iterations.append(iterations)
         shown = "" if token == eos_id else self.text.push(token)
-        reason = self._finish_reason(token, eos_id)
-        if reason is None:
+        is_full = len(self.token_ids) >= self.limit
+        if not (token == eos_id or self.text.is_stopped or is_full):
             return Piece(self.prompt_index, self.sample_index, shown)
-        shown += self.text.finish()
-        # The very end of the text may still have completed a stop string.
-        return Piece(self.prompt_index, self.sample_index, shown, self._completion(reason))
-
-    def _finish_reason(self, token: int, eos_id: int) -> FinishReason | None:
-        if token == eos_id:
-            return "eos"
-        if self.text.is_stopped:
-            return "stop"
-        return self.limit_reason if len(self.token_ids) >= self.limit else None
-
-    def _completion(self, reason: FinishReason) -> Completion:
-        return Completion(
+        shown += self.text.finish()  # which may still complete a stop string
+        reason: FinishReason = "stop" if self.text.is_stopped else "eos" if token == eos_id else self.limit_reason
+        completion = Completion(
             prompt=self.prompt,
             text=self.text.text,
-            finish_reason="stop" if self.text.is_stopped else reason,
+            finish_reason=reason,
             token_ids=tuple(self.token_ids),
             iterations=tuple(self.iterations),
             prompt_tokens=len(self.prompt_ids),
             prompt_index=self.prompt_index,
             sample_index=self.sample_index,
         )
+        return Piece(self.prompt_index, self.sample_index, shown, completion)
 
 
 def _make_rows(
     tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationSettings, *, max_seq_len: int
 ) -> list[_Row]:
+    """All rows, by prompt and sample."""
     total = len(prompts) * settings.num_samples
     if total > _MOST_COMPLETIONS:
         raise RecipeError(f"{total:,} completions at once, above {_MOST_COMPLETIONS:,}: give fewer prompts or samples")
@@ -171,9 +157,7 @@ def _make_rows(
     for index, prompt in enumerate(prompts):
         name = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
         ids = _encode_prompt(tokenizer, prompt, name, max_seq_len)
-        # The last token needs no place in the context: nothing is predicted from it.
-        room = max_seq_len - len(ids) + 1
-        limit = min(settings.max_new_tokens, room)
+        room = max_seq_len - len(ids) + 1  # the last token needs no place: nothing is predicted from it
         for sample in range(settings.num_samples):
             row = _Row(
                 prompt=prompt,
@@ -182,7 +166,7 @@ def _make_rows(
                 sample_index=sample,
                 random=_row_random(settings.seed, prompt, repeats[prompt]),
                 text=TextStream(tokenizer, settings.stop, prompt_ids=ids[1:]),  # without bos
-                limit=limit,
+                limit=min(settings.max_new_tokens, room),
                 limit_reason="length" if settings.max_new_tokens <= room else "context",
             )
             repeats[prompt] += 1
@@ -191,10 +175,7 @@ def _make_rows(
 
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: str, name: str, max_seq_len: int) -> list[int]:
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RecipeError(f"{name}: not UTF-8 text (character {error.start})") from None
+    check_utf8(prompt, name)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if len(ids) > max_seq_len:
         raise RecipeError(
@@ -205,31 +186,34 @@ def _encode_prompt(tokenizer: Tokenizer, prompt: str, name: str, max_seq_len: in
 
 
 def _row_random(seed: int, prompt: str, sample: int) -> random.Random:
-    """The row's own stream of draws: the same wherever the row stands. A prompt given twice counts its samples on."""
+    """A row's own random numbers, which depend on nothing but these three: not on the other rows of its batch.
+
+    Args:
+        sample: counts on where a prompt is given twice, so that the two do not get the same text.
+    """
     digest = hashlib.blake2b(f"sampling/{seed}/{sample}/{prompt}".encode(), digest_size=8).digest()
     return random.Random(int.from_bytes(digest, "little"))
 
 
-def _complete_all(
+def _complete_rows(
     model: IntegratorLanguageModel, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
 ) -> Iterator[Piece]:
-    """Batch after batch, in evaluation mode; the model's mode comes back."""
+    """Complete batch after batch in evaluation mode; afterwards the model is in the mode it came in."""
     was_training = model.training
     model.eval()
     try:
         options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
-        most = min(settings.batch_size, len(rows))
-        decoder = Decoder(model, options, rows=most, compiled=settings.compiled)
+        most_rows = min(settings.batch_size, len(rows))
+        decoder = Decoder(model, options, rows=most_rows, compiled=settings.compiled)
         for first in range(0, len(rows), settings.batch_size):
-            yield from _complete(decoder, tokenizer, rows[first : first + settings.batch_size], settings)
+            yield from _complete_batch(decoder, tokenizer, rows[first : first + settings.batch_size], settings)
     finally:
         model.train(was_training)
 
 
-def _complete(
+def _complete_batch(
     decoder: Decoder, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
 ) -> Iterator[Piece]:
-    """All rows to their ends, side by side."""
     batch = _Batch(decoder, tokenizer, rows, settings)
     while rows:
         tokens, iterations = batch.choose([row.random.random() for row in rows])
@@ -243,19 +227,20 @@ def _complete(
 
 
 class _Batch:
-    """The device's side of a batch of rows: their cache, and the final states behind their next tokens.
+    """What the device holds of a batch: the cache, and for each row the hidden state that predicts its next token.
 
-    A finished row leaves; of a compiled decoder's batch it only stops being looked at, because another batch size
-    would be compiled anew.
+    A finished row leaves the batch. With a compiled decoder it stays there unread: a smaller batch would be compiled
+    anew.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings) -> None:
         self.decoder, self.device = decoder, decoder.model.embedding.table.weight.device
         banned = sorted(set(tokenizer.special_ids.values()) - {tokenizer.eos_id})
-        prompts, places = _unique_prompts(rows)
+        prompts = {row.prompt_index: row.prompt_ids for row in rows}
         with torch.inference_mode():
-            ids = self._prefill(prompts, max(row.limit for row in rows), tokenizer.bos_id)
-            if len(places) > len(prompts):
+            ids = self._prefill(list(prompts.values()), max(row.limit for row in rows), tokenizer.bos_id)
+            if len(rows) > len(prompts):  # each prompt's place once for each of its samples
+                places = [row.prompt_index - rows[0].prompt_index for row in rows]
                 self._select(torch.tensor(places, device=self.device))
                 ids = ids[places]
             self.places = torch.arange(len(rows), device=self.device)
@@ -267,7 +252,7 @@ class _Batch:
             )
 
     def _prefill(self, prompts: list[list[int]], max_new_tokens: int, bos_id: int) -> Tensor:
-        """Run the prompts, aligned to the right, in one pass; their ids (P, S) come back, padded with bos."""
+        """Run the prompts, aligned to the right, in one pass; returns their ids (P, S), padded with bos."""
         width = max(map(len, prompts))
         ids = torch.tensor([[bos_id] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         self.cache = self.decoder.new_cache(len(prompts), width + max_new_tokens - 1)
@@ -302,18 +287,8 @@ class _Batch:
         return Predicted(hidden[self.places], iterations[self.places])
 
     def _select(self, rows: Tensor) -> None:
+        """Make these rows, in this order, the whole batch."""
         self.cache.select(rows)
         if self.cache.padding is not None and not bool(self.cache.padding.any()):
-            self.cache.padding = None  # the plain path is faster
+            self.cache.padding = None  # without padding there is a faster path
         self.next = Predicted(self.next.hidden[rows], self.next.iterations[rows])
-
-
-def _unique_prompts(rows: list[_Row]) -> tuple[list[list[int]], list[int]]:
-    """The different prompts of the rows, and for each row the place of its prompt among them."""
-    prompts: list[list[int]] = []
-    numbers: dict[int, int] = {}
-    for row in rows:
-        if row.prompt_index not in numbers:
-            numbers[row.prompt_index] = len(prompts)
-            prompts.append(row.prompt_ids)
-    return prompts, [numbers[row.prompt_index] for row in rows]

@@ -1,8 +1,8 @@
-"""Logits -> next tokens: repetition penalty, temperature, top-k, top-p, min-p, and the draw.
+"""Logits -> next tokens: repetition penalty (`penalise`), temperature, top-k, top-p, min-p (`candidates`), and `draw`.
 
-- Every filter keeps a prefix of the tokens sorted by probability, so one sort serves them all.
-- The draw inverts the cumulative distribution at one uniform number a row. The numbers come from outside, one stream a
-  row, so a row's text does not depend on which rows share its batch.
+- Each filter keeps the most probable tokens down to some place, so one sort serves all of them.
+- A draw takes one uniform number a row and looks up where the cumulative distribution reaches it. Each row brings its
+  own numbers, so its text does not depend on the other rows of the batch.
 - Legend: B rows, V vocabulary, N candidates.
 """
 
@@ -13,11 +13,11 @@ from inl_core.errors import NonFiniteError
 from inl_core.inference.settings import GenerationSettings
 
 _LARGEST = 1e20
-"""Stands for any larger factor, which float32 would make infinite: infinity times 0, or over infinity, is no number."""
+"""Larger factors are cut to this one. In float32 they would become infinite, and their product with 0 NaN."""
 
 
 class Sampler:
-    """Chooses a token for each of B rows; remembers which tokens a row holds when a repetition penalty asks for it.
+    """Chooses a token for each of B rows. For a repetition penalty it remembers which tokens each row holds.
 
     Args:
         banned: (n,) ids that are never chosen.
@@ -32,12 +32,12 @@ class Sampler:
             self.seen.scatter_(1, prompts, True)
 
     def __call__(self, logits: Tensor, draws: list[float]) -> Tensor:
-        """The next token of each row, (B,), from logits (B, V) and a uniform number in [0, 1) a row.
+        """The next token of each row, (B,), from logits (B, V) and one uniform number in [0, 1) for each row.
 
         Raises:
             NonFiniteError: a logit is NaN or infinite.
         """
-        least, most = logits.aminmax()  # one pass, and NaN if any is; isfinite().all() takes nine times as long
+        least, most = logits.aminmax()  # NaN if any logit is; isfinite().all() would take nine times as long
         if not bool((most - least).isfinite()):
             raise NonFiniteError(
                 "the model's logits are not finite: its weights have diverged; use an earlier checkpoint"
@@ -65,7 +65,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def candidates(logits: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor | None]:
-    """Probabilities (B, N) after temperature and filters, and their tokens (B, N); None = all, in order."""
+    """Probabilities (B, N) after temperature and filters, and their tokens (B, N), or None for all tokens in order."""
     scaled = (logits - logits.max(-1, keepdim=True).values) / min(settings.temperature, _LARGEST)
     if settings.top_k is None and settings.top_p is None and not settings.min_p:
         return scaled.softmax(-1), None
@@ -77,7 +77,7 @@ def candidates(logits: Tensor, settings: GenerationSettings) -> tuple[Tensor, Te
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if settings.top_p is not None:
         doubled = probabilities.double()
-        keep = doubled.cumsum(-1) - doubled < settings.top_p  # what is more probable does not reach top_p yet
+        keep = doubled.cumsum(-1) - doubled < settings.top_p  # the more probable tokens do not reach top_p yet
     if settings.min_p:
         keep &= probabilities >= settings.min_p * probabilities[:, :1]
     probabilities = probabilities.masked_fill(~keep, 0.0)
@@ -85,7 +85,7 @@ def candidates(logits: Tensor, settings: GenerationSettings) -> tuple[Tensor, Te
 
 
 def draw(probabilities: Tensor, ids: Tensor | None, draws: list[float]) -> Tensor:
-    """The token of each row at which the cumulative distribution passes the row's uniform number, (B,)."""
+    """The token of each row at which the cumulative distribution exceeds the row's uniform number, (B,)."""
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     uniform = torch.tensor(draws, dtype=torch.float64, device=cumulative.device)[:, None]
     # `right` takes the first place strictly above, so a token without probability is never taken.

@@ -1,4 +1,4 @@
-"""What a user may ask of generation, validated; without torch, so that the command line can show the defaults."""
+"""The settings of generation, validated. Imports no torch, so that `inl generate --help` is quick."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class GenerationSettings:
     max_new_tokens: int = 200
     """Tokens generated per completion, at most."""
     temperature: float = 0.8
-    """Divides the logits; 0, or so little that float32 cannot divide by it, takes the most probable token (greedy)."""
+    """Divides the logits; 0 takes the most probable token (greedy), as does what float32 cannot divide by."""
     top_k: int | None = None
     """Only the k most probable tokens."""
     top_p: float | None = None
@@ -37,7 +37,7 @@ class GenerationSettings:
     batch_size: int = 32
     """Completions generated side by side, at most; it changes speed and memory, not text."""
     compiled: bool = False
-    """Decode with generated kernels: the same but for rounding, faster after tens of seconds of compiling."""
+    """Decode with torch.compile: faster after tens of seconds of compiling, the same text but for rounding."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "num_samples", "num_iterations", "batch_size"):
@@ -60,11 +60,11 @@ class GenerationSettings:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether no draw is made."""
+        """Whether the most probable token is taken, and nothing is drawn."""
         return self.temperature < _LEAST_TEMPERATURE
 
     def without_effect(self) -> list[str]:
-        """The settings that a greedy choice ignores, in words."""
+        """One sentence for each setting that a greedy choice ignores."""
         if not self.is_greedy:
             return []
         given = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
@@ -75,5 +75,5 @@ class GenerationSettings:
 
 
 def _spelt(name: str) -> str:
-    """As the command line's option."""
+    """The name of the command line's option, without dashes."""
     return "iterations" if name == "num_iterations" else name.replace("_", "-")

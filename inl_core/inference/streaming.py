@@ -1,4 +1,4 @@
-"""Tokens -> text that may be shown: whole characters only, and nothing that may turn out to be a stop string."""
+"""Tokens -> text that may be shown: whole characters, and nothing that may yet become a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from inl_core.corpus.tokenizer import StreamDecoder, Tokenizer
 
 
 class StopStrings:
-    """Cuts text before the stop string that is complete first; what may become one is held back.
+    """Cuts text before the first stop string. An end that may become one is held back until it is decided.
 
-    The result does not depend on how the text was divided among the pushes.
+    The result does not depend on how the text was divided among the calls of `push`.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -17,11 +17,11 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text that is now certain to precede any stop string; empty once one is matched."""
+        """Add text; returns what can now be shown. It is empty after a stop string."""
         if self.matched is not None:
             return ""
         text = self._held + text
-        # Of several, the one that ends first; of those, the longest.
+        # Of several stop strings the one that ends first counts; of those that end together, the longest.
         found = [(place + len(stop), place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
         if found:
             _, start, self.matched = min(found)
@@ -32,7 +32,7 @@ class StopStrings:
         return text[:certain]
 
     def flush(self) -> str:
-        """What was held back, once no more text can come."""
+        """What was held back, to be shown when no more text comes."""
         held, self._held = self._held, ""
         return held
 
@@ -46,7 +46,7 @@ class StopStrings:
 
 
 class TextStream:
-    """The visible text of one completion as its tokens arrive: what they add to the text of `prompt_ids`."""
+    """The visible text of one completion as its tokens arrive, without the text of `prompt_ids` before them."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), *, prompt_ids: Sequence[int] = ()) -> None:
         self._decoder, self._stops = StreamDecoder(tokenizer, prompt_ids), StopStrings(stops)
@@ -54,15 +54,15 @@ class TextStream:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop string was completed; it is not part of the text."""
+        """Whether a stop string was met; it is not part of the text."""
         return self._stops.matched is not None
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes certain."""
+        """Add a token; returns the text that can now be shown."""
         return self._show(self._stops.push(self._decoder.push(token_id)))
 
     def finish(self) -> str:
-        """The rest, when no more tokens come; an unfinished character becomes U+FFFD."""
+        """The rest of the text, when no more tokens come; an unfinished character becomes U+FFFD."""
         return self._show(self._stops.push(self._decoder.flush()) + self._stops.flush())
 
     def _show(self, text: str) -> str:

@@ -1,9 +1,8 @@
 """The text a model is measured on: a split of a prepared data set, text in any form, or Python's own sources.
 
-- The split is the run's validation split unless told otherwise; its tokenizer must be the model's, or the figures would
-  mean nothing.
-- Windows of S tokens at a stride: S = stride scores each token once with 0 to S-1 tokens of context; a smaller stride
-  gives every token at least S - stride tokens of context and costs S / stride as much.
+- The split is the run's validation split unless told otherwise. Its tokenizer must be the model's.
+- A text is scored in windows of S tokens, each of which begins `stride` tokens after the one before. At stride S a
+  token has 0 to S - 1 tokens of context. A smaller stride gives each S - stride or more, and takes S / stride as long.
 """
 
 import argparse
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from inl_core.corpus.encoding import document_stream
 from inl_core.corpus.loader import Batch, TokenDataset, TokenStream, evaluation_batches
-from inl_core.corpus.manifest import check_ids, load_manifest
+from inl_core.corpus.manifest import SPLITS, check_ids, load_manifest
 from inl_core.corpus.paths import shown
 from inl_core.corpus.rows import Document
 from inl_core.corpus.sources import STDIN
@@ -25,19 +24,17 @@ from inl_core.inference.evaluate import ByteCounts, byte_counts
 from inl_core.inference.loading import LoadedModel
 from inl_core.recipe.load import load_recipe
 
-SPLITS = ("train", "validation")
-
 
 @dataclass(frozen=True)
 class Text:
-    """Something to measure a model on."""
+    """A text to measure a model on."""
 
     name: str
-    """What it is, in words."""
+    """What it is, for people."""
     loaded: LoadedModel
     source: TokenStream
     num_bytes: int
-    """Size of the source text in UTF-8."""
+    """Size of the source text in UTF-8, before it became tokens."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -46,17 +43,17 @@ class Text:
         return self.source.num_tokens - 1
 
     def byte_counts(self, max_tokens: int | None = None) -> ByteCounts:
-        """The bytes behind its tokens, when the first `max_tokens` targets are scored (None is all)."""
+        """How many bytes its tokens stand for, when the first `max_tokens` targets are scored (None: all)."""
         is_whole = max_tokens is None or max_tokens >= self.num_targets
         return byte_counts(self.loaded.tokenizer, self.source, self.num_bytes, is_whole=is_whole)
 
     def windows(
         self, *, window: int, stride: int | None = None, batch_size: int = 16, max_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """Batches that score every target once (the first `max_tokens`).
+        """Batches in which every target is scored once, or the first `max_tokens` of them.
 
         Raises:
-            RecipeError: the window does not fit the model's context, or the stride not the window.
+            RecipeError: the window is longer than the model's context, or the stride longer than the window.
         """
         self.check_window(window)
         if stride is not None and not 0 < stride <= window:
@@ -66,7 +63,7 @@ class Text:
         )
 
     def check_window(self, window: int) -> None:
-        """RecipeError when the window does not fit the model's context."""
+        """Refuse a window that is longer than the model's context."""
         limit = self.loaded.model.config.max_seq_len
         if not 0 < window <= limit:
             raise RecipeError(f"window {window}: must be between 1 and the model's context of {limit:,} tokens")
@@ -101,13 +98,16 @@ def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = 
 
 def plain_text(loaded: LoadedModel, name: str, text: str) -> Text:
     """A text as one document, called `name`."""
-    return _text(loaded, name, [Document(name, (text,))])
+    return _from_documents(loaded, name, [Document(name, (text,))])
 
 
 def open_text(loaded: LoadedModel, source: str | Path, *, note: Callable[[str], None] = lambda message: None) -> Text:
-    """Text as a preparation reads it: a file, a directory or a glob of any format, or `-` for stdin.
+    """Any text that `inl prepare-data` reads: a file, a directory or a glob of any format, or `-` for stdin.
 
-    A text file is one document; of prompts and chats only what a model is trained on is scored.
+    A text file is one document. Of prompts and chats only the completions are scored, as only they are trained on.
+
+    Args:
+        note: is told what was found and what was left out.
 
     Raises:
         RecipeError: it is missing or cannot be used.
@@ -117,15 +117,13 @@ def open_text(loaded: LoadedModel, source: str | Path, *, note: Callable[[str], 
     documents = whole_documents(str(source), note=note)
     if not documents:
         raise ArtefactError(f"{name}: is empty; there is nothing to measure")
-    if len(documents) > 1:
-        name += f" ({len(documents):,} documents)"
-    if any(document.roles for document in documents):
-        name += ", completions only"
-    return _text(loaded, name, documents)
+    name += f" ({len(documents):,} documents)" if len(documents) > 1 else ""
+    name += ", completions only" if any(document.roles for document in documents) else ""
+    return _from_documents(loaded, name, documents)
 
 
 def open_default(loaded: LoadedModel) -> Text:
-    """The run's validation split where it is at hand, else real text that every Python has: the source of argparse."""
+    """The run's validation split if it can be found, else a text that comes with Python: the source of argparse."""
     try:
         return open_split(loaded)
     except ArtefactError as error:
@@ -133,7 +131,7 @@ def open_default(loaded: LoadedModel) -> Text:
         return plain_text(loaded, name, inspect.getsource(argparse))
 
 
-def _text(loaded: LoadedModel, name: str, documents: list[Document]) -> Text:
+def _from_documents(loaded: LoadedModel, name: str, documents: list[Document]) -> Text:
     document_mask = len(documents) > 1 and _document_mask(loaded)
     stream = document_stream(loaded.tokenizer, documents, document_mask=document_mask)
     if not stream.num_tokens:
@@ -151,7 +149,7 @@ def _document_mask(loaded: LoadedModel) -> bool:
 
 
 def _leakage(loaded: LoadedModel, directory: Path, fingerprint: str) -> tuple[str, ...]:
-    """What to say when the data set is not the one the model saw: its held-out documents may be others."""
+    """A warning when the data set is not the one the model was trained on: its held-out documents may be others."""
     trained_on = {event.get("data") for event in loaded.config.get("provenance", [])}
     if not trained_on or fingerprint in trained_on:
         return ()

@@ -60,7 +60,7 @@ def test_one_text_scores_the_same_in_every_dress(loaded: LoadedModel, tmp_path: 
     for path in [*dresses, tmp_path / "a.parquet"]:
         text = open_text(loaded, path)
         assert targets(text) == targets(plain)
-        assert bits(text) == bits(plain)
+        assert bits(text) == pytest.approx(bits(plain), rel=1e-6)
         assert text.name == str(path)
 
 
