@@ -1,7 +1,7 @@
 """The `inl` command: which commands there are and where each one lives.
 
 - Nothing here imports torch, pandas or pydantic: `inl --help` must be instant. A command imports the core in its body.
-- Help and usage errors are plain text (no rich markup): it is half the start-up time, and it pipes and greps.
+- Help and usage errors are plain text without rich's markup: it takes half the time, and can be piped and searched.
 """
 
 import atexit
@@ -87,11 +87,11 @@ def main() -> None:
 
 
 def _run_as_rank() -> NoReturn:
-    """Run the command as one process of several, and end without taking the interpreter down.
+    """Run the command as one process of several, and end without shutting the interpreter down.
 
-    Taking it down frees the process group, and gloo's worker threads that need Python's lock just then are stopped
-    where they stand: a finished run that never ends (pytorch issue 190489; inl_core/training/distributed.py holds what
-    must live until here). Everything of ours is written and closed before this point.
+    A shutdown frees the process group, and stops gloo's worker threads for good when they wait for Python's lock just
+    then: a finished run would never end (pytorch issue 190489; inl_core/training/distributed.py keeps what must live
+    until here). Everything of ours is written and closed before this point.
     """
     code: object = 0
     try:

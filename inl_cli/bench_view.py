@@ -15,17 +15,14 @@ _MODEL = ("preset", "d_model", "num_layers", "num_heads", "key_value_heads", "hi
 
 def comparison_data(comparison: "Comparison") -> dict[str, Any]:
     """One object: settings, ceiling, candidates with their modes, and the ratios."""
-    ratio = comparison.ratio
-    return to_plain(
-        {
-            "settings": asdict(comparison.settings),
-            "ceiling": {"flops_per_second": comparison.ceiling, "size": comparison.settings.gemm_size}
-            if comparison.ceiling
-            else None,
-            "candidates": [_outcome_data(outcome) for outcome in comparison.outcomes],
-            "ratio": {"tokens_per_second": ratio, "peak_memory": comparison.memory_ratio} if ratio else None,
-        }
-    )
+    settings, ceiling, ratio = comparison.settings, comparison.ceiling, comparison.ratio
+    data = {
+        "settings": settings,
+        "ceiling": {"flops_per_second": ceiling, "size": settings.gemm_size} if ceiling else None,
+        "candidates": [_outcome_data(outcome) for outcome in comparison.outcomes],
+        "ratio": {"tokens_per_second": ratio, "peak_memory": comparison.memory_ratio} if ratio else None,
+    }
+    return to_plain(data)
 
 
 def loader_data(settings: "BenchSettings", candidate: "Candidate", speed: "LoaderSpeed") -> dict[str, Any]:
@@ -51,77 +48,61 @@ def _outcome_data(outcome: "Outcome") -> dict[str, Any]:
 
 def _mode_data(measured: "Measured") -> dict[str, Any]:
     parts = measured.parts
+    shares = {"profiled_seconds": parts.seconds, "seconds": parts.by_part, "shares": parts.shares} if parts else None
     return {
         "tokens_per_second": measured.tokens_per_second,
         "seconds": measured.seconds,
         "peak_memory_bytes": measured.peak_memory,
         "utilisation": measured.utilisation,
         "seconds_to_ready": measured.facts.seconds_to_ready,
-        "parts": {
-            "profiled_seconds": parts.seconds,
-            "seconds": parts.by_part,
-            "shares": parts.shares,
-        }
-        if parts
-        else None,
+        "parts": shares,
     }
 
 
 def show_comparison(console: Console, data: dict[str, Any]) -> None:
     """Speed, then ratios, then time by part."""
-    settings, rows = data["settings"], []
-    for candidate in data["candidates"]:
-        for mode, figures in candidate["modes"].items():
-            is_best = len(candidate["modes"]) > 1 and mode == candidate["best_mode"]
-            name = f"{candidate['name']}, {mode}{' (taken)' if is_best else ''}"
-            use = figures["utilisation"]
-            rows.append(
-                (
-                    name,
-                    candidate["parameters"],
-                    _spread(figures["tokens_per_second"], "{:,.0f}"),
-                    _spread(figures["seconds"], "{:.4g}"),
-                    amount(figures["peak_memory_bytes"], "B"),
-                    _spread(use, "{:.1%}") if use else "n/a",
-                )
+    measured = [
+        (candidate, mode, figures) for candidate in data["candidates"] for mode, figures in candidate["modes"].items()
+    ]
+    rows = []
+    for candidate, mode, figures in measured:
+        is_taken = len(candidate["modes"]) > 1 and mode == candidate["best_mode"]
+        use = figures["utilisation"]
+        rows.append(
+            (
+                f"{candidate['name']}, {mode}{' (taken)' if is_taken else ''}",
+                candidate["parameters"],
+                _spread(figures["tokens_per_second"], "{:,.0f}"),
+                _spread(figures["seconds"], "{:.4g}"),
+                amount(figures["peak_memory_bytes"], "B"),
+                _spread(use, "{:.1%}") if use else "n/a",
             )
-    title = f"{data['task']}, {_work(data)}, {settings['rounds']} rounds: median (quartiles)\n{_machine(data)}"
+        )
     columns = ("", "parameters", "tokens/s", "seconds", "peak memory", "of the ceiling")
-    console.table(title, columns, rows)
-    _show_failures(console, data)
-    _show_ratio(console, data)
-    _show_parts(console, data)
-
-
-def _show_failures(console: Console, data: dict[str, Any]) -> None:
+    console.table(_title(f"{data['task']}, {_work(data)}", data["settings"]["rounds"], data), columns, rows)
     for candidate in data["candidates"]:
         for mode, reason in candidate["failures"].items():
             console.warn(f"{mode} could not be measured: {reason}")
+    _show_ratio(console, data)
+    found = [(f"{candidate['name']}, {mode}", figures["parts"]) for candidate, mode, figures in measured]
+    _show_parts(console, [(name, parts) for name, parts in found if parts])
 
 
 def _show_ratio(console: Console, data: dict[str, Any]) -> None:
     lines = []
     if data["ceiling"]:
         rate = data["ceiling"]["flops_per_second"]["median"]
-        size, bf16 = data["ceiling"]["size"], data["settings"]["bf16"]
-        kind = "bfloat16" if bf16 else "float32"
+        size, kind = data["ceiling"]["size"], "bfloat16" if data["settings"]["bf16"] else "float32"
         lines.append(f"ceiling: {flop_amount(rate)}/s in a {size:,} x {size:,} {kind} matrix product")
     if data["ratio"]:
-        first, second = (candidate["name"] for candidate in data["candidates"][:2])
-        ratio, memory = data["ratio"]["tokens_per_second"], data["ratio"]["peak_memory"]
-        lines.append(f"{first} / {second}: {_spread(ratio, '{:.3f}')} in tokens/s")
-        if memory:
-            lines.append(f"{first} / {second}: {memory:.3f} in peak memory")
+        names = " / ".join(candidate["name"] for candidate in data["candidates"][:2])
+        lines.append(f"{names}: {_spread(data['ratio']['tokens_per_second'], '{:.3f}')} in tokens/s")
+        if memory := data["ratio"]["peak_memory"]:
+            lines.append(f"{names}: {memory:.3f} in peak memory")
     console.write("".join(f"\n{line}" for line in lines) + "\n" * bool(lines))
 
 
-def _show_parts(console: Console, data: dict[str, Any]) -> None:
-    found = [
-        (f"{candidate['name']}, {mode}", figures["parts"])
-        for candidate in data["candidates"]
-        for mode, figures in candidate["modes"].items()
-        if figures["parts"]
-    ]
+def _show_parts(console: Console, found: list[tuple[str, dict[str, Any]]]) -> None:
     if not found:
         return
     names = list(dict.fromkeys(part for _, parts in found for part in parts["seconds"]))
@@ -140,16 +121,15 @@ def _part(parts: dict[str, Any], name: str) -> str | None:
 def show_loader(console: Console, data: dict[str, Any]) -> None:
     """One line."""
     settings, mask = data["settings"], "with" if data["document_mask"] else "without"
-    title = f"data, {settings['batch_size']} x {settings['sequence_length']} tokens, {mask} document mask"
+    what = f"data, {settings['batch_size']} x {settings['sequence_length']} tokens, {mask} document mask"
     rows = [(data["data"], data["num_tokens"], _spread(data["tokens_per_second"], "{:,.0f}"))]
-    title += f", {settings['rounds']} rounds: median (quartiles)\n{_machine(data)}"
-    console.table(title, ("data", "tokens", "tokens/s"), rows)
+    console.table(_title(what, settings["rounds"], data), ("data", "tokens", "tokens/s"), rows)
 
 
 def show_startup(console: Console, data: dict[str, Any]) -> None:
     """A line for each thing started."""
-    rows = [(name, _spread(asdict(seconds), "{:.3f}")) for name, seconds in data["seconds"].items()]
-    console.table(f"startup, {data['rounds']} rounds: median (quartiles)\n{_machine(data)}", ("", "seconds"), rows)
+    rows = [(name, _spread(seconds, "{:.3f}")) for name, seconds in data["seconds"].items()]
+    console.table(_title("startup", data["rounds"], data), ("", "seconds"), rows)
 
 
 def _work(data: dict[str, Any]) -> str:
@@ -159,11 +139,11 @@ def _work(data: dict[str, Any]) -> str:
     return f"{settings['batch_size']} x {settings['sequence_length']} tokens"
 
 
-def _machine(data: dict[str, Any]) -> str:
+def _title(what: str, rounds: int, data: dict[str, Any]) -> str:
     machine, versions = data["machine"], data["versions"]
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['device']}, "
-        f"torch {versions['torch']}"
+        f"{what}, {rounds} rounds: median (quartiles)\n{machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['device']}, torch {versions['torch']}"
     )
 
 

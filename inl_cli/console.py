@@ -2,18 +2,16 @@
 
 - Data goes to stdout, everything else to stderr; with --json stdout carries one object and nothing else.
 - Colour and live bars only on a terminal; elsewhere plain lines. NO_COLOR is respected.
-- Of several processes (inl_core/launcher.py) only the first talks, but a crash shows its traceback whatever the rank,
-  and what only one machine may have met (its disk, its copy of a file) is shown by every rank that met it.
+- Of several processes (inl_core/launcher.py) only the first talks. Two things every process shows: the traceback of a
+  crash, and an error that may concern its machine alone (its disk, its copy of a file).
 - rich is imported only when something needs it, so that `inl --help` is instant.
 """
 
-import dataclasses
 import functools
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
 import typer
 
 from inl_cli.memory import describe_out_of_memory, is_out_of_memory
-from inl_cli.progress import LineProgress, Progress, SilentProgress, open_bar
+from inl_cli.progress import LineProgress, Progress, open_bar
 from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
 from inl_core.files import describe_os_error, expand_home, shortened
 from inl_core.launcher import place_or_alone
@@ -78,7 +76,7 @@ class Console:
             _write_line(sys.stderr, f"warning: {text}", style="yellow")
 
     def write(self, text: str) -> None:
-        """Data as it is, on stdout, without a line end and at once; nothing under --json."""
+        """Text on stdout as it is, without adding a line end, at once; nothing under --json."""
         if self.is_main and not self.json:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -96,7 +94,7 @@ class Console:
         for row in cells:
             table.add_row(*(_plain_text(cell) for cell in row))
         console = self.rich_stdout if is_data else self.rich_stderr
-        if title:  # not the table's own title, which is folded to the table's width
+        if title:  # printed here: rich would break the table's own title at the table's width
             console.print(_plain_text(title), style="bold", soft_wrap=True)
         console.print(table)
 
@@ -116,7 +114,7 @@ class Console:
         `with console.progress() as progress: progress.start("reading", "B"); progress.update(done, total)`
         """
         if self.quiet or not self.is_main:
-            yield SilentProgress()
+            yield Progress()
         elif self.is_live:
             with open_bar(self.rich_stderr) as bar:
                 yield bar
@@ -124,42 +122,39 @@ class Console:
             yield LineProgress(self.info)
 
 
-def errors_to_exit_codes() -> Callable[[Callable[P, R]], Callable[P, R]]:
+def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:
     """Decorate a command: a user's error becomes its lines on stderr and its exit code, a bug keeps its traceback.
 
-    `~` is expanded in every argument that is a Path: behind `--output=` and in quotes no shell does it.
+    `~` is expanded in every argument that is a Path, since no shell does it behind `--output=` or in quotes.
     """
 
-    def decorate(command: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(command)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            try:
-                for name, value in kwargs.items():
-                    if isinstance(value, Path):
-                        kwargs[name] = expand_home(value)
-                return command(*args, **kwargs)
-            except InlError as error:
-                if is_main_process():
-                    show_error(str(error))
-                elif isinstance(error, ArtefactError) and not error.is_shared:
-                    show_error(f"rank {place_or_alone().rank}: {error}")
-                raise typer.Exit(exit_code(error)) from None
-            except BrokenPipeError:
-                raise  # `inl ... | head`: Typer ends quietly
-            except OSError as error:
-                # Shown on every rank: a full disk or a missing right may concern one machine only.
-                show_error(describe_os_error(error))
-                raise typer.Exit(EXIT_FAILURE) from None
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                show_error(describe_out_of_memory(error, command))  # on every rank, too
-                raise typer.Exit(EXIT_FAILURE) from None
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            for name, value in kwargs.items():
+                if isinstance(value, Path):
+                    kwargs[name] = expand_home(value)
+            return command(*args, **kwargs)
+        except InlError as error:
+            if is_main_process():
+                show_error(str(error))
+            elif isinstance(error, ArtefactError) and not error.is_shared:
+                show_error(f"rank {place_or_alone().rank}: {error}")
+            raise typer.Exit(exit_code(error)) from None
+        except BrokenPipeError:
+            raise  # `inl ... | head`: Typer ends quietly
+        except OSError as error:
+            # Shown by every process: a full disk or a missing right may concern one machine only.
+            show_error(describe_os_error(error))
+            raise typer.Exit(EXIT_FAILURE) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            show_error(describe_out_of_memory(error, command))  # by every process, too
+            raise typer.Exit(EXIT_FAILURE) from None
 
-        run.__dict__["maps_errors"] = True
-        return run
-
-    return decorate
+    run.__dict__["maps_errors"] = True
+    return run
 
 
 def exit_code(error: InlError) -> int:
@@ -184,27 +179,19 @@ def format_value(value: Any) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Anything a command returns as JSON values; what JSON cannot say (NaN, infinity) becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, Path):
-        return str(value)
-    for method, arguments in (("model_dump", {"mode": "json"}), ("tolist", {})):  # pydantic; numpy and torch
-        if not isinstance(value, type) and hasattr(value, method):
-            return to_plain(getattr(value, method)(**arguments))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Iterable):
-        return [to_plain(item) for item in value]
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    """Anything a command returns as JSON values; what JSON has no word for (NaN, infinity) becomes null."""
+    from pydantic_core import to_jsonable_python
+
+    def of_array(unknown: Any) -> Any:  # numpy and torch
+        if hasattr(unknown, "tolist"):
+            return unknown.tolist()
+        raise TypeError(f"{type(unknown).__name__} cannot be written as JSON")
+
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=of_array)
 
 
 def _json_text(value: Any, encoding: str | None) -> str:
-    """JSON as people read it, and in ASCII where the stream cannot show its characters or one is half of a pair."""
+    """JSON with its characters as they are, or escaped where the stream cannot write one of them."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(encoding or "utf-8")
@@ -214,9 +201,9 @@ def _json_text(value: Any, encoding: str | None) -> str:
 
 
 def show_error(text: str) -> None:
-    """What went wrong, on stderr behind all that stdout got; long texts are shortened, control characters shown."""
+    """What went wrong, on stderr; long texts are shortened, and control characters are spelt out."""
     with suppress(OSError):
-        sys.stdout.flush()
+        sys.stdout.flush()  # so that on a terminal the error comes after the output
     lines = text.split("\n")
     if len(lines) > _MOST_ERROR_LINES:
         lines[_MOST_ERROR_LINES - 1 :] = [f"... and {len(lines) - _MOST_ERROR_LINES + 1:,} more lines"]
@@ -225,7 +212,7 @@ def show_error(text: str) -> None:
 
 
 def _write_line(stream: TextIO, text: str, *, style: str = "") -> None:
-    """Colour only where it shows; the text itself is never interpreted."""
+    """A line, coloured only on a terminal; nothing in the text is taken for markup."""
     if style and _is_terminal(stream) and not os.environ.get("NO_COLOR"):
         _rich_console(stream).print(_plain_text(text), style=style, soft_wrap=True)
     else:

@@ -29,6 +29,15 @@ def open_model(
     return loaded
 
 
+def check_recipe_or_model(recipe: Path | None, preset: str | None, size: str | None) -> None:
+    """Refuse a recipe together with a preset or a size, before anything is loaded."""
+    if recipe is not None and (preset or size):
+        raise RecipeError(
+            f"{recipe} together with {'--preset' if preset else '--size'}: a recipe names its own model; "
+            "change it with --set model.preset=... --set model.size=..., or leave the recipe out"
+        )
+
+
 def check_source(data: Path | None, text: str | None) -> None:
     """Refuse a data set and a text together, before anything is loaded."""
     if data and text is not None:

@@ -1,4 +1,4 @@
-"""Out of memory, in one line: how much could not be had, and which settings need less."""
+"""Running out of memory, told in one line: how much could not be allocated, and which settings need less."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# torch knows a class for a GPU's memory only; for everything else it raises RuntimeError.
+# torch has an error class for a GPU's memory only; for everything else it raises RuntimeError with one of these.
 _SIGNS = ("out of memory", "allocate memory", "not enough memory", "size calculation overflowed", "alloc_failed")
 _ASKED_FOR = re.compile(r"allocate ([\d.]+) ?(bytes|[KMGTPE]i?B)", re.IGNORECASE)
 _OPTIONS = ("batch_size", "window", "sequence_length", "num_samples", "max_new_tokens", "sample_tokens", "max_tokens")
@@ -27,13 +27,16 @@ _KEYS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had."""
+    """Whether an error says that memory could not be allocated."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS))
 
 
 def describe_out_of_memory(error: BaseException, command: Callable[..., Any]) -> str:
-    """One line: what was asked for, and what to do: the error's own note, or the options of `command` that matter."""
+    """One line: what was asked for, and what to do about it.
+
+    The advice is the error's own note where `explains_memory` has added one, else the options of `command` that matter.
+    """
     found = _ASKED_FOR.search(str(error))
     asked = f" ({_readable(*found.groups())} more could not be had)" if found else ""
     notes = getattr(error, "__notes__", ())
@@ -41,7 +44,7 @@ def describe_out_of_memory(error: BaseException, command: Callable[..., Any]) ->
 
 
 def explains_memory(train: Callable[P, R]) -> Callable[P, R]:
-    """Decorate what trains a recipe, an argument of that name: running out of memory says what the plan needs."""
+    """Decorate a function that trains its argument `recipe`: an error for want of memory says what the plan needs."""
     signature = inspect.signature(train)
 
     @functools.wraps(train)
@@ -50,7 +53,8 @@ def explains_memory(train: Callable[P, R]) -> Callable[P, R]:
             return train(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
-                traceback.clear_frames(error.__traceback__)  # they hold the model, and planning needs memory as well
+                # The frames hold the model in memory, and planning needs memory as well.
+                traceback.clear_frames(error.__traceback__)
                 error.add_note(_training_advice(signature.bind(*args, **kwargs).arguments["recipe"]))
             raise
 
@@ -64,7 +68,7 @@ def _training_advice(recipe: "Recipe") -> str:
     try:
         vocab_size = find_vocabulary(recipe).size
         plan = plan_recipe(recipe, vocab_size=vocab_size, world_size=place_or_alone().size)
-    except Exception:  # what is told here must not hide what went wrong
+    except Exception:  # a failing plan must not hide the error that is explained here
         return f"lower {_KEYS}"
     return (
         f"this training needs {amount(plan.state_bytes, 'B')} for weights, gradients and moments and about "

@@ -7,9 +7,9 @@ import typer
 
 
 def given_path(text: str) -> Path:
-    """The parser of every option and argument that is a path: '' is refused, since Path('') is the current directory.
+    """The parser of every option and argument that is a path.
 
-    It is mostly a shell variable that is not set.
+    It refuses '', which mostly is a shell variable that is not set: Path('') would be the current directory.
     """
     if not text:
         raise typer.BadParameter("'' names no file; write . if the current directory is meant")
@@ -17,6 +17,19 @@ def given_path(text: str) -> Path:
 
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", parser=given_path)]
+
+RecipeOrModelArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.", parser=given_path
+    ),
+]
+
+PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, transformer.")]
+
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="A size of the documents: small, medium, large, xlarge, 3B, 7B, 13B, ...")
+]
 
 SetOption = Annotated[
     list[str] | None,

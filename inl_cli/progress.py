@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -13,8 +13,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-class Progress(Protocol):
-    """What a command tells of its work, piece after piece."""
+class Progress:
+    """What a command tells of its work, piece after piece. This class itself shows nothing of it."""
 
     def start(self, description: str, unit: str = "") -> None:
         """A new piece of work; unit "B" shows sizes, any other word is put behind the numbers."""
@@ -23,18 +23,8 @@ class Progress(Protocol):
         """`done` of `total` (None while unknown) of this piece."""
 
 
-class SilentProgress:
-    """--quiet, and every process but the first."""
-
-    def start(self, description: str, unit: str = "") -> None:
-        """Say nothing."""
-
-    def update(self, done: float, total: float | None = None) -> None:
-        """Say nothing."""
-
-
-class LineProgress:
-    """At most one line per interval; a piece of work that is over sooner says nothing."""
+class LineProgress(Progress):
+    """At most one line in ten seconds; a piece of work that is over sooner shows none."""
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.write = write
@@ -56,7 +46,7 @@ class LineProgress:
         self.write(f"{self.description}: {amount(done, self.unit)}{share}, {now - self._started:.0f} s")
 
 
-class BarProgress:
+class BarProgress(Progress):
     """A rich bar that each piece of work starts anew."""
 
     def __init__(self, bar: "RichProgress") -> None:
@@ -77,17 +67,16 @@ class BarProgress:
 
 @contextmanager
 def open_bar(console: "RichConsole") -> Iterator[BarProgress]:
-    """A bar that is gone from the terminal when the work is done."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    """A bar that disappears from the terminal when the work is done."""
+    from rich import progress
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[amounts]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    texts = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[amounts]}"),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*texts, *times, console=console, transient=True) as bar:
         yield BarProgress(bar)
 
 

@@ -1,9 +1,9 @@
 """stdin, stdout and stderr as every command can rely on them, whatever the shell, the locale or the disk.
 
-- A stream that the caller closed (`>&-`) is opened on /dev/null, first of all: else the next file that is opened takes
-  its number, and what a library prints lands in that file.
-- Text for people may lose a stream and go on: a training run outlives the terminal it was started from.
-- Data may not: a failed write to stdout is an OSError that names stdout, and nothing is written there after it.
+- A stream that the caller closed (`>&-`) is first of all opened on /dev/null. Otherwise the next file to be opened
+  would get the stream's number, and what a library prints would land in that file.
+- A failed write to stderr is ignored: a training run outlives the terminal it was started from.
+- A failed write to stdout, where data goes, is an OSError that names stdout; nothing is written there after it.
 """
 
 import codecs
@@ -29,7 +29,7 @@ def prepare_streams() -> None:
 
 
 class _Output(io.FileIO):
-    """Bytes to stdout: the first failure is raised, and what comes after it goes nowhere."""
+    """Bytes to stdout; the first failure is raised, and what is written after it is dropped."""
 
     has_failed = False
 
@@ -45,7 +45,7 @@ class _Output(io.FileIO):
 
 
 class _Remarks(io.FileIO):
-    """Bytes to stderr, or nowhere when it is gone: a closed terminal, a full disk, a reader that left."""
+    """Bytes to stderr; they are dropped when it is gone: a closed terminal, a full disk, a reader that left."""
 
     def write(self, data: Any) -> int:
         try:
@@ -55,13 +55,13 @@ class _Remarks(io.FileIO):
 
 
 def _opened(raw: io.FileIO, before: TextIO | None) -> TextIO:
-    """Text over `raw`. A terminal keeps its encoding; files and pipes hold UTF-8, as every file of ours does."""
+    """A text stream over `raw`: in the terminal's encoding, but UTF-8 for files and pipes, as in every file of ours."""
     is_terminal = raw.isatty()
     is_told = before is not None and (is_terminal or "PYTHONIOENCODING" in os.environ)
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=before.encoding if before is not None and is_told else "utf-8",
-        errors="backslashreplace",  # an old terminal, or a file name that is not UTF-8
+        errors="backslashreplace",  # for an old terminal, or a file name that is not UTF-8
         line_buffering=is_terminal or raw.fileno() == 2,
     )
 
@@ -69,7 +69,7 @@ def _opened(raw: io.FileIO, before: TextIO | None) -> TextIO:
 def _start_again_in_utf8() -> None:
     """Under an ASCII locale whose UTF-8 mode was switched off, start this process again with it on.
 
-    No other way reaches everything: arguments, file names, and the files that libraries open.
+    The mode can only be chosen at the start, and only it covers arguments, file names and the files libraries open.
     """
     is_ascii = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
     if is_ascii and os.environ.get("PYTHONUTF8") != "1" and sys.executable:

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import DeviceOption, JsonOption, QuietOption, SetOption, given_path
+from inl_cli.console import Console, errors_to_exit_codes, to_plain
+from inl_cli.loading import check_recipe_or_model
+from inl_cli.options import (
+    DeviceOption,
+    JsonOption,
+    PresetOption,
+    QuietOption,
+    RecipeOrModelArgument,
+    SetOption,
+    SizeOption,
+)
 from inl_cli.progress import Progress
 from inl_core.errors import RecipeError
 
@@ -18,25 +27,17 @@ if TYPE_CHECKING:
 Task = Literal["train", "prefill", "decode", "data", "startup"]
 
 TaskArgument = Annotated[Task, typer.Argument(metavar="TASK", help="train, prefill, decode, data or startup.")]
-MeasuredRecipe = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.", parser=given_path
-    ),
-]
 AgainstOption = Annotated[
     str | None,
     typer.Option(
         metavar="OTHER",
-        help="A recipe; v1 - v4 or transformer in the same dimensions; transformers' llama; uncached (decode).",
+        help="A recipe; v1 - v4 or transformer in the same dimensions; llama, of transformers; uncached (decode).",
     ),
 ]
 AgainstSetOption = Annotated[
     list[str] | None,
-    typer.Option("--against-set", metavar="KEY=VALUE", help="Override a key of the other one; may be repeated."),
+    typer.Option("--against-set", metavar="KEY=VALUE", help="Override a key of the other candidate; may be repeated."),
 ]
-PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, transformer.")]
-SizeOption = Annotated[str | None, typer.Option("--size", help="A size of the documents: small, medium, ...")]
 ModelWidthOption = Annotated[int | None, typer.Option("--d-model", metavar="D", min=1, help="Width of the model.")]
 LayersOption = Annotated[int | None, typer.Option("--layers", metavar="L", min=1, help="Blocks.")]
 HeadsOption = Annotated[int | None, typer.Option("--heads", metavar="H", min=1, help="Query heads.")]
@@ -47,34 +48,39 @@ FeedForwardOption = Annotated[
 VocabularyOption = Annotated[int | None, typer.Option("--vocab-size", metavar="V", min=1, help="Vocabulary.")]
 IterationsOption = Annotated[
     int | None,
-    typer.Option("--iterations", metavar="T", min=1, max=10_000, help="Integrator iterations of the first one."),
+    typer.Option("--iterations", metavar="T", min=1, max=10_000, help="Integrator iterations of the first candidate."),
 ]
 BatchOption = Annotated[
     int | None,
-    typer.Option("--batch-size", metavar="B", help="Rows; default the recipe's, 4 of a preset, 1 to decode."),
+    typer.Option(
+        "--batch-size", metavar="B", help="Rows; default the recipe's, 4 of a preset, 1 in prefill and decode."
+    ),
 ]
 LengthOption = Annotated[
     int | None, typer.Option("--sequence-length", metavar="S", help="Tokens of a row; default the recipe's, else 256.")
 ]
 PromptOption = Annotated[int, typer.Option("--prompt-tokens", metavar="P", help="Tokens of a prompt (decode).")]
-NewTokensOption = Annotated[int, typer.Option("--new-tokens", metavar="N", help="Tokens generated a row (decode).")]
+NewTokensOption = Annotated[
+    int, typer.Option("--new-tokens", metavar="N", help="Tokens to generate in a row (decode).")
+]
 RoundsOption = Annotated[int, typer.Option(help="Turns of each candidate.")]
-WarmupOption = Annotated[int | None, typer.Option(help="Repetitions before the first turn; default 2, 1 to decode.")]
-StepsOption = Annotated[int | None, typer.Option(help="Timed repetitions in a turn; default 3, 1 to decode.")]
+WarmupOption = Annotated[int | None, typer.Option(help="Repetitions before the first turn; default 2, or 1 in decode.")]
+StepsOption = Annotated[int | None, typer.Option(help="Timed repetitions in a turn; default 3, or 1 in decode.")]
 ModeOption = Annotated[
-    Literal["eager", "compiled", "best"], typer.Option(help="best measures both and takes the faster of each.")
+    Literal["eager", "compiled", "best"], typer.Option(help="best measures both and takes the faster of the two.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads of each candidate; default torch's own.")]
 GemmOption = Annotated[
-    int | None, typer.Option(help="n of the n x n product that is the ceiling; 0 is none; default 2048, 8192 on a GPU.")
+    int | None,
+    typer.Option(help="n of the ceiling, an n x n matrix product; 0 is none; default 2048, or 8192 on a GPU."),
 ]
 NoPartsOption = Annotated[bool, typer.Option("--no-parts", help="Do not profile the time by part.")]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def bench(
     task: TaskArgument,
-    recipe: MeasuredRecipe = None,
+    recipe: RecipeOrModelArgument = None,
     against: AgainstOption = None,
     preset: PresetOption = None,
     size: SizeOption = None,
@@ -113,24 +119,41 @@ def bench(
     Figures are medians over rounds with their quartiles; docs/bench.md says how to read them.
     """
     console = Console(json=json, quiet=quiet)
-    _check(task, against, against_overrides)
     model = {"size": size, "d_model": d_model, "num_layers": layers, "num_heads": heads, "num_kv_heads": kv_heads}
     model |= {"feedforward_dim": feedforward_dim, "vocab_size": vocab_size}
     own = [*(overrides or []), *([f"model.integrator.num_iterations={iterations}"] if iterations else [])]
-    given = {"rounds": rounds, "warmup": warmup, "steps": steps, "threads": threads, "gemm_size": gemm_size}
-    given |= {"batch_size": batch_size, "sequence_length": sequence_length}
-    given |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "mode": mode, "parts": not no_parts}
+    settings = {"rounds": rounds, "warmup": warmup, "steps": steps, "threads": threads, "gemm_size": gemm_size}
+    settings |= {"batch_size": batch_size, "sequence_length": sequence_length}
+    settings |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "mode": mode, "parts": not no_parts}
+    _check(task, recipe, preset, _given(model), against, against_overrides)
     from inl_core.analysis.bench import Choice
 
-    choice = Choice(recipe, preset, model, own, batch_size, sequence_length)
-    settings, candidates = _prepare(task, choice, against, against_overrides or [], device, given)
+    choice = Choice(recipe, preset, _given(model), own, batch_size, sequence_length)
+    measured, candidates = _prepare(task, choice, against, against_overrides or [], device, _given(settings))
     with console.progress() as progress:
-        frame, show = _run(task, settings, candidates, _teller(progress))
+        frame, show = _run(task, measured, candidates, _teller(progress))
     console.result(frame, lambda: show(console, frame))
 
 
-def _check(task: Task, against: str | None, against_overrides: list[str] | None) -> None:
-    """What does not go together."""
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that have a value."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check(
+    task: Task,
+    recipe: Path | None,
+    preset: str | None,
+    model: dict[str, Any],
+    against: str | None,
+    against_overrides: list[str] | None,
+) -> None:
+    """Refuse what does not go together."""
+    if recipe is None and preset is None and not model:
+        raise RecipeError(
+            "inl bench needs a recipe or a model: inl bench train recipes/tiny.yaml, or inl bench train --preset v4"
+        )
+    check_recipe_or_model(recipe, preset, model.get("size"))
     if task == "data" and against:
         raise RecipeError("--against: inl bench data measures the loader alone; leave it out")
     if against == "uncached" and task != "decode":
@@ -147,26 +170,18 @@ def _prepare(
     device: str,
     given: dict[str, Any],
 ) -> "tuple[BenchSettings, list[Candidate]]":
-    """The settings and the candidates; every user's error comes from here, before anything runs."""
-    from inl_core.analysis.bench import BenchSettings, first_candidate, other_candidate
-
-    kind = "train" if task in ("data", "startup") else task
-    known = {name: value for name, value in given.items() if value is not None}
-    wanted = BenchSettings(kind, **known)  # the options by themselves, before they meet the recipe
-    first = first_candidate(choice, context=wanted.context if task == "decode" else None)
-    candidates = [first, *([other_candidate(against, first, against_overrides)] if against else [])]
-    return _settings(wanted, known, first, device), candidates
-
-
-def _settings(wanted: "BenchSettings", given: dict[str, Any], first: "Candidate", device: str) -> "BenchSettings":
-    """What was not given, from the recipe, the task and the machine."""
+    """The settings and the candidates. Whatever the user got wrong is found here, before anything runs."""
     import torch
 
+    from inl_core.analysis.bench import BenchSettings, first_candidate, other_candidate
     from inl_core.training.distributed import choose_device
     from inl_core.training.trainer import uses_bf16
 
+    wanted = BenchSettings("train" if task in ("data", "startup") else task, **given)
+    is_decode = task == "decode"
+    first = first_candidate(choice, context=wanted.context if is_decode else None)
+    candidates = [first, *([other_candidate(against, first, against_overrides)] if against else [])]
     where, training = choose_device(device), first.recipe.training
-    is_decode = wanted.task == "decode"
     defaults = {
         "batch_size": training.batch_size if wanted.task == "train" else 1,
         "sequence_length": training.sequence_length,
@@ -175,12 +190,12 @@ def _settings(wanted: "BenchSettings", given: dict[str, Any], first: "Candidate"
         "threads": torch.get_num_threads(),
         "gemm_size": 8192 if where.type == "cuda" else 2048,
     }
-    missing = {name: value for name, value in defaults.items() if name not in given}
-    return replace(wanted, **missing, device=where.type, bf16=uses_bf16(first.recipe, where))
+    settings = replace(wanted, **{name: value for name, value in defaults.items() if name not in given})
+    return replace(settings, device=where.type, bf16=uses_bf16(first.recipe, where)), candidates
 
 
 def _teller(progress: Progress) -> Callable[[str, int, int], None]:
-    """A new piece of work where the words change, else the same one further on."""
+    """What tells `progress` of the work: a new piece where the words change, else how far the same piece is."""
     current = ""
 
     def tell(what: str, done: int, total: int) -> None:
@@ -211,6 +226,6 @@ def _run(
         return frame | bench_view.loader_data(settings, candidates[0], speed), bench_view.show_loader
     if task == "startup":
         seconds = bench.measure_startup(candidates, settings, tell)
-        return frame | {"rounds": settings.rounds, "seconds": seconds}, bench_view.show_startup
+        return frame | to_plain({"rounds": settings.rounds, "seconds": seconds}), bench_view.show_startup
     comparison = bench.compare(candidates, settings, tell)
     return frame | bench_view.comparison_data(comparison), bench_view.show_comparison

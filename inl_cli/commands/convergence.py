@@ -48,7 +48,7 @@ SampleOption = Annotated[
 ]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def convergence_report(
     checkpoint: CheckpointArgument = None,
     output: OutputOption = None,

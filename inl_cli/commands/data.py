@@ -48,7 +48,7 @@ BadRatioOption = Annotated[float, typer.Option(help="Fail when a larger share of
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in the directory.")]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def prepare_data(
     sources: SourcesArgument,
     output: OutputOption = None,

@@ -37,7 +37,7 @@ TokensOption = Annotated[int | None, typer.Option("--max-tokens", "--tokens", mi
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass; changes speed only.")]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def evaluate(
     checkpoint: CheckpointArgument = None,
     data: DataOption = None,

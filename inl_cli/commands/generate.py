@@ -58,7 +58,7 @@ ShowIterationsOption = Annotated[
 ]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def generate(
     checkpoint: CheckpointArgument = None,
     prompt: PromptOption = None,

@@ -45,7 +45,7 @@ TokenizerOption = Annotated[
 ]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def import_reference(
     file: FileArgument,
     output: OutputOption,

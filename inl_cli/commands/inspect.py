@@ -38,7 +38,7 @@ MeasuredTokensOption = Annotated[int, typer.Option("--max-tokens", "--tokens", m
 CsvOption = Annotated[bool, typer.Option("--csv", help="Print the layers' statistics as CSV on stdout.")]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def inspect(path: PathArgument, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Show the key facts of a recipe, a data set, a run or a checkpoint."""
     from inl_core.analysis.inspection import inspect_path
@@ -51,7 +51,7 @@ def inspect(path: PathArgument, json: JsonOption = False, quiet: QuietOption = F
         raise ArtefactError(overview.problem)
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def inspect_params(
     checkpoint: CheckpointArgument = None,
     text: MeasuredTextOption = None,

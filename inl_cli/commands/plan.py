@@ -6,22 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, SetOption, given_path
+from inl_cli.loading import check_recipe_or_model
+from inl_cli.options import JsonOption, PresetOption, QuietOption, RecipeOrModelArgument, SetOption, SizeOption
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from inl_core.recipe import Recipe
 
-PlannedRecipe = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.", parser=given_path
-    ),
-]
-PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, transformer.")]
-SizeOption = Annotated[
-    str | None, typer.Option("--size", help="A size of the documents: small, medium, large, xlarge, 3B, 7B, 13B, ...")
-]
 VocabularyOption = Annotated[
     int | None,
     typer.Option(
@@ -45,9 +36,9 @@ AllSizesOption = Annotated[
 ]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def plan(
-    recipe: PlannedRecipe = None,
+    recipe: RecipeOrModelArgument = None,
     preset: PresetOption = None,
     size: SizeOption = None,
     vocab_size: VocabularyOption = None,
@@ -98,11 +89,8 @@ def _choose(
         raise RecipeError(
             "inl plan needs a recipe or a model: inl plan recipes/tiny.yaml, or inl plan --preset v3 --size 13B"
         )
-    if recipe is not None and (preset or size):
-        raise RecipeError(
-            f"{recipe} together with {'--preset' if preset else '--size'}: a recipe names its own model; "
-            "change it with --set model.preset=... --set model.size=..., or leave the recipe out"
-        )
+    check_recipe_or_model(recipe, preset, size)
+
     from inl_core.analysis.planning import recipe_of_model
     from inl_core.recipe.load import load_recipe
 

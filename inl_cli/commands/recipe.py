@@ -4,7 +4,7 @@ from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def show(
     recipe: RecipeArgument, overrides: SetOption = None, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
@@ -16,7 +16,7 @@ def show(
     console.result(resolved, lambda: console.write(dump_recipe(resolved)))
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def schema(json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Print the JSON schema of recipes, for editors and other tools."""
     from inl_core.recipe.schema import recipe_schema, schema_text

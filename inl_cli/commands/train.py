@@ -24,7 +24,7 @@ AllowOption = Annotated[
 ]
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
@@ -48,7 +48,7 @@ def train(
     _report(console, result)
 
 
-@errors_to_exit_codes()
+@errors_to_exit_codes
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, e.g. runs/tiny.", parser=given_path)],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Train up to this step instead.")] = None,

@@ -53,7 +53,7 @@ class LocalWorker:
     failing: ClassVar[set[str]] = set()
 
     def __init__(self, candidate: Candidate | None, mode: Any, settings: BenchSettings) -> None:
-        self.candidate, self.mode = candidate, mode
+        self.candidate, self.mode, self.settings = candidate, mode, settings
         self.name = f"{candidate.name}, {mode}" if candidate else "matrix product"
         self.job: Any = None if self.name in self.turns else _Job(candidate, mode, settings)
         self.left = iter(self.turns.get(self.name, ()))
@@ -88,7 +88,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> type[LocalWorker]:
     for name, empty in (("turns", {}), ("calls", []), ("failing", set())):
         monkeypatch.setattr(LocalWorker, name, empty)
     threads = torch.get_num_threads()
-    gc.freeze()  # each worker collects, and everything the other tests imported is not its garbage
+    gc.freeze()  # each worker collects garbage, and would look through everything the other tests imported
     yield LocalWorker
     gc.unfreeze()
     torch.set_num_threads(threads)
@@ -299,7 +299,7 @@ def test_startup_times_commands_and_the_first_step(
     monkeypatch.setattr(startup, "COMMANDS", {"python": ("-c", "pass")})
     data = figures(inl("startup", "--preset", "v4", *OPTIONS, "--sequence-length", "16"))
     assert set(data["seconds"]) == {"python", "first training step, v4 T=2"}
-    assert 0 < data["seconds"]["python"]["median"] < 10
+    assert data["seconds"]["python"]["median"] > 0
     monkeypatch.setattr(startup, "COMMANDS", {"python": ("-c", "raise SystemExit('no')")})
     result = inl("startup", "--preset", "v4", *OPTIONS)
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "python: no")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from inl_cli.app import app
 from inl_core.recipe import DataSettings
 
 ROOT = Path(__file__).parents[2]
+MOST_MODULES = 10  # of inl_core: the errors, the files, the settings of generation whose defaults the help shows
 HEAVY = ("torch", "pandas", "numpy", "pyarrow", "rich", "yaml", "inl_core.recipe")
 
 
@@ -44,7 +44,8 @@ ALL = dict(commands())
         (["recipe", "show", "--help"], HEAVY),
     ],
 )
-def test_help_imports_nothing_heavy(arguments: list[str], heavy: tuple[str, ...]) -> None:
+def test_help_imports_nothing_heavy_and_little_of_ours(arguments: list[str], heavy: tuple[str, ...]) -> None:
+    """So that it is there at once: what takes time in `inl --help` is importing modules."""
     script = f"""
 import sys
 from inl_cli.app import app
@@ -52,23 +53,12 @@ try:
     app({arguments!r})
 except SystemExit as exit:
     assert exit.code == 0
-print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+ours = [name for name in sys.modules if name.startswith("inl_core")]
+print([name for name in {heavy!r} if name in sys.modules], len(ours) <= {MOST_MODULES}, file=sys.stderr)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Usage:" in result.stdout
-    assert result.stderr == "[]\n"
-
-
-def test_help_takes_less_than_a_third_of_a_second() -> None:
-    def seconds(*arguments: str) -> float:
-        """Processor time: what the clock shows on an idle machine, and steady on a busy one."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    library = min(seconds("-c", "import typer, rich.console") for _ in range(3))  # slower where the processor is
-    assert min(seconds("-m", "inl_cli", "--help") for _ in range(3)) < max(0.3, 2.5 * library)
+    assert result.stderr == "[] True\n"
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -78,7 +68,7 @@ def test_every_command_has_json_and_quiet_help_and_exit_codes(name: str) -> None
     assert {"--json", "--quiet"} <= options.keys()
     assert command.help
     assert [option for option, parameter in options.items() if not getattr(parameter, "help", "")] == []
-    assert command.callback.__wrapped__.__dict__.get("maps_errors"), "decorate it with @errors_to_exit_codes()"
+    assert command.callback.__wrapped__.__dict__.get("maps_errors"), "decorate it with @errors_to_exit_codes"
 
 
 @pytest.mark.parametrize(

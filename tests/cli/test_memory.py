@@ -29,7 +29,7 @@ def test_a_command_without_memory_says_which_options_need_less(error, asked):
     app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()
-    @errors_to_exit_codes()
+    @errors_to_exit_codes
     def command(batch_size: int = 1, window: int = 2, seed: int = 3) -> None:
         raise error
 

@@ -1,10 +1,15 @@
-"""Benchmarks: candidates measured by turns, each in a process of its own (docs/bench.md)."""
+"""`inl bench`: candidates measured by turns, each in a process of its own (docs/bench.md says how to read the figures).
+
+In reading order: settings.py what is measured; choosing.py from the command line's words to candidates; comparison.py
+the rounds and their figures; worker.py the process of one candidate; work.py, inl_work.py and llama_work.py what it
+repeats; parts.py which part of the model the time went to; measuring.py medians, memory, the machine; ceiling.py the
+matrix product that speeds are held against; loading.py the data loader; startup.py the time until the first step.
+"""
 
 from inl_core.analysis.bench.choosing import Choice, first_candidate, other_candidate
 from inl_core.analysis.bench.comparison import Comparison, Measured, Outcome, compare
 from inl_core.analysis.bench.loading import LoaderSpeed, measure_loader
 from inl_core.analysis.bench.measuring import Spread, describe_machine, describe_versions, spread
-from inl_core.analysis.bench.parts import PartTimes
 from inl_core.analysis.bench.settings import BenchSettings, Candidate
 from inl_core.analysis.bench.startup import measure_startup
 
@@ -16,7 +21,6 @@ __all__ = [
     "LoaderSpeed",
     "Measured",
     "Outcome",
-    "PartTimes",
     "Spread",
     "compare",
     "describe_machine",

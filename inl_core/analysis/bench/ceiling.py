@@ -5,43 +5,34 @@
   training. Llama's are those of the Transformer of its dimensions.
 """
 
-import time
-
 import torch
+from torch import nn
 
-from inl_core.analysis.bench.measuring import synchronize
 from inl_core.analysis.bench.settings import BenchSettings, Candidate
+from inl_core.analysis.bench.work import Work
 from inl_core.analysis.planning.flops import flops_by_part, training_flops
 
 
-class Gemm:
-    """A product of two n x n matrices, run again and again."""
+def build_ceiling(candidate: None, settings: BenchSettings, *, compiled: bool) -> Work:
+    """One product of two n x n matrices as the work of a candidate; it needs no candidate and is never compiled."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    dtype, shape = torch.bfloat16 if settings.bf16 else torch.float32, (settings.gemm_size, settings.gemm_size)
+    left, right = (torch.randn(shape, generator=generator).to(settings.device, dtype) for _ in range(2))
+    out = torch.empty_like(left)
 
-    def __init__(self, settings: BenchSettings) -> None:
-        dtype = torch.bfloat16 if settings.bf16 else torch.float32
-        self.device, self.size = torch.device(settings.device), settings.gemm_size
-        generator = torch.Generator().manual_seed(settings.seed)
-        shape = (self.size, self.size)
-        left, right = (torch.randn(shape, generator=generator).to(self.device, dtype) for _ in range(2))
-        self.left, self.right, self.out = left, right, torch.empty(shape, device=self.device, dtype=dtype)
+    def run() -> None:
+        torch.mm(left, right, out=out)
 
-    def run(self) -> None:
-        """One product."""
-        torch.mm(self.left, self.right, out=self.out)
+    return Work(run, nn.Module(), [])
 
-    def rate(self, repetitions: int) -> float:
-        """FLOPs a second, over `repetitions` products after one that is not counted."""
-        self.run()
-        synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(repetitions):
-            self.run()
-        synchronize(self.device)
-        return 2 * self.size**3 * repetitions / (time.perf_counter() - start)
+
+def ceiling_flops(settings: BenchSettings) -> int:
+    """FLOPs of one such product."""
+    return 2 * settings.gemm_size**3
 
 
 def flops_per_token(candidate: Candidate, settings: BenchSettings) -> float | None:
-    """FLOPs of one token that counts; None for decoding, which memory bounds and not arithmetic."""
+    """FLOPs of one token that counts; None for decoding, which is bounded by reading memory, not by arithmetic."""
     config, length = candidate.config, settings.sequence_length
     if settings.task == "train":
         return float(training_flops(config, length))

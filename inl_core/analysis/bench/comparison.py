@@ -1,7 +1,7 @@
 """Candidates by turns: every round gives each worker one turn, and figures of one round are compared with each other.
 
-- A slow moment of the machine falls on neighbours of one round; every second round goes backwards, so that a drift
-  falls on all alike. The ratio is the median of the rounds' ratios.
+- When the machine is slow for a moment, the neighbours in one round are slow together. Every second round goes
+  backwards, so that a steady drift favours nobody. The ratio is the median of the rounds' ratios.
 - `best` measures both modes of each candidate in the same rounds and takes the one with the higher median.
 """
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from inl_core.analysis.bench.ceiling import flops_per_token
+from inl_core.analysis.bench.ceiling import ceiling_flops, flops_per_token
 from inl_core.analysis.bench.measuring import Spread, spread
 from inl_core.analysis.bench.parts import PartTimes
-from inl_core.analysis.bench.settings import COMPILED_GENERATION, BenchSettings, Candidate, Mode
+from inl_core.analysis.bench.settings import BenchSettings, Candidate, Mode
 from inl_core.analysis.bench.worker import Facts, Worker
 from inl_core.errors import InlError
 
@@ -29,7 +29,7 @@ class Measured:
     seconds: Spread
     """Of one repetition."""
     peak_memory: int
-    """Bytes above the bare import."""
+    """Bytes above what the bare imports hold."""
     utilisation: Spread | None
     """FLOPs a second over the ceiling's, round by round; None where either is unknown."""
     parts: PartTimes | None
@@ -86,7 +86,7 @@ def compare(
         workers: dict[Worker, Facts] = {}
         failures: dict[tuple[str, Mode], str] = {}
         for candidate in candidates:
-            for mode in modes_of(candidate, settings):
+            for mode in candidate.modes(settings):
                 worker = stack.enter_context(Worker(candidate, mode, settings))
                 progress(f"warming up {worker.name}", 0, settings.rounds)
                 try:
@@ -95,25 +95,20 @@ def compare(
                     if mode == "eager" or settings.mode != "best":
                         raise
                     failures[candidate.name, mode] = str(error)
-        ceiling = stack.enter_context(Worker(None, "eager", settings)) if settings.gemm_size else None
-        if ceiling:
+        ceilings = [stack.enter_context(Worker(None, "eager", settings))] if settings.gemm_size else []
+        for ceiling in ceilings:
             ceiling.start()
-        turns, rates = _rounds([*workers, *([ceiling] if ceiling else [])], settings.rounds, progress), None
-        if ceiling:
-            rates = turns.pop(ceiling)
-        found = []
+        turns = _rounds([*workers, *ceilings], settings.rounds, progress)
+        rates = [ceiling_flops(settings) / seconds for ceiling in ceilings for seconds in turns[ceiling]]
+        outcomes = []
         for candidate in candidates:
-            own = {worker: facts for worker, facts in workers.items() if worker.candidate is candidate}
-            found.append(_outcome(candidate, own, turns, rates, failures, settings, progress))
-    return Comparison(settings, found, spread(rates) if rates else None)
-
-
-def modes_of(candidate: Candidate, settings: BenchSettings) -> tuple[Mode, ...]:
-    """The modes asked for that the candidate has."""
-    is_eager_only = candidate.kind == "uncached" or (candidate.kind == "inl" and not COMPILED_GENERATION)
-    if settings.task == "decode" and is_eager_only:
-        return ("eager",)
-    return settings.modes
+            flops, found = flops_per_token(candidate, settings), dict[Mode, Measured]()
+            for worker in (worker for worker in workers if worker.candidate is candidate):
+                progress(f"profiling {worker.name}", settings.rounds, settings.rounds)
+                found[worker.mode] = _measured(worker, workers[worker], turns[worker], flops, rates)
+            own: dict[Mode, str] = {mode: why for (name, mode), why in failures.items() if name == candidate.name}
+            outcomes.append(Outcome(candidate, flops, found, own))
+    return Comparison(settings, outcomes, spread(rates) if rates else None)
 
 
 def _rounds(workers: list[Worker], rounds: int, progress: Progress) -> dict[Worker, list[float]]:
@@ -125,27 +120,12 @@ def _rounds(workers: list[Worker], rounds: int, progress: Progress) -> dict[Work
     return turns
 
 
-def _outcome(
-    candidate: Candidate,
-    workers: dict[Worker, Facts],
-    turns: dict[Worker, list[float]],
-    rates: list[float] | None,
-    failures: dict[tuple[str, Mode], str],
-    settings: BenchSettings,
-    progress: Progress,
-) -> Outcome:
-    flops, modes = flops_per_token(candidate, settings), dict[Mode, Measured]()
-    for worker, facts in workers.items():
-        seconds = turns[worker]
-        speeds = [settings.tokens / second for second in seconds]
-        shares = [flops * speed / rate for speed, rate in zip(speeds, rates, strict=True)] if flops and rates else None
-        peak, parts = worker.peak_memory(), None
-        # A compiled generation cannot be taken apart: the library compiles it itself.
-        if settings.parts and not (settings.task == "decode" and worker.mode == "compiled"):
-            progress(f"profiling {worker.name}", settings.rounds, settings.rounds)
-            parts = worker.profile()
-        modes[worker.mode] = Measured(
-            worker.mode, spread(speeds), spread(seconds), peak, spread(shares) if shares else None, parts, facts
-        )
-    own: dict[Mode, str] = {mode: why for (name, mode), why in failures.items() if name == candidate.name}
-    return Outcome(candidate, flops, modes, own)
+def _measured(worker: Worker, facts: Facts, seconds: list[float], flops: float | None, rates: list[float]) -> Measured:
+    """The figures of one worker from the seconds of its turns; memory first, before the profiler needs some."""
+    settings, peak = worker.settings, worker.peak_memory()
+    speeds = [settings.tokens / second for second in seconds]
+    use = spread([flops * speed / rate for speed, rate in zip(speeds, rates, strict=True)]) if flops and rates else None
+    # A compiled generation cannot be taken apart: the library compiles it as a whole.
+    is_whole = settings.task == "decode" and worker.mode == "compiled"
+    parts = worker.profile() if settings.parts and not is_whole else None
+    return Measured(worker.mode, spread(speeds), spread(seconds), peak, use, parts, facts)

@@ -1,13 +1,12 @@
 """Our models' work: the trainer's step, a prefill into a cache, and generation, through the library's own code.
 
-- The step is made of the trainer's pieces: micro-batches, LossModule with the recipe's losses, clipping, optimizers.
+- The step is the trainer's own: micro-batches, the recipe's losses, clipping, optimizers.
 - Generation is `inl_core.inference.generate`, text and all, with a tokenizer of bytes and as many more tokens as the
   vocabulary needs, and no end-of-text token, so that every row runs to its last token.
 """
 
 import string
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,13 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from inl_core.analysis.bench.parts import part
-from inl_core.analysis.bench.settings import COMPILED_GENERATION, BenchSettings, Candidate
-from inl_core.analysis.bench.work import TokenSource, Work, autocast, update
+from inl_core.analysis.bench.parts import Timed, part
+from inl_core.analysis.bench.settings import BenchSettings, Candidate
+from inl_core.analysis.bench.work import Work, autocast, on_random_prompts, optimizer_step, random_rows
 from inl_core.corpus.loader import Batch
 from inl_core.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from inl_core.errors import RecipeError
+from inl_core.inference import decoding, layer_step
 from inl_core.inference.generate import GenerationSettings, generate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.attention import Attention
@@ -29,39 +29,39 @@ from inl_core.model.feed_forward import FeedForward
 from inl_core.model.integrator import Integrator
 from inl_core.model.language_model import Embedding
 from inl_core.training.cycles import regime
-from inl_core.training.distributed import prepare_blocks
-from inl_core.training.losses import AuxiliaryWeights
-from inl_core.training.optimizers import build_optimizers
-from inl_core.training.step import LossModule, MicroBatch, micro_batches
+from inl_core.training.distributed import World, prepare_blocks
+from inl_core.training.gradients import Gradients
+from inl_core.training.step import micro_batches
 
 _PARTS = {Attention: "attention", Integrator: "integrator", FeedForward: "feed-forward", Embedding: "embedding"}
-_DECODING = {
-    "inl_core.inference.layer_step": {
-        "attend": "attention",
-        "feed_forward": "feed-forward",
-        "integrator_step": "integrator",
-    },
-    "inl_core.inference.decoding": {"integrator_step": "integrator", "head_logits": "head"},
-}
+# Generation decodes with functions of its own instead of the modules.
+_DECODING: list[Timed] = [
+    (layer_step, "attend", "attention"),
+    (layer_step, "feed_forward", "feed-forward"),
+    (layer_step, "integrator_step", "integrator"),
+    (decoding, "integrator_step", "integrator"),
+    (decoding, "head_logits", "head"),
+]
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def build_inl_work(candidate: Candidate, settings: BenchSettings, *, compiled: bool) -> Work:
     """The candidate's work; compiled as the trainer compiles it, block by block, or as generation compiles itself."""
     model = build_model(candidate, settings)
-    recipe = candidate.recipe.training.model_copy(update={"compile": compiled and settings.task != "decode"})
-    prepare_blocks(model.blocks, recipe)
+    is_decode = settings.task == "decode"
+    training = candidate.recipe.training.model_copy(update={"compile": compiled and not is_decode})
+    prepare_blocks(model.blocks, training)
     if settings.task == "train":
-        run = _TrainingStep(candidate, settings, model)
-    elif settings.task == "prefill":
-        run = _Prefill(settings, model)
+        run = _training_step(candidate, settings, model)
+    elif is_decode and candidate.kind == "inl":
+        run = _generation(settings, model, compiled=compiled)
     else:
-        is_uncached = candidate.kind == "uncached"
-        run = _Uncached(settings, model) if is_uncached else _Generation(settings, model, compiled=compiled)
-    functions: list[tuple[Any, str, str]] = [(model, "loss_sum" if settings.task == "train" else "logits", "head")]
-    functions += _decoding_functions() if settings.task == "decode" else []
-    parts = [(module, name) for module in model.modules() for kind, name in _PARTS.items() if isinstance(module, kind)]
-    return Work(run, model, parts, functions)
+        use = _without_cache(settings, model) if is_decode else _prefill(model)
+        run = on_random_prompts(settings, model.vocab_size, use)
+    timed: list[Timed] = [(model, "loss_sum" if settings.task == "train" else "logits", "head")]
+    for module in model.modules():
+        timed += [(module, "forward", name) for kind, name in _PARTS.items() if isinstance(module, kind)]
+    return Work(run, model, timed + (_DECODING if is_decode else []))
 
 
 def build_model(candidate: Candidate, settings: BenchSettings) -> IntegratorLanguageModel:
@@ -73,116 +73,54 @@ def build_model(candidate: Candidate, settings: BenchSettings) -> IntegratorLang
     return model.train(settings.task == "train")
 
 
-def _decoding_functions() -> list[tuple[Any, str, str]]:
-    """Where generation decodes with functions of its own and not with the modules: those, by the names it calls."""
-    found = []
-    for name, functions in _DECODING.items():
-        if find_spec(name) is not None:
-            module = import_module(name)
-            found += [(module, function, part) for function, part in functions.items() if hasattr(module, function)]
-    return found
+def _training_step(candidate: Candidate, settings: BenchSettings, model: IntegratorLanguageModel) -> Callable[[], None]:
+    """One optimizer step, with the loss weights of the run's first."""
+    training, world = candidate.recipe.training, World(0, 1, torch.device(settings.device))
+    gradients = Gradients(model, training, autocast(settings), world)
+    now = regime(training.losses, training.cycle, 0, training.num_steps)
+    draw = random_rows(settings, model.vocab_size)
 
-
-class _TrainingStep:
-    """One optimizer step, at the regime of the run's first."""
-
-    def __init__(self, candidate: Candidate, settings: BenchSettings, model: IntegratorLanguageModel) -> None:
-        self.recipe, self.settings, self.model = candidate.recipe.training, settings, model
-        self.device = torch.device(settings.device)
-        self.loss_module = LossModule(model, autocast(settings))
-        self.optimizers = build_optimizers(model, self.recipe.optimizer, self.device)
-        self.tokens = TokenSource(settings, model.vocab_size)
-        self.weights = self._weights()
-
-    def _weights(self) -> AuxiliaryWeights:
-        losses, integrator = self.recipe.losses, self.model.config.integrator
-        if integrator is None:
-            return AuxiliaryWeights()
-        now = regime(losses, self.recipe.cycle, 0, self.recipe.num_steps)
-        return AuxiliaryWeights(
-            now.lambda_mean,
-            losses.lambda_speed,
-            now.lambda_energy,
-            balance=losses.lambda_balance if integrator.controller.experts > 1 else 0.0,
-            energy_power=losses.energy_power,
-            variance_weighted=losses.variance_weighted,
-        )
-
-    def __call__(self) -> None:
+    def differentiate() -> None:
         with part("data"):
-            rows = self.tokens.rows(self.settings.batch_size, self.settings.sequence_length + 1)
+            rows = draw(settings.sequence_length + 1)
             batch = Batch(np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:]))
-            micro_batch = self.recipe.micro_batch_size or self.settings.batch_size
-            micro = micro_batches(batch, micro_batch, self.device)
-            count = torch.tensor(float(batch.num_targets), device=self.device)
-        whole = self._whole(micro, count) if self.weights.needs_whole_batch and len(micro) > 1 else None
-        for one in micro:
-            self.loss_module(one, self.weights, count, whole)["total"].backward()
-        update(self.model, self.optimizers, self.recipe)
+            parts = micro_batches(batch, training.micro_batch_size or settings.batch_size, world.device)
+        gradients.backward(parts, now, 0, batch.num_targets)
 
-    @torch.no_grad()
-    def _whole(self, micro: list[MicroBatch], count: Tensor) -> dict[str, Tensor]:
-        """The pass without gradients that losses over the whole batch need (training/losses.py)."""
-        found = [self.loss_module(one, self.weights, count, None) for one in micro]
-        names = [name for name in ("moments", "loads") if name in found[0]]
-        return {name: torch.stack([terms[name] for terms in found]).sum(0) for name in names}
+    return optimizer_step(model, training, settings, differentiate)
 
 
-class _Prefill:
+def _prefill(model: IntegratorLanguageModel) -> Callable[[Tensor], Any]:
     """A prompt into an empty cache in one pass, and the logits of its last position."""
-
-    def __init__(self, settings: BenchSettings, model: IntegratorLanguageModel) -> None:
-        self.settings, self.model = settings, model
-        self.tokens = TokenSource(settings, model.vocab_size)
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        rows, length = self.settings.batch_size, self.settings.sequence_length
-        with part("data"):
-            ids = torch.from_numpy(self.tokens.rows(rows, length)).to(self.settings.device)
-        with autocast(self.settings):
-            cache = self.model.new_cache(rows, length)
-            self.model.logits(self.model(ids, cache=cache).hidden[:, -1])
+    return lambda ids: model.logits(model(ids, cache=model.new_cache(len(ids), ids.shape[1])).hidden[:, -1])
 
 
-class _Generation:
+def _without_cache(settings: BenchSettings, model: IntegratorLanguageModel) -> Callable[[Tensor], None]:
+    """Greedy decoding in which every token runs all that stand before it again."""
+
+    def decode(ids: Tensor) -> None:
+        for _ in range(settings.new_tokens):
+            new = model.logits(model(ids).hidden[:, -1]).argmax(-1)
+            ids = torch.cat((ids, new[:, None]), dim=1)
+
+    return decode
+
+
+def _generation(settings: BenchSettings, model: IntegratorLanguageModel, *, compiled: bool) -> Callable[[], None]:
     """Greedy generation of all rows side by side."""
+    rows, length = settings.batch_size, settings.prompt_tokens
+    tokenizer = bench_tokenizer(model.vocab_size)
+    letters = np.random.default_rng(settings.seed).choice(list(string.ascii_lowercase), (rows, length - 1))
+    prompts = ["".join(row) for row in letters]  # with the token that begins a text each is `length` long
+    wanted = GenerationSettings(max_new_tokens=settings.new_tokens, temperature=0.0, batch_size=rows, compiled=compiled)
 
-    def __init__(self, settings: BenchSettings, model: IntegratorLanguageModel, *, compiled: bool) -> None:
-        self.settings, self.model = settings, model
-        self.modes: dict[str, Any] = {"compiled": compiled} if COMPILED_GENERATION else {}
-        self.tokenizer = bench_tokenizer(model.vocab_size)
-        letters = np.random.default_rng(settings.seed).choice(
-            list(string.ascii_lowercase), (settings.batch_size, settings.prompt_tokens - 1)
-        )
-        self.prompts = ["".join(row) for row in letters]  # with bos each is prompt_tokens long
-
-    def __call__(self) -> None:
-        settings = self.settings
-        wanted = GenerationSettings(
-            max_new_tokens=settings.new_tokens, temperature=0.0, batch_size=settings.batch_size, **self.modes
-        )
+    def run() -> None:
         with autocast(settings):
-            done = generate(self.model, self.tokenizer, self.prompts, wanted)
+            done = generate(model, tokenizer, prompts, wanted)
         lengths = {(completion.prompt_tokens, len(completion.token_ids)) for completion in done}
-        assert lengths == {(settings.prompt_tokens, settings.new_tokens)}, lengths
+        assert lengths == {(length, settings.new_tokens)}, lengths
 
-
-class _Uncached:
-    """The same without a cache: every token runs all that stand before it again."""
-
-    def __init__(self, settings: BenchSettings, model: IntegratorLanguageModel) -> None:
-        self.settings, self.model = settings, model
-        self.tokens = TokenSource(settings, model.vocab_size)
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        settings = self.settings
-        ids = torch.from_numpy(self.tokens.rows(settings.batch_size, settings.prompt_tokens)).to(settings.device)
-        with autocast(settings):
-            for _ in range(settings.new_tokens):
-                new = self.model.logits(self.model(ids).hidden[:, -1]).argmax(-1)
-                ids = torch.cat((ids, new[:, None]), dim=1)
+    return run
 
 
 def bench_tokenizer(vocab_size: int) -> Tokenizer:

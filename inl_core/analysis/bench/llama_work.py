@@ -6,18 +6,19 @@
   compiles the decoding step itself. Eager decoding is `generate` with its default, growing cache.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from inl_core.analysis.bench.parts import part
+from inl_core.analysis.bench.parts import Timed, part
 from inl_core.analysis.bench.settings import BenchSettings, Candidate
-from inl_core.analysis.bench.work import TokenSource, Work, autocast, update
+from inl_core.analysis.bench.work import Work, autocast, on_random_prompts, optimizer_step, random_rows
 from inl_core.errors import RecipeError
 from inl_core.recipe import ModelConfig
-from inl_core.training.optimizers import build_optimizers
 
 
 def require_transformers() -> None:
@@ -33,21 +34,23 @@ def import_llama() -> None:
 
 def build_llama_work(candidate: Candidate, settings: BenchSettings, *, compiled: bool) -> Work:
     """The work of a Llama of the candidate's dimensions."""
-    model = build_llama(candidate.config, settings)
+    model, vocab_size = build_llama(candidate.config, settings), candidate.config.vocab_size or 0
     model.train(settings.task == "train")
     if settings.task == "train":
-        run = _TrainingStep(candidate, settings, model)
+        run = _training_step(candidate, settings, model)
     elif settings.task == "prefill":
-        run = _Prefill(settings, model)
+        read = lambda ids: model(input_ids=ids, use_cache=True, logits_to_keep=1)  # noqa: E731
+        run = on_random_prompts(settings, vocab_size, read)
     else:
-        run = _Generation(settings, model, compiled=compiled)
+        run = on_random_prompts(settings, vocab_size, _generation(settings, model, compiled=compiled))
     if compiled and settings.task != "decode":
         model.compile()
-    parts = [(model.model.embed_tokens, "embedding"), (model.lm_head, "head")]
+    model.loss_function = model.loss_function  # makes it an attribute of this object, which can be timed
+    timed: list[Timed] = [(model.model.embed_tokens, "forward", "embedding"), (model.lm_head, "forward", "head")]
+    timed.append((model, "_loss_function", "head"))
     for layer in model.model.layers:
-        parts += [(layer.self_attn, "attention"), (layer.mlp, "feed-forward")]
-    model.loss_function = model.loss_function  # an attribute of this model, that a range can be put around
-    return Work(run, model, parts, [(model, "_loss_function", "head")])
+        timed += [(layer.self_attn, "forward", "attention"), (layer.mlp, "forward", "feed-forward")]
+    return Work(run, model, timed)
 
 
 def build_llama(config: ModelConfig, settings: BenchSettings) -> Any:
@@ -75,60 +78,34 @@ def build_llama(config: ModelConfig, settings: BenchSettings) -> Any:
     return model.float().to(settings.device)
 
 
-class _TrainingStep:
-    """One optimizer step."""
+def _training_step(candidate: Candidate, settings: BenchSettings, model: Any) -> Callable[[], None]:
+    """One optimizer step with the recipe's settings, but always AdamW: Muon is for our blocks only."""
+    recipe = candidate.recipe.training
+    training = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"name": "adamw"})})
+    draw = random_rows(settings, model.config.vocab_size)
 
-    def __init__(self, candidate: Candidate, settings: BenchSettings, model: Any) -> None:
-        self.recipe, self.settings, self.model = candidate.recipe.training, settings, model
-        # The other model's kind of optimizer in its settings; Muon is for our blocks only.
-        adamw = self.recipe.optimizer.model_copy(update={"name": "adamw"})
-        self.optimizers = build_optimizers(model, adamw, torch.device(settings.device))
-        self.tokens = TokenSource(settings, model.config.vocab_size)
-
-    def __call__(self) -> None:
+    def differentiate() -> None:
         with part("data"):
-            rows = self.tokens.rows(self.settings.batch_size, self.settings.sequence_length)
-            ids = torch.from_numpy(rows).to(self.settings.device)
-            micro = ids.split(self.recipe.micro_batch_size or len(ids))
+            ids = torch.from_numpy(draw(settings.sequence_length)).to(settings.device)
+            micro = ids.split(training.micro_batch_size or len(ids))
         for one in micro:
-            with autocast(self.settings):
-                loss = self.model(input_ids=one, labels=one).loss
+            with autocast(settings):
+                loss = model(input_ids=one, labels=one).loss
             (loss / len(micro)).backward()
-        update(self.model, self.optimizers, self.recipe)
+
+    return optimizer_step(model, training, settings, differentiate)
 
 
-class _Prefill:
-    """A prompt into an empty cache in one pass, and the logits of its last position."""
-
-    def __init__(self, settings: BenchSettings, model: Any) -> None:
-        self.settings, self.model = settings, model
-        self.tokens = TokenSource(settings, model.config.vocab_size)
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        with part("data"):
-            rows = self.tokens.rows(self.settings.batch_size, self.settings.sequence_length)
-            ids = torch.from_numpy(rows).to(self.settings.device)
-        with autocast(self.settings):
-            self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-
-
-class _Generation:
+def _generation(settings: BenchSettings, model: Any, *, compiled: bool) -> Callable[[Tensor], None]:
     """Greedy `generate` of all rows side by side, with a cache."""
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.new_tokens, "use_cache": True}
+    if compiled:
+        compilation = import_module("transformers").CompileConfig(mode="default")
+        compilation._compile_all_devices = True  # elsewhere than on a GPU it is off
+        options |= {"cache_implementation": "static", "compile_config": compilation}
 
-    def __init__(self, settings: BenchSettings, model: Any, *, compiled: bool) -> None:
-        self.settings, self.model = settings, model
-        self.tokens = TokenSource(settings, model.config.vocab_size)
-        self.options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.new_tokens, "use_cache": True}
-        if compiled:
-            compilation = import_module("transformers").CompileConfig(mode="default")
-            compilation._compile_all_devices = True  # elsewhere than on a GPU it is off
-            self.options |= {"cache_implementation": "static", "compile_config": compilation}
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        settings = self.settings
-        ids = torch.from_numpy(self.tokens.rows(settings.batch_size, settings.prompt_tokens)).to(settings.device)
-        with autocast(settings):
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **self.options)
+    def decode(ids: Tensor) -> None:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert out.shape == (settings.batch_size, settings.context), out.shape
+
+    return decode

@@ -1,11 +1,13 @@
 """What the data loader delivers: tokens a second of training batches, on prepared data or on generated text."""
 
+import json
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -42,31 +44,23 @@ def measure_loader(
     progress("opening the data", 0, rounds)
     with _data(recipe) as (name, directory):
         dataset = TokenDataset.open(directory, "train", document_mask=recipe.data.document_mask)
-        loader = BatchLoader(
-            dataset, sequence_length=settings.sequence_length, batch_size=settings.batch_size, seed=settings.seed
-        )
-        turn = _Turns(loader, torch.device(device), settings.batch_tokens)
-        turn.run()  # warms the page cache
-        speeds = []
-        for number in range(rounds):
-            progress("measuring", number, rounds)
-            speeds.append(turn.run())
-        return LoaderSpeed(name, dataset.num_tokens, recipe.data.document_mask, spread(speeds))
+        length, rows = settings.sequence_length, settings.batch_size
+        loader = BatchLoader(dataset, sequence_length=length, batch_size=rows, seed=settings.seed)
+        steps, speeds = count(), []
+        for number in range(rounds + 1):
+            progress("measuring", max(0, number - 1), rounds)
+            speeds.append(_turn(loader, steps, torch.device(device)) * settings.batch_tokens)
+        # The first turn only brings the data into the page cache.
+        return LoaderSpeed(name, dataset.num_tokens, recipe.data.document_mask, spread(speeds[1:]))
 
 
-class _Turns:
-    """The loader's steps, one turn after another."""
-
-    def __init__(self, loader: BatchLoader, device: torch.device, batch_tokens: int) -> None:
-        self.loader, self.device, self.batch_tokens, self.step = loader, device, batch_tokens, 0
-
-    def run(self) -> float:
-        """Tokens a second over one turn."""
-        start, first = time.perf_counter(), self.step
-        while (seconds := time.perf_counter() - start) < _TURN_SECONDS:
-            micro_batches(self.loader.batch(self.step), self.loader.batch_size, self.device)
-            self.step += 1
-        return (self.step - first) * self.batch_tokens / seconds
+def _turn(loader: BatchLoader, steps: Iterator[int], device: torch.device) -> float:
+    """Batches a second over one turn; it goes on with the next of `steps`."""
+    start, done = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < _TURN_SECONDS:
+        micro_batches(loader.batch(next(steps)), loader.batch_size, device)
+        done += 1
+    return done / seconds
 
 
 @contextmanager
@@ -77,16 +71,11 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, Path]]:
         verify(directory)
         yield str(directory), directory
         return
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2000)]
+    texts = [" ".join(draw.choices(words, k=_WORDS)) for _ in range(_SYNTHETIC_DOCUMENTS)]
     with tempfile.TemporaryDirectory(prefix="inl-bench-") as temporary:
-        source = Path(temporary) / "text"
-        source.mkdir()
-        draw = random.Random(0)
-        words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(2000)]
-        for number in range(8):
-            texts = (" ".join(draw.choices(words, k=_WORDS)) for _ in range(_SYNTHETIC_DOCUMENTS // 8))
-            (source / f"{number}.jsonl").write_text(
-                "".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8"
-            )
-        prepared = Path(temporary) / "data"
+        source, prepared = Path(temporary) / "text.jsonl", Path(temporary) / "data"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         prepare(DataSettings(sources=(str(source),), tokenizer=TokenizerSettings(vocab_size=512)), prepared)
         yield "synthetic", prepared

@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import platform
-import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 _STATUS = Path("/proc/self/status")
@@ -30,21 +30,18 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles (inclusive: of these values, not of a population they stand for)."""
-    found = tuple(float(value) for value in values)
-    if len(found) == 1:
-        return Spread(found[0], found[0], found[0], found)
-    p25, median, p75 = statistics.quantiles(found, n=4, method="inclusive")
-    return Spread(median, p25, p75, found)
+    """Median and quartiles."""
+    p25, median, p75 = np.percentile(values, (25, 50, 75)).tolist()
+    return Spread(median, p25, p75, tuple(map(float, values)))
 
 
 class PeakMemory:
     """Bytes above what the process held when this was made: resident on a CPU, allocated on a GPU.
 
-    - The kernel's own high-water mark, which counts what lives for a moment too. It belongs to this process: the
-      ru_maxrss of a process begins with its parent's on Linux.
+    - It is the kernel's own mark of the most that was held at once, which counts what lives for a moment too. It is
+      read from /proc, since a process's ru_maxrss begins with its parent's on Linux.
     - `reset` starts the mark anew, after giving freed memory back, so that what compilation needed once does not count.
-      Where there is no /proc the mark is that of the process's whole life.
+      Where there is no /proc it cannot be reset: the mark is that of the process's whole life.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -103,14 +100,11 @@ def describe_machine(device: str, threads: int) -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str | None]:
     """Python and the packages that matter; None where one is not installed."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {"python": platform.python_version(), **{package: installed(package) for package in _PACKAGES}}
+    found: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(_PACKAGES)}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _cpu_model() -> str:

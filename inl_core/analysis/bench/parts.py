@@ -1,12 +1,13 @@
 """Time by part of one repetition, from torch.profiler: which module's forward, and whose backward, took how long.
 
-- Ranges are put around modules from outside, by hooks that are gone afterwards; the model knows nothing of them.
-- Backward: autograd gives the operation that recorded a node, and the node, one sequence number. The operation ran
-  inside some range, so the node's time is that range's part. Recomputation inside a node counts to the node. What has
-  no number, the accumulation of a gradient, counts to the node before it.
-- A range counts without the ranges inside it, so the parts add up to the repetition exactly; `other` is what lies in no
-  range: norms, residual sums, the Python between.
-- On a GPU the seconds are those of the kernels an operation launched, and `idle` is when none ran.
+- A range is what the profiler calls a named stretch of time. Ranges are put around the calls of modules and functions
+  from outside, and are gone afterwards; the model knows nothing of them.
+- Backward: autograd gives one sequence number both to the operation that recorded a node of its graph and to that node.
+  The operation ran inside some range, so the time of the node counts to the part of that range, and so does what the
+  node computes again. A node without a number (it adds up a gradient) counts to the part of the node before it.
+- The time of a range does not include the ranges inside it, so the parts add up to the repetition exactly. `other` is
+  the time outside of all ranges: norms, residual sums, the Python between.
+- On a GPU the seconds are those of the kernels that an operation launched, and `idle` is the time when none ran.
 """
 
 from collections import defaultdict
@@ -22,6 +23,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from inl_core.analysis.bench.measuring import synchronize
 
 PARTS = ("attention", "integrator", "feed-forward", "embedding", "head", "optimizer", "data", "other", "idle")
+Timed = tuple[Any, str, str]
+"""An object, the name of one of its attributes that is called, and the part that its time counts to."""
+
 _PREFIX = "inl.part/"
 _BACKWARD = "autograd::engine::evaluate_function: "
 
@@ -45,59 +49,30 @@ def part(name: str) -> record_function:
 
 
 @contextmanager
-def ranges(modules: list[tuple[nn.Module, str]], functions: list[tuple[Any, str, str]]) -> Iterator[None]:
-    """Put ranges around every call of the modules, and of the functions (owner, attribute, part)."""
+def ranges(timed: list[Timed]) -> Iterator[None]:
+    """While open, every call of these modules and functions is a range of its part."""
     with ExitStack() as stack:
-        for module, name in modules:
-            stack.enter_context(_hooked(module, name) if module._compiled_call_impl is None else _wrapped(module, name))
-        for owner, attribute, name in functions:
-            stack.enter_context(_replaced(owner, attribute, _ranged(getattr(owner, attribute), name)))
+        for owner, attribute, name in timed:
+            # What stands inside a compiled module would be compiled with it, so the range goes around the whole.
+            is_compiled = isinstance(owner, nn.Module) and owner._compiled_call_impl is not None
+            place = "_compiled_call_impl" if is_compiled and attribute == "forward" else attribute
+            stack.enter_context(_replaced(owner, place, _ranged(getattr(owner, place), name)))
         yield
-
-
-@contextmanager
-def _hooked(module: nn.Module, name: str) -> Iterator[None]:
-    running: list[record_function] = []
-
-    def enter(*_: Any) -> None:
-        running.append(part(name))
-        running[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
-
-    first, last = module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        first.remove()
-        last.remove()
-
-
-@contextmanager
-def _wrapped(module: nn.Module, name: str) -> Iterator[None]:
-    """A compiled module's hooks would be compiled with it; the range goes around the compiled call instead."""
-    compiled: Any = module._compiled_call_impl
-    module._compiled_call_impl = _ranged(compiled, name)
-    try:
-        yield
-    finally:
-        module._compiled_call_impl = compiled
 
 
 @contextmanager
 def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    """The attribute of this one object, its class untouched."""
-    own = vars(owner)
-    was_own, before = attribute in own, own.get(attribute)
-    own[attribute] = value
+    """The attribute of this one object is `value`; its class is not touched."""
+    missing = object()
+    before = vars(owner).get(attribute, missing)
+    vars(owner)[attribute] = value
     try:
         yield
     finally:
-        if was_own:
-            own[attribute] = before
+        if before is missing:
+            del vars(owner)[attribute]
         else:
-            del own[attribute]
+            vars(owner)[attribute] = before
 
 
 def _ranged(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -109,7 +84,7 @@ def _ranged(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def profile_parts(run: Callable[[], None], device: torch.device, *, repetitions: int = 1) -> PartTimes:
-    """Run under the profiler, inside the ranges that the caller has put up; the repetition of median time counts."""
+    """The parts of the repetition of median time; the caller has opened `ranges`."""
     found = sorted((_profile_once(run, device) for _ in range(repetitions)), key=lambda times: times.seconds)
     return found[len(found) // 2]
 
@@ -124,21 +99,24 @@ def _profile_once(run: Callable[[], None], device: torch.device) -> PartTimes:
 
 @dataclass
 class _Open:
-    """A range, or a backward node, that has begun."""
+    """A range, or a node of the backward pass, that has begun and not ended."""
 
     end: float
     part: str
 
 
 def attribute(events: list[Any], *, on_device: bool = False) -> PartTimes:
-    """Parts of the profiler's events: on a CPU from the thread of the outermost range, on a GPU from the kernels."""
+    """The parts of a repetition, from the profiler's events.
+
+    On a CPU the time of the thread that ran the repetition is divided; on a GPU that of the kernels.
+    """
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU and not event.is_async]
     events.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     root = next(event for event in events if event.name.startswith(_PREFIX))
     times: dict[str, float] = defaultdict(float)
     stacks: dict[int, list[_Open]] = defaultdict(list)
     owners: dict[tuple[int, int], str] = {}
-    last: dict[int, str] = {}  # the part of a thread's latest backward node
+    last: dict[int, str] = {}  # by thread: the part of its latest backward node
     for event in events:
         stack, begin, end = stacks[event.thread], event.time_range.start, event.time_range.end
         while stack and stack[-1].end <= begin:
@@ -146,7 +124,7 @@ def attribute(events: list[Any], *, on_device: bool = False) -> PartTimes:
         outer = stack[-1].part if stack else "other"
         inner = _part_of(event, outer, owners, last)
         if inner is None:
-            if event.sequence_nr >= 0:  # the latest operation with a number is the one that recorded its node
+            if event.sequence_nr >= 0:  # of the operations with one number, the latest recorded the node
                 owners[event.thread, event.sequence_nr] = outer
         else:
             if event.thread == root.thread and not on_device:
@@ -163,7 +141,7 @@ def attribute(events: list[Any], *, on_device: bool = False) -> PartTimes:
 
 
 def _part_of(event: Any, outer: str, owners: dict[tuple[int, int], str], last: dict[int, str]) -> str | None:
-    """The part an event begins; None when it begins none."""
+    """The part that an event begins; None for an operation, which belongs to the part it runs in."""
     if event.name.startswith(_PREFIX):
         return event.name.removeprefix(_PREFIX)
     if not event.name.startswith(_BACKWARD):

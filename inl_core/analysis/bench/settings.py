@@ -4,27 +4,13 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from inl_core.errors import RecipeError
-from inl_core.inference.settings import GenerationSettings
 from inl_core.recipe import ModelConfig, Recipe
 
 Task = Literal["train", "prefill", "decode"]
 Mode = Literal["eager", "compiled"]
 Kind = Literal["inl", "uncached", "llama"]
 
-COMPILED_GENERATION = any(field.name == "compiled" for field in fields(GenerationSettings))
-"""Whether generation has a compiled mode of its own."""
-
-_LEAST = {
-    "batch_size": 1,
-    "sequence_length": 1,
-    "prompt_tokens": 1,
-    "new_tokens": 1,
-    "rounds": 1,
-    "warmup": 0,
-    "steps": 1,
-    "threads": 1,
-    "gemm_size": 0,
-}
+_MAY_BE_ZERO = ("warmup", "gemm_size", "seed")
 
 
 @dataclass(frozen=True)
@@ -33,7 +19,7 @@ class BenchSettings:
 
     task: Task
     batch_size: int = 4
-    """Rows: of an optimizer step, of a prefill, or decoded side by side."""
+    """Rows of an optimizer step or a prefill, or rows decoded side by side."""
     sequence_length: int = 256
     """Tokens of a row in training and prefill."""
     prompt_tokens: int = 32
@@ -43,7 +29,7 @@ class BenchSettings:
     rounds: int = 7
     """Turns each candidate takes."""
     warmup: int = 2
-    """Repetitions before the first turn, compilation included."""
+    """Repetitions before the first turn; compilation happens in them."""
     steps: int = 3
     """Timed repetitions in a turn."""
     mode: Literal["eager", "compiled", "best"] = "best"
@@ -62,14 +48,10 @@ class BenchSettings:
     """Seed of weights and token ids."""
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        """The modes that are measured."""
-        return ("eager", "compiled") if self.mode == "best" else (self.mode,)
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in _MAY_BE_ZERO else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise RecipeError(f"--{field.name.replace('_', '-')} {value}: must be at least {least}")
 
     @property
     def context(self) -> int:
@@ -78,13 +60,13 @@ class BenchSettings:
 
     @property
     def tokens(self) -> int:
-        """Tokens that count in one repetition: those read, or in decoding those generated."""
+        """Tokens that count in one repetition: in decoding those generated, else those read."""
         return self.batch_size * (self.new_tokens if self.task == "decode" else self.sequence_length)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the two that are compared.
+    """One of the two models that are compared.
 
     kind: inl is a model of ours; uncached the same, decoded without a key-value cache; llama is transformers' model
     of the dimensions in `recipe.model`.
@@ -99,3 +81,9 @@ class Candidate:
     def config(self) -> ModelConfig:
         """The model."""
         return self.recipe.model
+
+    def modes(self, settings: BenchSettings) -> tuple[Mode, ...]:
+        """The modes to measure it in: those asked for, but decoding without a cache is eager only."""
+        if self.kind == "uncached":
+            return ("eager",)
+        return ("eager", "compiled") if settings.mode == "best" else (settings.mode,)

@@ -1,7 +1,7 @@
-"""Seconds from nothing: the command line, the imports, and until the first training step is done.
+"""How long the start takes: of the command line, of the imports, and of a run until its first training step is done.
 
-- Every command runs in a fresh interpreter, by turns; the files are in the page cache after the first round, which does
-  not count.
+- Every command runs in a fresh interpreter, by turns. The first round does not count: it only brings the files into the
+  page cache.
 - The first training step is timed from the start of a process until one eager step is done: imports, building and
   initialising the model, the step.
 """
@@ -45,8 +45,7 @@ def _run(name: str, arguments: Sequence[str]) -> float:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, encoding="utf-8", errors="replace")
     seconds = time.perf_counter() - start
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise InlError(f"{name}: {lines[-1]}")
+        raise InlError(f"{name}: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}")
     return seconds
 
 

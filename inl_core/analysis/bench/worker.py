@@ -1,4 +1,4 @@
-"""A process of its own for each candidate and mode, kept alive: its memory is its own, its turns are asked for.
+"""A process for each candidate and mode, kept alive: its memory is its own, and it takes a turn whenever it is asked.
 
     with Worker(candidate, mode, settings) as worker:
         facts = worker.start()                    # build, warm up, compile
@@ -6,23 +6,30 @@
         peak, parts = worker.peak_memory(), worker.profile()
 
 - Spawned, not forked: nothing of the parent is in its memory, and OpenMP starts clean.
-- What the worker's libraries write to stderr goes to a file and is shown only if the worker dies.
+- What its libraries write to stderr goes to a file, whose last line is shown if the worker dies.
 """
 
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import time
 import traceback
 from dataclasses import dataclass, replace
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
+from inl_core.analysis.bench.ceiling import build_ceiling
+from inl_core.analysis.bench.inl_work import build_inl_work
+from inl_core.analysis.bench.llama_work import build_llama_work, import_llama
+from inl_core.analysis.bench.measuring import PeakMemory, synchronize
+from inl_core.analysis.bench.parts import PartTimes, profile_parts, ranges
 from inl_core.analysis.bench.settings import BenchSettings, Candidate, Mode
-from inl_core.errors import InlError, RecipeError
+from inl_core.errors import InlError
 
 _SECONDS_TO_LEAVE = 5.0
 _PROFILED_TOKENS = 16
@@ -39,7 +46,7 @@ class Facts:
 
 
 class Worker:
-    """The parent's side; `candidate` None is the worker that measures the ceiling."""
+    """The parent's side; without a candidate the worker repeats the matrix product that is the ceiling."""
 
     def __init__(self, candidate: Candidate | None, mode: Mode, settings: BenchSettings) -> None:
         self.candidate, self.settings = candidate, settings
@@ -48,17 +55,16 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._log = Path(tempfile.mkstemp(prefix="inl-bench-", suffix=".log")[1])
         self._connection, theirs = context.Pipe()
-        # A daemon ends with its parent, whatever ends the parent.
         self._process = context.Process(target=_serve, args=(theirs, candidate, mode, settings, self._log), daemon=True)
         self._begin = time.perf_counter()
         self._process.start()
-        theirs.close()
+        theirs.close()  # so that only the worker holds it, and its death is the end of the connection
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._connection.close()  # the worker's recv ends
+        self._connection.close()  # the worker stops waiting for the next question, and ends
         self._process.join(_SECONDS_TO_LEAVE)
         if self._process.is_alive():
             self._process.kill()
@@ -70,29 +76,29 @@ class Worker:
         return Facts(self._ask("start"), time.perf_counter() - self._begin)
 
     def turn(self) -> float:
-        """Seconds of one repetition, the mean over the turn's; of the ceiling, FLOPs a second."""
+        """Seconds of one repetition, the mean over the turn's."""
         return self._ask("turn")
 
     def peak_memory(self) -> int:
-        """Bytes above the bare import since the warm-up."""
+        """The most bytes held since the warm-up, above what the bare imports hold."""
         return self._ask("peak_memory")
 
-    def profile(self) -> Any:
-        """PartTimes of one repetition."""
+    def profile(self) -> PartTimes:
+        """The time of one repetition by part."""
         return self._ask("profile")
 
     def _ask(self, what: str) -> Any:
         try:
             self._connection.send(what)
-            kind, value = self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(_SECONDS_TO_LEAVE)
             raise InlError(self._death()) from None
-        if kind == "done":
-            return value
-        if kind == "bug":
-            raise RuntimeError(f"the worker of {self.name} failed:\n{value}")
-        raise (RecipeError if kind == "recipe" else InlError)(f"{self.name}: {value}")
+        if isinstance(answer, InlError):
+            raise type(answer)(f"{self.name}: {answer}")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def _death(self) -> str:
         code = self._process.exitcode
@@ -103,11 +109,9 @@ class Worker:
 
 
 def _serve(connection: Connection, candidate: Candidate | None, mode: Mode, settings: BenchSettings, log: Path) -> None:
-    """The worker's side: do what is asked until the parent hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and hangs up
+    """The worker's side: do what is asked until the parent closes the connection or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and closes the connection
     with log.open("wb") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     job = None
@@ -117,94 +121,76 @@ def _serve(connection: Connection, candidate: Candidate | None, mode: Mode, sett
         except (EOFError, OSError):
             return
         try:
-            if job is None:
-                job = _Job(candidate, mode, settings)
-            answer = ("done", getattr(job, what)())
-        except RecipeError as error:
-            answer = ("recipe", str(error))
+            job = job or _Job(candidate, mode, settings)
+            answer = getattr(job, what)()
         except Exception as error:
-            answer = _described(error, mode)
+            answer = _as_sent(error, mode)
         connection.send(answer)
 
 
-def _described(error: Exception, mode: Mode) -> tuple[str, str]:
-    """A user's error in a line, anything else with its traceback."""
-    import torch
-
+def _as_sent(error: Exception, mode: Mode) -> Exception:
+    """What the parent is to raise: an InlError where the user can do something, else one with the traceback."""
     if isinstance(error, InlError):
-        return "failed", str(error)
+        return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return "failed", "not enough memory; try a smaller --batch-size"
+        return InlError("not enough memory; try a smaller --batch-size")
     if mode == "compiled" and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        return "failed", f"does not compile here ({reason[0]}); try --mode eager"
-    return "bug", traceback.format_exc()
+        return InlError(f"does not compile here ({reason[0]}); try --mode eager")
+    return RuntimeError(f"the worker failed:\n{traceback.format_exc()}")
 
 
 class _Job:
     """The work, its clock and its memory, inside the worker."""
 
     def __init__(self, candidate: Candidate | None, mode: Mode, settings: BenchSettings) -> None:
-        import torch
-
-        from inl_core.analysis.bench import inl_work, llama_work, measuring
-
         torch.set_num_threads(settings.threads)
-        self.candidate, self.mode, self.settings = candidate, mode, settings
-        self.device, self.measuring = torch.device(settings.device), measuring
-        is_llama = candidate is not None and candidate.kind == "llama"
-        if is_llama:
-            llama_work.import_llama()
-        import torch._dynamo  # torch imports it at the first optimizer step; code is not the model's memory
-
+        self.candidate: Any = candidate
+        self.mode, self.settings, self.device = mode, settings, torch.device(settings.device)
+        self.build: Any = build_inl_work if candidate else build_ceiling
+        if candidate and candidate.kind == "llama":
+            self.build = build_llama_work
+            import_llama()
+        # Memory counts from here, so all code is imported first: torch imports this at the first optimizer step.
+        import_module("torch._dynamo")
         if mode == "compiled":
-            import torch._inductor.compile_fx
-        self.memory = measuring.PeakMemory(self.device)
-        self.build: Any = llama_work.build_llama_work if is_llama else inl_work.build_inl_work
-        self.work: Any = None
+            import_module("torch._inductor.compile_fx")
+        self.memory = PeakMemory(self.device)
 
     def start(self) -> int:
         """Build, warm up; the number of parameters."""
-        if self.candidate is None:
-            from inl_core.analysis.bench.ceiling import Gemm
-
-            self.work = Gemm(self.settings)
-            return 0
         self.work = self.build(self.candidate, self.settings, compiled=self.mode == "compiled")
         for _ in range(self.settings.warmup):
             self.work.run()
-        self.measuring.synchronize(self.device)
+        synchronize(self.device)
         self.memory.reset()
         return self.work.num_parameters
 
     def turn(self) -> float:
-        """One turn; in training and prefill one repetition that does not count comes first, after the pause."""
-        if self.candidate is None:
-            return self.work.rate(self.settings.steps)
-        if self.settings.task != "decode":
+        """Seconds of one repetition. But for generations, which are long, one that does not count ends the pause."""
+        if self.candidate is None or self.settings.task != "decode":
             self.work.run()
-        self.measuring.synchronize(self.device)
+        synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.settings.steps):
             self.work.run()
-        self.measuring.synchronize(self.device)
+        synchronize(self.device)
         return (time.perf_counter() - start) / self.settings.steps
 
     def peak_memory(self) -> int:
         """Since the warm-up."""
         return self.memory.read()
 
-    def profile(self) -> Any:
-        """Parts of a repetition, after two under the same ranges."""
-        from inl_core.analysis.bench.parts import profile_parts, ranges
-
-        repetitions = 1 if self.settings.task == "decode" else _PROFILED_REPETITIONS
+    def profile(self) -> PartTimes:
+        """Parts of a repetition, after two more to warm up."""
+        repetitions = _PROFILED_REPETITIONS
         if self.settings.task == "decode":  # a whole generation is more events than can be read
+            repetitions = 1
             shorter = replace(self.settings, new_tokens=min(_PROFILED_TOKENS, self.settings.new_tokens))
             self.work = self.build(self.candidate, shorter, compiled=False)
         if self.mode == "compiled":
             self.work.compile_parts()
-        with ranges(self.work.parts, self.work.functions):
+        with ranges(self.work.timed):
             for _ in range(2):
                 self.work.run()
             return profile_parts(self.work.run, self.device, repetitions=repetitions)
