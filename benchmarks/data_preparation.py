@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from inl_core.corpus.builtin import python_documents
 from inl_core.corpus.preparation import prepare
+from inl_core.corpus.reading.builtin import python_documents
 from inl_core.corpus.tokenizer import train_tokenizer
 from inl_core.recipe.data import DataSettings, TokenizerSettings
 

@@ -10,6 +10,7 @@ import os
 import select
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -87,7 +88,7 @@ def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
 def parse_json_object(text: str, source: str) -> dict[str, Any]:
     """A JSON object from text; ArtefactError, beginning with `source`, when it is anything else."""
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats)
+        value = json.loads(text, object_pairs_hook=without_repeated_keys)
     except RecursionError:
         raise ArtefactError(f"{source}: nested too deeply") from None
     except ValueError as error:
@@ -95,6 +96,19 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtefactError(f"{source}: holds a JSON {type(value).__name__} where an object belongs")
     return value
+
+
+class RepeatedKey(ValueError):
+    """A key stands twice in one JSON object."""
+
+
+def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's object_pairs_hook: RepeatedKey when two values have one key, as nothing says which was meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise RepeatedKey(f"the key {key!r} stands twice in one object")
+    return values
 
 
 def read_json(path: Path, *, limit: int = RECORD_LIMIT) -> dict[str, Any]:
@@ -196,6 +210,12 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_text_aside(path: Path, text: str) -> None:
+    """Write a text file by `written_aside`, with line ends as they are in the text."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
+
+
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """An OSError in here is about `path`, whatever name it came with, or none, as from a library in C++."""
@@ -251,18 +271,6 @@ def _read_pipe(descriptor: int, path: Path, limit: int) -> bytes:
             break
         data += piece
     return data
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are all different: of two values for one key, nothing says which was meant."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key!r} stands there twice")
-            seen.add(key)
-    return values
 
 
 def _umask() -> int:

@@ -62,8 +62,8 @@ def prepare_data(
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into a tokenizer and verified token shards; a stopped run goes on when started again."""
-    from inl_core.corpus.paths import portable
     from inl_core.corpus.preparation import default_directory
+    from inl_core.corpus.reading.paths import portable
 
     console = Console(json=json, quiet=quiet)
     settings = _settings(

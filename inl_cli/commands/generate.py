@@ -126,7 +126,7 @@ def _run(
 
 def _prompts(console: Console, given: list[str] | None, file: str | None) -> list[str]:
     """All prompts, from the options and the file; one empty prompt when there is neither."""
-    from inl_core.corpus.whole import check_utf8, read_prompts
+    from inl_core.corpus.reading.whole_sources import check_utf8, read_prompts
 
     prompts = list(given or [])
     for prompt in prompts:

@@ -1,28 +1,30 @@
-"""A split as one long token stream: memory-mapped shards, read by position, with the documents' boundaries.
+"""A split as one long stream of tokens, read by position, with the boundaries of its documents.
 
-- Nothing is loaded: a record batch is a numpy view of its mapped values, and windows copy what they need.
-- Document starts are found in the tokens themselves (bos), so that no index grows with the data. Only data with
-  prompts keeps one: 12 bytes a document.
+- The shards are mapped into memory, not loaded: a window copies the tokens that it needs.
+- Where documents begin is seen from the tokens themselves (bos), so no index grows with the data. Only data with
+  prompts has one, of 12 bytes for each document.
 """
 
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from inl_core.corpus.manifest import load_manifest
-from inl_core.corpus.shard_check import again, check_shards
+from inl_core.corpus.shard_check import check_shards, prepare_again
 from inl_core.errors import ArtefactError
 
 
 class TokenStream:
-    """Consecutive arrays of token ids read as one, with the ids that mark documents.
+    """Arrays of token ids, one after the other, read as one array.
 
-    document_starts, prompt_lengths: (N,) positions and prompt sizes; given only when there are prompts.
-    document_mask: whether batches carry document ids and positions.
+    Args:
+        bos_id, eos_id: the tokens with which a document begins and ends.
+        document_starts, prompt_lengths: (N,) where each document begins, and how many of its first tokens are not
+            trained on; None when no document has a prompt.
+        document_mask: whether batches tell the documents apart (`Batch.document_ids`).
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class TokenStream:
         self.num_tokens = self._begins[-1]
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """(n, length) int64: the tokens from each start on; past the end, eos."""
+        """(n, length) int64: the tokens from each of (n,) starts on; eos beyond the end of the stream."""
         out = np.empty((len(starts), length), dtype=np.int64)
         segments, begins = self.segments, self._begins
         indices = np.searchsorted(self._ends, starts, side="right").tolist()
@@ -68,26 +70,29 @@ class TokenStream:
         row[filled:] = self.eos_id
 
     def starts_in(self, tokens: np.ndarray) -> np.ndarray:
-        """(n, L) bool: which tokens begin a document."""
+        """(n, L) bool: which of these (n, L) tokens begin a document."""
         is_start = tokens == self.bos_id
         if self.bos_id == self.eos_id:
-            # One token for both ends. A document has content, so of two in a row the second begins one; alone at the
-            # window's first place it begins one unless the next is the second of such a pair.
+            # One token marks both ends. Since no document is empty, of two such tokens in a row the second begins a
+            # document. At the first place of a window, where the token before is not seen, it begins a document unless
+            # the next token makes it the first of such a pair.
             pair = is_start[:, 1:] & is_start[:, :-1]
             first = is_start[:, 0] & ~pair[:, 0] if tokens.shape[1] > 1 else is_start[:, 0]
             is_start = np.concatenate([first[:, None], pair], axis=1)
         return is_start
 
     def prompt_mask(self, starts: np.ndarray, is_start: np.ndarray) -> np.ndarray | None:
-        """(n, L) bool: which tokens belong to a prompt (bos included); None when no document has one."""
+        """(n, L) bool: which tokens belong to a prompt, bos included; None when no document has a prompt.
+
+        `starts`, (n,), is where the windows begin; `is_start`, (n, L), is `starts_in` of their tokens.
+        """
         if self.document_starts is None or self.prompt_lengths is None:
             return None
         positions = starts[:, None] + np.arange(is_start.shape[1])
-        # The document of the window's first token, then one further at each start after it.
-        documents = np.searchsorted(self.document_starts, starts, side="right")[:, None] - 1
-        documents = np.minimum(documents + np.cumsum(is_start[:, 1:], axis=1), len(self.document_starts) - 1)
+        # The first token's document is looked up; each start after it is one document further.
         first = np.searchsorted(self.document_starts, starts, side="right")[:, None] - 1
-        documents = np.concatenate([first, documents], axis=1)
+        later = np.minimum(first + np.cumsum(is_start[:, 1:], axis=1), len(self.document_starts) - 1)
+        documents = np.concatenate([first, later], axis=1)
         return positions - self.document_starts[documents] < self.prompt_lengths[documents]
 
 
@@ -95,8 +100,8 @@ class TokenDataset(TokenStream):
     """One split of a prepared data set.
 
     Attributes:
-        num_tokens, num_documents, num_bytes: totals; bytes of text, without special tokens.
-        fingerprint: names the data set's content, both splits and the tokenizer.
+        num_tokens, num_documents, num_bytes: totals; bytes are those of the text, without special tokens.
+        fingerprint: that of the whole data set (`Manifest`).
     """
 
     def __init__(self, directory: Path, split: str, *, document_mask: bool) -> None:
@@ -125,24 +130,20 @@ class TokenDataset(TokenStream):
     def open(
         cls, directory: str | os.PathLike[str], split: str = "train", *, document_mask: bool = True
     ) -> "TokenDataset":
-        """Map the shards of `train` or `validation`; ArtefactError when one is missing or damaged."""
+        """Open the split `train` or `validation`; ArtefactError when a shard is missing or damaged."""
         return cls(Path(directory), split, document_mask=document_mask)
-
-    @cached_property
-    def mean_document_tokens(self) -> float:
-        """Tokens of an average document, bos and eos included."""
-        return self.num_tokens / self.num_documents
 
 
 def _open(path: Path) -> list[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
         return [reader.get_batch(index) for index in range(reader.num_record_batches)]
-    except (pa.ArrowException, OSError) as error:  # it was whole a moment ago
-        raise ArtefactError(f"{path}: not a readable Arrow file ({error}); {again(path.parent)}") from None
+    except (pa.ArrowException, OSError) as error:  # it was whole a moment ago, and is not any more
+        raise ArtefactError(f"{path}: not a readable Arrow file ({error}); {prepare_again(path.parent)}") from None
 
 
 def _document_index(batches: list[pa.RecordBatch]) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) int64 where each document begins in the stream, and (N,) int32 the length of its prompt."""
     starts, prompts, base = [], [], 0
     for batch in batches:
         offsets = batch["tokens"].offsets.to_numpy()

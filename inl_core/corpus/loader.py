@@ -1,24 +1,23 @@
-"""Token stream -> batches, a pure function of (seed, step, rank, world size).
+"""Token stream -> batches, which depend on seed, step, rank and world size and on nothing else.
 
-    windows of S + 1 tokens, stride S -> shuffled anew each epoch in blocks of 2^20 -> sliced [rank::world_size]
+    windows of S + 1 tokens, one every S -> shuffled anew each epoch, in blocks of 2^20 -> sliced [rank::world_size]
 
-- No state: any step can be asked for at any time, by any number of workers, in any order.
-- The shuffle sorts raw Philox output, which numpy promises never to change; its `permutation` has no such promise.
+- There is no state: any step can be asked for at any time, by any number of workers, in any order.
+- The shuffle sorts the raw output of Philox, which numpy promises never to change; of `permutation` it does not.
 
-Shapes: b rows of this rank, S tokens a row.
+Shapes: b rows of this rank, S tokens in each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from inl_core.corpus.dataset import TokenDataset, TokenStream
-from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 
-__all__ = ["IGNORED", "Batch", "BatchLoader", "TokenDataset", "TokenStream", "evaluation_batches", "text_batches"]
+__all__ = ["IGNORED", "Batch", "BatchLoader", "TokenDataset", "TokenStream", "evaluation_batches"]
 
 IGNORED = -100
 """A target that no loss counts."""
@@ -27,13 +26,15 @@ BLOCK_WINDOWS = 1 << 20
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and next tokens.
+    """Inputs, and the tokens that follow them.
 
     tokens: (b, S) int64.
-    targets: (b, S) int64, the next tokens; IGNORED where the next token is a prompt's, begins another document, or
+    targets: (b, S) int64, the next token of each; IGNORED where that belongs to a prompt, begins another document, or
         is padding.
-    document_ids: (b, S) int32, from 0 in each window; None when no window touches two documents, or the mask is off.
-    positions: (b, S) int64, from 0 at the window's start and at each document's; None together with document_ids.
+    document_ids: (b, S) int32, which number the documents of a window from 0; None when every window lies inside one
+        document, and where documents are not told apart (`TokenStream.document_mask`).
+    positions: (b, S) int64, which count from 0 at the start of the window and of each document in it; None when
+        document_ids is None.
     """
 
     tokens: np.ndarray
@@ -48,14 +49,14 @@ class Batch:
 
 
 class BatchLoader:
-    """Batch `step` for this rank: samples [step * G, (step + 1) * G) of the shuffled windows, every world_size-th.
+    """Training batches: step k takes samples [k G, (k+1) G) of the shuffled windows, and a rank every world_size-th.
 
-    `batch_size` is G, the sequences of one step over all ranks. An epoch is one pass over all windows; a batch may
-    span two.
+    `batch_size` is G, the number of sequences in one step over all ranks. An epoch is one pass over all windows; a
+    batch may span two epochs.
 
     Raises:
-        ArtefactError: the split has fewer tokens than one window, or none that is a target.
-        RecipeError: the ranks do not divide the batch.
+        ArtefactError: the split has fewer tokens than one window, or no token to train on.
+        RecipeError: the batch cannot be divided equally among the ranks.
     """
 
     def __init__(
@@ -90,13 +91,13 @@ class BatchLoader:
         """The batch of a step, counted from 0; the same whenever it is asked for."""
         samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world_size]
         starts = self.windows(samples) * self.sequence_length
-        return make_batch(self.dataset, starts, self.sequence_length, document_mask=self.dataset.document_mask)
+        return make_batch(self.dataset, starts, self.sequence_length)
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
-        """(n,) the window each sample number stands for; the numbers ascend."""
+        """(n,) the number of the window for each of (n,) sample numbers, which must ascend."""
         windows = np.empty_like(samples)
         done = 0
-        while done < len(samples):  # one turn for each block the samples touch, nearly always one
+        while done < len(samples):  # one turn for each block that the samples come from, nearly always one
             epoch, place = divmod(int(samples[done]), self.num_windows)
             blocks, ends = _block_order(self.seed, epoch, self.num_windows)
             index = int(np.searchsorted(ends, place, side="right"))
@@ -111,7 +112,7 @@ class BatchLoader:
 
 
 def _has_targets(stream: TokenStream, end: int) -> bool:
-    """Whether any of the tokens 1 ... end is one to predict; the first document with a completion settles it."""
+    """Whether any of the tokens 1 ... end is to be predicted. Looking stops at the first document with a completion."""
     starts, prompts = stream.document_starts, stream.prompt_lengths
     if starts is None or prompts is None:
         return True
@@ -124,7 +125,7 @@ def _has_targets(stream: TokenStream, end: int) -> bool:
     return False
 
 
-def make_batch(stream: TokenStream, starts: np.ndarray, sequence_length: int, *, document_mask: bool) -> Batch:
+def make_batch(stream: TokenStream, starts: np.ndarray, sequence_length: int) -> Batch:
     """The windows that begin at `starts`, (b,) positions in the stream."""
     window = stream.read(starts, sequence_length + 1)
     tokens, targets = window[:, :-1], window[:, 1:].copy()
@@ -136,78 +137,36 @@ def make_batch(stream: TokenStream, starts: np.ndarray, sequence_length: int, *,
     if not inner.any():
         return Batch(np.ascontiguousarray(tokens), targets)
     targets[inner] = IGNORED
-    if not document_mask or not inner[:, :-1].any():
+    if not stream.document_mask or not inner[:, :-1].any():
         return Batch(np.ascontiguousarray(tokens), targets)
     is_start[:, 0] = False
     begins = is_start[:, :-1]
     places = np.arange(sequence_length)
     document_ids = np.zeros(tokens.shape, dtype=np.int32)
     positions = np.broadcast_to(places, tokens.shape).copy()
-    rows = np.flatnonzero(begins.any(axis=1))  # the others lie inside one document
+    rows = np.flatnonzero(begins.any(axis=1))  # the other rows lie inside one document
     document_ids[rows] = np.cumsum(begins[rows], axis=1, dtype=np.int32)
     positions[rows] -= np.maximum.accumulate(np.where(begins[rows], places, 0), axis=1)
     return Batch(np.ascontiguousarray(tokens), targets, document_ids, positions)
 
 
 def evaluation_batches(
-    dataset: TokenStream,
-    *,
-    sequence_length: int,
-    stride: int | None = None,
-    batch_size: int,
-    max_tokens: int | None = None,
-) -> Iterator[Batch]:
-    """Windows in order, every target of the first `max_tokens` scored exactly once.
-
-    With stride < S the windows overlap, and each after the first scores its last `stride` targets only, so that they
-    have a context of at least S - stride tokens. The last window is padded; the last batch may have fewer rows.
-    """
-    return _sequential(
-        dataset,
-        sequence_length=sequence_length,
-        stride=stride or sequence_length,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        document_mask=dataset.document_mask,
-    )
-
-
-def text_batches(
-    tokenizer: Tokenizer,
-    text_or_tokens: str | Sequence[int] | np.ndarray,
-    *,
-    sequence_length: int,
-    stride: int | None = None,
-    batch_size: int = 1,
-    max_tokens: int | None = None,
-) -> Iterator[Batch]:
-    """`evaluation_batches` of one raw text, or its tokens, as one document: bos, tokens, eos."""
-    tokens = tokenizer.encode(text_or_tokens) if isinstance(text_or_tokens, str) else text_or_tokens
-    return _sequential(
-        text_stream(tokenizer, tokens),
-        sequence_length=sequence_length,
-        stride=stride or sequence_length,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        document_mask=False,
-    )
-
-
-def text_stream(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> TokenStream:
-    """The tokens of one text as a stream of one document: bos, tokens, eos."""
-    document = np.concatenate([[tokenizer.bos_id], np.asarray(tokens, dtype=np.int64), [tokenizer.eos_id]])
-    return TokenStream([document], bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-
-
-def _sequential(
     stream: TokenStream,
     *,
     sequence_length: int,
-    stride: int,
+    stride: int | None = None,
     batch_size: int,
-    max_tokens: int | None,
-    document_mask: bool,
+    max_tokens: int | None = None,
 ) -> Iterator[Batch]:
+    """Windows in order, in which each target of the stream (or of its first `max_tokens`) is scored exactly once.
+
+    With a `stride` below S the windows overlap, and each after the first scores only its last `stride` targets, so that
+    these have a context of at least S - stride tokens. The last window is padded; the last batch may have fewer rows.
+
+    Raises:
+        RecipeError: the stride is not between 1 and S.
+    """
+    stride = stride or sequence_length
     if not 0 < stride <= sequence_length:
         raise RecipeError(f"a stride of {stride} is not between 1 and the sequence length {sequence_length}")
     num_targets = min(stream.num_tokens - 1, max_tokens or stream.num_tokens)
@@ -215,7 +174,7 @@ def _sequential(
     places = np.arange(sequence_length)
     for first in range(0, num_windows, batch_size):
         starts = np.arange(first, min(first + batch_size, num_windows)) * stride
-        batch = make_batch(stream, starts, sequence_length, document_mask=document_mask)
+        batch = make_batch(stream, starts, sequence_length)
         scored = (places >= sequence_length - stride) | (starts[:, None] == 0)
         scored &= starts[:, None] + places < num_targets
         batch.targets[~scored] = IGNORED
@@ -228,7 +187,7 @@ def _block_size(block: int, num_windows: int) -> int:
 
 @lru_cache(maxsize=4)
 def _block_order(seed: int, epoch: int, num_windows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks in their order, where each ends among the epoch's samples)."""
+    """(the blocks in the order of this epoch, the number of samples up to the end of each)."""
     num_blocks = -(-num_windows // BLOCK_WINDOWS)
     blocks = _permutation((seed, epoch, 0), num_blocks)
     return blocks, np.cumsum([_block_size(block, num_windows) for block in blocks.tolist()])

@@ -1,4 +1,4 @@
-"""The manifest of a prepared data set: what it holds, what it was made of, and whether it still is that."""
+"""The manifest of a prepared data set: what it holds, what it was made from, and whether both are still as it says."""
 
 import hashlib
 import os
@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from inl_core.corpus.builtin import python_signature
-from inl_core.corpus.paths import absolute_source, local_path, portable
-from inl_core.corpus.shard_check import again, check_shards
-from inl_core.corpus.sources import BUILTIN_PYTHON, STDIN, SourceFile, hash_file, resolve_sources
+from inl_core.corpus.reading.builtin import python_signature
+from inl_core.corpus.reading.paths import absolute_source, local_path, portable
+from inl_core.corpus.reading.sources import BUILTIN_PYTHON, STDIN, SourceFile, hash_file, resolve_sources
+from inl_core.corpus.shard_check import check_shards, prepare_again
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
 from inl_core.files import entry_path, read_record
@@ -21,7 +21,7 @@ MANIFEST, TOKENIZER, QUARANTINE, WORK = "manifest.json", "tokenizer.json", "quar
 SPLITS = ("train", "validation")
 
 _MANIFEST_LIMIT = 1 << 30
-"""Bytes: it names every source file, and there may be millions."""
+"""Bytes. A manifest names every source file, of which there may be millions."""
 
 Count = Annotated[int, Field(strict=True, ge=0, le=1 << 60)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 24)]
@@ -32,7 +32,7 @@ class _Frozen(BaseModel):
 
 
 class Shard(_Frozen):
-    """One Arrow file: `size` and `sha256` of the file, `bytes` of its documents' text."""
+    """One Arrow file: `size` and `sha256` are those of the file, `bytes` counts the text of its documents."""
 
     file: str
     documents: Count
@@ -59,7 +59,7 @@ class SplitInfo(_Frozen):
 
 
 class Source(_Frozen):
-    """One file that was read: absolute path, size, time (ns) and hash at preparation, and what it was read as."""
+    """One file that was read: its absolute path, its format, and its size, time (ns) and hash when it was read."""
 
     name: str
     path: str
@@ -69,9 +69,25 @@ class Source(_Frozen):
     modified: int
     sha256: str
 
+    @classmethod
+    def of(cls, file: SourceFile, found: str | None) -> "Source":
+        """The entry of a file, in which the format and columns `found` were recognised."""
+        return cls(
+            name=file.name,
+            path="" if file.argument == STDIN else file.path,
+            argument=file.argument,
+            format=found or file.format,
+            size=file.size,
+            modified=file.modified,
+            sha256=file.sha256,
+        )
+
 
 class Manifest(_Frozen):
-    """Everything about a data set but its tokens. `fingerprint` covers tokenizer and shards: it names the content."""
+    """Everything about a data set except its tokens.
+
+    `fingerprint` names the content: it is made from the tokenizer and all shards, and from nothing else.
+    """
 
     format: Literal[1] = 1
     fingerprint: str
@@ -106,9 +122,9 @@ class Manifest(_Frozen):
 
 
 def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) -> dict[str, Any]:
-    """The settings that decide the content, in a form that compares: paths absolute, the tokenizer by its hash.
+    """The settings that decide the content, in a form that can be compared: absolute paths, the tokenizer's hash.
 
-    A tokenizer file that is gone counts as the `prepared` data set's own, which keeps a copy.
+    A tokenizer file that is gone is taken to be that of the `prepared` data set, which keeps a copy of it.
     """
     tokenizer = settings.tokenizer
     if tokenizer.file is None:
@@ -126,7 +142,7 @@ def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) ->
 
 
 def settings_from(settings: DataSettings, base: Path) -> DataSettings:
-    """The settings with what their relative paths mean in another working directory, `base`."""
+    """The settings with their relative paths made absolute as seen from the directory `base`."""
     sources = (
         s if s == STDIN or s.startswith("builtin:") else portable(str(base / local_path(s))) for s in settings.sources
     )
@@ -137,7 +153,10 @@ def settings_from(settings: DataSettings, base: Path) -> DataSettings:
 
 
 def default_directory(settings: DataSettings) -> Path:
-    """data/NAME from the sources and the tokenizer; a short hash keeps apart what the name cannot tell."""
+    """data/NAME, where NAME is made from the sources and the tokenizer.
+
+    A short hash is added where the name leaves out a setting that differs from its default.
+    """
     stems = [_stem(source) for source in settings.sources]
     name = stems[0] + (f"-and-{len(stems) - 1}-more" if len(stems) > 1 else "")
     tokenizer = settings.tokenizer
@@ -154,7 +173,7 @@ def default_directory(settings: DataSettings) -> Path:
 
 
 def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
-    """Read manifest.json; ArtefactError when the data set is missing, unfinished or not one."""
+    """Read manifest.json; ArtefactError when the data set is missing, unfinished or damaged."""
     directory = Path(directory)
     path = directory / MANIFEST
     if not os.path.lexists(path):
@@ -164,7 +183,7 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     try:
         manifest = read_record(path, Manifest, limit=_MANIFEST_LIMIT)
     except ArtefactError as error:
-        raise ArtefactError(f"{error}; {again(directory)}") from None
+        raise ArtefactError(f"{error}; {prepare_again(directory)}") from None
     _check_names(directory, manifest)
     return manifest
 
@@ -181,28 +200,31 @@ def verify(
     settings: DataSettings | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
-    """Check a data set and return its manifest; `note` hears when much is to be read.
+    """Check a data set and return its manifest.
 
-    Every shard is what the preparation wrote (read once, then remembered: shard_check.py; `deep` reads it anyway), the
-    tokenizer is the one that encoded it, and the sources that still exist are unchanged (size and time; the hash when
-    only the time differs).
-    With `settings`, they must be those it was prepared with.
+    Every shard must be as the preparation wrote it, the tokenizer must be the one that encoded the text, and sources
+    that still exist must be unchanged (in size and time, or in their hash where only the time differs).
+
+    Args:
+        deep: read every shard, also those that were found whole before (shard_check.py).
+        settings: these must be the ones that the data set was prepared with.
+        note: is told when so much has to be read that it takes long.
 
     Raises:
-        ArtefactError: names the file, what is wrong and the fix.
+        ArtefactError: names the file, what is wrong with it, and the fix.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
     _check_files(directory, manifest, deep=deep, note=note)
-    if settings is not None and (problem := settings_difference(manifest, settings)):
-        raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {again(directory)}")
-    if problem := stale_source(directory, manifest):
-        raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {again(directory)}")
+    if settings is not None and (problem := _settings_difference(manifest, settings)):
+        raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {prepare_again(directory)}")
+    if problem := _stale_source(directory, manifest):
+        raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {prepare_again(directory)}")
     return manifest
 
 
-def settings_difference(manifest: Manifest, settings: DataSettings) -> str | None:
-    """The first setting that differs from those of the preparation, in words, or None."""
+def _settings_difference(manifest: Manifest, settings: DataSettings) -> str | None:
+    """The first setting that is not as it was in the preparation, in words; None when all are."""
     wanted = settings_key(settings, prepared=manifest)
     for key in sorted(wanted.keys() | manifest.settings.keys()):
         before, now = manifest.settings.get(key), wanted.get(key)
@@ -211,8 +233,11 @@ def settings_difference(manifest: Manifest, settings: DataSettings) -> str | Non
     return None
 
 
-def stale_source(directory: Path, manifest: Manifest) -> str | None:
-    """Which source changed since the preparation, in words; None also for sources that no longer exist here."""
+def _stale_source(directory: Path, manifest: Manifest) -> str | None:
+    """The first source that changed since the preparation, in words; None when none did.
+
+    A source that does not exist here any more is no problem: the data set is complete without it.
+    """
     recorded = {source.path: source for source in manifest.sources}
     for argument in manifest.settings["sources"]:
         if argument == STDIN:
@@ -224,7 +249,7 @@ def stale_source(directory: Path, manifest: Manifest) -> str | None:
         try:
             files = resolve_sources([argument], exclude=directory)
         except InlError:
-            continue  # gone: the data set is complete without it
+            continue
         for file in files:
             if problem := _changed(file, recorded.get(file.path)):
                 return problem
@@ -236,20 +261,20 @@ def stale_source(directory: Path, manifest: Manifest) -> str | None:
 
 
 def data_fingerprint(tokenizer_fingerprint: str, shards: list[Shard]) -> str:
-    """sha256 over the tokenizer and every shard's content."""
+    """sha256 over the fingerprint of the tokenizer and the names and hashes of the shards."""
     lines = [tokenizer_fingerprint, *(f"{shard.file} {shard.sha256}" for shard in shards)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _check_names(directory: Path, manifest: Manifest) -> None:
-    """ArtefactError when a split names another's shard: the fingerprint tells the shards, but not whose they are."""
+    """ArtefactError when a split names a shard of the other: the fingerprint does not tell which split has which."""
     for split, info in manifest.splits.items():
         for number, shard in enumerate(info.shards):
             entry_path(directory, shard.file)
             if shard.file != (name := shard_name(split, number, len(info.shards))):
                 raise ArtefactError(
                     f"{directory / MANIFEST}: damaged: splits.{split} names {shard.file!r} where {name} belongs; "
-                    f"{again(directory)}"
+                    f"{prepare_again(directory)}"
                 )
 
 
@@ -257,20 +282,19 @@ def _check_files(directory: Path, manifest: Manifest, *, deep: bool, note: Calla
     path = directory / TOKENIZER
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise ArtefactError(f"{path}: not the tokenizer that encoded this data set; {again(directory)}")
+        raise ArtefactError(f"{path}: not the tokenizer that encoded this data set; {prepare_again(directory)}")
     check_ids(directory, manifest, tokenizer)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     check_shards(directory, manifest, shards, anew=deep, note=note)
 
 
 def check_ids(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """ArtefactError when the manifest's vocabulary and document ends are not those of its tokenizer."""
+    """ArtefactError when vocabulary, bos or eos in the manifest are not those of the tokenizer."""
     for name in ("vocab_size", "bos_id", "eos_id"):
         said, is_so = getattr(manifest, name), getattr(tokenizer, name)
         if said != is_so:
-            raise ArtefactError(
-                f"{directory / MANIFEST}: damaged: {name} is {said:,}, the tokenizer's is {is_so:,}; {again(directory)}"
-            )
+            problem = f"{name} is {said:,}, the tokenizer's is {is_so:,}"
+            raise ArtefactError(f"{directory / MANIFEST}: damaged: {problem}; {prepare_again(directory)}")
 
 
 def sha256_of(path: Path) -> str:
@@ -281,7 +305,7 @@ def sha256_of(path: Path) -> str:
 
 def _stale_builtin(recorded: dict[str, Source]) -> str | None:
     where, _, digest = python_signature()
-    source = recorded.get(where)  # another interpreter than the one that prepared it says nothing about it
+    source = recorded.get(where)  # None where another Python than this one prepared the data: nothing can be said
     return f"{BUILTIN_PYTHON} ({where}) changed" if source and source.sha256 != digest else None
 
 

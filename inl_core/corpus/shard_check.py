@@ -1,8 +1,9 @@
-"""Whether the shards of a data set are what its manifest says: a digest and a look at every row, once.
+"""Whether the shards of a data set are as its manifest says: each is read once, its digest and every row checked.
 
-- What was found whole is remembered in a small file beside the shards, by size, times and inode; from then on a start
-  costs one `stat` a shard. Where that file cannot be written, each run looks once: its ranks believe rank 0.
-- The file only saves time: whoever can write it can write the shards and the manifest too.
+- Shards that were found whole are remembered in a small file beside them, by size, times and inode. From then on a
+  start takes one `stat` for each shard. Where that file cannot be written, every run reads the shards once, in its
+  first process, whose word the other processes take (`found_whole`, `believe`).
+- Trusting the file opens no new way to forge data: whoever can write it can write the shards and the manifest too.
 """
 
 import hashlib
@@ -25,16 +26,15 @@ if TYPE_CHECKING:
 VERIFIED = ".verified.json"
 
 _SETTLED_NS = 50_000_000
-"""A file changed less than this before it was read could change again without another time on it."""
+"""Nanoseconds. A file that was changed this shortly before it was read could change again with the same time on it."""
 
 _MUCH = 1 << 30
-"""Bytes of shards that take long enough to read for a message."""
+"""Bytes of shards. Reading more than this takes so long that a message is due."""
 
 _TOKEN_TYPES = (pa.large_list(pa.uint16()), pa.large_list(pa.uint32()))
 
-
 _found: dict[tuple[str, str], dict[str, list[int]]] = {}
-"""What this process found whole: by directory and manifest, the identity of each shard."""
+"""Shards that this process found whole: (directory, hash of the manifest) -> name of the shard -> its identity."""
 
 
 def check_shards(
@@ -45,11 +45,15 @@ def check_shards(
     anew: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Check some of the manifest's shards; `anew` reads them whatever is remembered, and `note` hears of long reading.
+    """Check these shards of the manifest.
+
+    Args:
+        anew: read them even if they are remembered as whole.
+        note: is told when reading takes long.
 
     Raises:
-        ArtefactError: one is missing, is no regular file, lies outside the directory, or is not the one that the
-            preparation wrote; or its rows are not documents of this vocabulary.
+        ArtefactError: a shard is missing, is not a regular file, lies outside the directory or is not as the
+            preparation wrote it; or its rows are not documents of this vocabulary.
     """
     about = (manifest.vocab_size, manifest.bos_id, manifest.eos_id, manifest.has_prompts, manifest.splits)
     key = hashlib.sha256(repr(about).encode()).hexdigest()
@@ -67,7 +71,7 @@ def check_shards(
     is_news = False
     for path, shard, identity in todo:
         is_settled = time.time_ns() - max(identity[1:3]) > _SETTLED_NS
-        found.pop(shard.file, None)  # if it is damaged by now, it must not count as whole
+        found.pop(shard.file, None)  # it must not count as whole if it turns out to be damaged by now
         totals, ends = (shard.documents, shard.tokens, shard.bytes), (manifest.bos_id, manifest.eos_id)
         _look(path, _Expected(shard.sha256, totals, manifest.vocab_size, *ends, manifest.has_prompts))
         if is_settled:
@@ -77,35 +81,37 @@ def check_shards(
 
 
 def found_whole(directory: Path) -> dict[str, dict[str, list[int]]]:
-    """What this process found whole there, for `believe` in other processes."""
+    """The shards that this process found whole there, for `believe` in other processes."""
     return {key: found for (place, key), found in _found.items() if place == str(directory)}
 
 
 def believe(directory: Path, found: Mapping[str, dict[str, list[int]]]) -> None:
-    """Count as checked what another process found whole: the very same files, by size, times and inode."""
+    """Take the word of another process for shards that it found whole, as long as they are the very same files."""
     for key, shards in found.items():
         _found.setdefault((str(directory), key), {}).update(shards)
 
 
-def again(directory: Path) -> str:
-    """The fix for a damaged data set, in words."""
+def prepare_again(directory: Path) -> str:
+    """What to do about a damaged data set, in words."""
     return f"prepare it again: inl prepare-data ... --output {directory} --overwrite"
 
 
 def _identity(path: Path, size: int) -> list[int]:
-    """[size, time of its content, time of its last change, inode] of a file that must have this size."""
+    """[size, time of the content, time of the last change, inode] of a file; ArtefactError unless it has this size."""
     try:
         with open_regular(path) as file:
             found = os.fstat(file.fileno())
     except ArtefactError as error:
-        raise ArtefactError(f"{error}; {again(path.parent)}") from None
+        raise ArtefactError(f"{error}; {prepare_again(path.parent)}") from None
     if found.st_size != size:
-        raise ArtefactError(f"{path}: {found.st_size:,} bytes, the manifest says {size:,}; {again(path.parent)}")
+        raise ArtefactError(
+            f"{path}: {found.st_size:,} bytes, the manifest says {size:,}; {prepare_again(path.parent)}"
+        )
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 class _Expected(NamedTuple):
-    """What the manifest says of a shard; totals are documents, tokens, bytes."""
+    """What the manifest says of a shard; the totals are documents, tokens and bytes."""
 
     sha256: str
     totals: tuple[int, int, int]
@@ -113,11 +119,11 @@ class _Expected(NamedTuple):
     bos_id: int
     eos_id: int
     has_prompts: bool
-    """Whether some document of the data set may have a prompt; where none may, all tokens are trained on."""
+    """Whether documents of the data set may have prompts, which are not trained on."""
 
 
 def _look(path: Path, expected: _Expected) -> None:
-    """Read a shard whole."""
+    """Read a whole shard and compare it with the manifest; ArtefactError when it differs."""
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore - a real file has readinto
     problem = "its sha256 is not the manifest's" if digest != expected.sha256 else None
@@ -126,11 +132,11 @@ def _look(path: Path, expected: _Expected) -> None:
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"not a readable Arrow file: {' '.join(str(error).split())}"
     if problem is not None:
-        raise ArtefactError(f"{path}: damaged ({problem}); {again(path.parent)}")
+        raise ArtefactError(f"{path}: damaged ({problem}); {prepare_again(path.parent)}")
 
 
 def _problem(path: Path, expected: _Expected) -> str | None:
-    """What is wrong with the rows, in words, or None."""
+    """What is wrong with the rows of a shard, in words, or None."""
     reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
     types = dict(zip(reader.schema.names, reader.schema.types, strict=True))
     plain = {"prompt_length": pa.int32(), "num_bytes": pa.int32()}
@@ -174,7 +180,7 @@ def _remembered(directory: Path, key: str) -> dict[str, Any]:
 
 
 def _remember(directory: Path, key: str, found: dict[str, Any]) -> str | None:
-    """Write the file; why it cannot be written (read-only, or full), or None."""
+    """Write the file; returns why it cannot be written (a full or read-only disk), or None."""
     try:
         write_whole(directory / VERIFIED, json.dumps({"manifest": key, "shards": found}, indent=1) + "\n")
     except OSError as error:

@@ -1,32 +1,30 @@
-"""Special tokens that a tokenizer would give to ordinary text, and the tokens that stand for that text instead.
+"""Special tokens that a tokenizer would give for ordinary text, and the tokens that the text gets in their place.
 
-The `tokenizers` library can be told not to look for special tokens in a text. But the model behind it finds them all
-the same when it has them in its own vocabulary: as a word, as what its merges spell, or as its token for unknown text.
+The `tokenizers` library can be told not to look for special tokens in a text. But the model inside it finds them all
+the same when its own vocabulary has them: as a word, as what its merges spell, or as its token for unknown text.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 import tokenizers
 
+from inl_core.corpus.token_bytes import BYTE_TOKEN
 from inl_core.errors import ArtefactError
-
-BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
-"""How SentencePiece spells a token that is one byte."""
 
 
 class SpecialText:
-    """Takes special tokens out of encoded text.
+    """Replaces special tokens in the ids of an encoded text.
 
     Args:
         model: the description of the tokenizer's model, from its JSON.
-        special: name -> id of the tokens that no text may give.
+        special: name -> id of the tokens that no text may become.
         unknown_id: the token for text that the vocabulary cannot spell, if there is one.
 
     Attributes:
-        instead: for each special token that a text may give, its name and the tokens to give instead, if there are any.
+        instead: the id of each special token that some text would become -> its name, and the ids to put in its place,
+            which are none where the vocabulary has no other way to spell that text.
     """
 
     def __init__(
@@ -48,10 +46,10 @@ class SpecialText:
         }
 
     def replace(self, ids: list[int]) -> list[int]:
-        """The ids of an encoded text, with other tokens for the text that became special ones.
+        """The ids of an encoded text, with other ids in the place of special tokens.
 
         Raises:
-            ArtefactError: there are no other tokens for it.
+            ArtefactError: there are no other ids for that text.
         """
         if not self.instead or self.instead.keys().isdisjoint(ids):
             return ids
@@ -68,9 +66,9 @@ class SpecialText:
         return others
 
     def _may_give(self, name: str, id: int) -> bool:
-        """Whether the model can come to this token.
+        """Whether the model gives this token for some text.
 
-        Plain merges find a token inside a longer word only if they find it in the word that is the token.
+        Plain merges make a token inside a longer word only if they also make it of the word that is the token alone.
         """
         if id == self._unknown_id:
             return True
@@ -80,7 +78,7 @@ class SpecialText:
         return not is_plain or id in self._tokens(name)
 
     def _other_tokens(self, name: str, id: int) -> list[int]:
-        """Tokens of the single characters if the model has them, else the unknown token, else none."""
+        """The ids of the single characters where the model has them all, else the unknown token, else none."""
         can_spell = self._model["type"] in ("BPE", "Unigram") and not self._has_affixes() and not self._is_byte(name)
         if can_spell and id != self._unknown_id:
             spelled = [other for character in name for other in self._tokens(character)]
@@ -89,13 +87,13 @@ class SpecialText:
         return [] if self._unknown_id is None or self._unknown_id in self._special else [self._unknown_id]
 
     def _tokens(self, text: str) -> Iterator[int]:
-        with suppress(Exception):  # the library's own class: the model has no token for it and no unknown token
+        with suppress(Exception):  # a class of the library: there is neither a token for the text nor an unknown token
             yield from (token.id for token in self._backend_model.tokenize(text))
 
     def _has_affixes(self) -> bool:
-        """Whether a character is spelled otherwise inside a word, or at its end."""
+        """Whether the spelling of a character depends on its place in the word."""
         return bool(self._model.get("continuing_subword_prefix") or self._model.get("end_of_word_suffix"))
 
     def _is_byte(self, name: str) -> bool:
-        """Whether the token stands for a byte of any character that the model does not know."""
+        """Whether the token stands for one byte of characters that the vocabulary does not have."""
         return bool(self._model.get("byte_fallback")) and BYTE_TOKEN.fullmatch(name) is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from inl_core.corpus.manifest import MANIFEST, load_manifest
-from inl_core.corpus.paths import local_path, portable, shown
+from inl_core.corpus.reading.paths import local_path, portable, shown
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.checkpoint_files import list_checkpoints, read_config
 

@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from inl_core.corpus.reading.whole_sources import check_utf8
 from inl_core.corpus.tokenizer import StreamDecoder, Tokenizer
-from inl_core.corpus.whole import check_utf8
 from inl_core.errors import RecipeError
 from inl_core.inference.decoding import Decoder, Predicted
 from inl_core.inference.sampling import Sampler

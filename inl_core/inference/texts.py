@@ -14,10 +14,10 @@ from pathlib import Path
 from inl_core.corpus.encoding import document_stream
 from inl_core.corpus.loader import Batch, TokenDataset, TokenStream, evaluation_batches
 from inl_core.corpus.manifest import SPLITS, check_ids, load_manifest
-from inl_core.corpus.paths import shown
-from inl_core.corpus.rows import Document
-from inl_core.corpus.sources import STDIN
-from inl_core.corpus.whole import whole_documents
+from inl_core.corpus.reading.paths import shown
+from inl_core.corpus.reading.rows import Document
+from inl_core.corpus.reading.sources import STDIN
+from inl_core.corpus.reading.whole_sources import whole_documents
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.data_location import find_data
 from inl_core.inference.evaluate import ByteCounts, byte_counts

@@ -14,9 +14,12 @@ import pytest
 from inl_core.corpus import shard_check
 from inl_core.corpus.dataset import TokenDataset
 from inl_core.corpus.manifest import Shard, data_fingerprint, load_manifest, sha256_of, verify
+from inl_core.corpus.preparation import prepare
+from inl_core.corpus.preparation.chunks import token_lists
 from inl_core.corpus.shard_check import VERIFIED
-from inl_core.corpus.spool import token_lists
 from inl_core.errors import ArtefactError
+from tests.corpus.texts import settings
+from tests.damage import flip_a_bit
 
 SHARD = "validation-00000-of-00001.arrow"
 
@@ -308,3 +311,62 @@ def test_special_files_are_refused_at_once(copy: Path, kind: str) -> None:
 def test_the_manifest_that_was_written_is_read_as_it_was(copy: Path) -> None:
     edit(copy, "rows", load_manifest(copy).rows)
     assert verify(copy, deep=True) == load_manifest(copy)
+
+
+DAMAGE = [
+    ("train-00001-of-00003.arrow", Path.unlink, False, "missing"),
+    ("train-00001-of-00003.arrow", lambda path: os.truncate(path, 100), False, "100 bytes, the manifest says"),
+    ("train-00001-of-00003.arrow", flip_a_bit, True, "damaged"),
+    ("train-00001-of-00003.arrow", flip_a_bit, False, "damaged"),
+    ("tokenizer.json", Path.unlink, False, "missing"),
+    ("tokenizer.json", lambda path: path.write_text("{}"), False, "not a tokenizer.json"),
+    ("manifest.json", Path.unlink, False, "no data set here"),
+    ("manifest.json", lambda path: os.truncate(path, 300), False, "not valid JSON"),
+    ("manifest.json", lambda path: path.write_text("{}"), False, "damaged"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "deep", "message"), DAMAGE)
+def test_damage_is_named_with_the_fix(
+    text_data: Path, tmp_path: Path, name: str, damage, deep: bool, message: str
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(text_data, directory)
+    verify(directory, deep=deep)
+    damage(directory / name)
+    with pytest.raises(ArtefactError, match=message) as error:
+        verify(directory, deep=deep)
+    assert str(directory) in str(error.value)
+
+
+def test_another_tokenizer_in_the_data_set_is_noticed(text_data: Path, prompt_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(text_data, tmp_path / "copy")
+    shutil.copy(prompt_data / "tokenizer.json", tmp_path / "copy")
+    with pytest.raises(ArtefactError, match="not the tokenizer that encoded this data set"):
+        verify(tmp_path / "copy")
+
+
+def test_changed_sources_make_a_data_set_stale(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(30):
+        (source / f"{number}.txt").write_text(f"text {number}")
+    chosen = settings(source)
+    manifest = prepare(chosen, tmp_path / "out")
+    os.utime(source / "3.txt", (1, 1))
+    assert verify(tmp_path / "out", settings=chosen) == manifest  # only touched
+    (source / "3.txt").write_text("text X")
+    with pytest.raises(ArtefactError, match=r"stale: .*3\.txt changed since it was prepared"):
+        verify(tmp_path / "out")
+    with pytest.raises(ArtefactError, match="stale"):
+        prepare(chosen, tmp_path / "out")
+    (source / "3.txt").write_text("text 3")
+    (source / "new.txt").write_text("text")
+    with pytest.raises(ArtefactError, match=r"new\.txt is new"):
+        verify(tmp_path / "out")
+    (source / "new.txt").unlink()
+    (source / "4.txt").unlink()
+    with pytest.raises(ArtefactError, match=r"4\.txt was removed"):
+        verify(tmp_path / "out")
+    shutil.rmtree(source)
+    assert verify(tmp_path / "out") == manifest  # gone altogether: the data set stands alone

@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from inl_core.corpus import loader
+from inl_core.corpus.encoding import document_stream
 from inl_core.corpus.loader import (
     IGNORED,
     Batch,
@@ -19,9 +20,9 @@ from inl_core.corpus.loader import (
     TokenStream,
     evaluation_batches,
     make_batch,
-    text_batches,
 )
 from inl_core.corpus.manifest import load_manifest
+from inl_core.corpus.reading.rows import Document
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 
@@ -186,10 +187,10 @@ def test_any_stream_in_any_pieces_equals_the_reference(
     tokens = np.array([token for document, _ in documents for token in document], dtype=np.uint16)
     bounds = sorted({0, len(tokens), *(cut for cut in cuts if cut < len(tokens))})
     segments = [tokens[a:b] for a, b in pairwise(bounds)]
-    stream = TokenStream(segments, bos_id=0, eos_id=eos)
+    stream = TokenStream(segments, bos_id=0, eos_id=eos, document_mask=True)
     starts = np.arange(0, len(tokens) - sequence_length, 1)
     if len(starts):
-        batch = make_batch(stream, starts, sequence_length, document_mask=True)
+        batch = make_batch(stream, starts, sequence_length)
         for row, start in enumerate(starts.tolist()):
             check_row(batch, row, reference_window(documents, start, sequence_length))
 
@@ -203,15 +204,13 @@ def test_any_stream_in_any_pieces_equals_the_reference(
 )
 @hypothesis_settings(max_examples=300)
 def test_evaluation_scores_every_target_once_with_enough_context(
-    tokenizer: Tokenizer, num_tokens: int, sequence_length: int, stride: int, batch_size: int, max_tokens: int | None
+    num_tokens: int, sequence_length: int, stride: int, batch_size: int, max_tokens: int | None
 ) -> None:
     stride = min(stride, sequence_length)
-    content = [10 + place for place in range(num_tokens)]
-    stream = [tokenizer.bos_id, *content, tokenizer.eos_id]
+    stream = [0, *range(10, 10 + num_tokens), 1]
     scored: list[int] = []
-    for batch in text_batches(
-        tokenizer,
-        content,
+    for batch in evaluation_batches(
+        TokenStream([np.array(stream)], bos_id=0, eos_id=1),
         sequence_length=sequence_length,
         stride=stride,
         batch_size=batch_size,
@@ -241,7 +240,8 @@ def test_evaluation_of_a_split_counts_all_its_bytes(text_data: Path) -> None:
 
 def test_a_raw_text_is_one_document(tokenizer: Tokenizer) -> None:
     text = "alpha beta 東京"
-    (batch,) = text_batches(tokenizer, text, sequence_length=64)
+    stream = document_stream(tokenizer, [Document("", (text,))], document_mask=False)
+    (batch,) = evaluation_batches(stream, sequence_length=64, batch_size=1)
     ids = tokenizer.encode(text)
     assert batch.tokens[0, : len(ids) + 1].tolist() == [tokenizer.bos_id, *ids]
     assert batch.targets[0, : len(ids) + 1].tolist() == [*ids, tokenizer.eos_id]

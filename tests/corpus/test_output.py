@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inl_core.corpus import spool
-from inl_core.corpus.preparation import prepare, verify
+from inl_core.corpus.preparation import chunks, prepare, verify
 from inl_core.errors import InlError, RecipeError
 from tests.corpus.texts import settings
 
@@ -83,7 +82,7 @@ def test_a_disk_without_room_is_one_line_with_the_file_and_the_fix(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as full:
-        full.setattr(spool.pa.ipc, "new_file", refuse)
+        full.setattr(chunks.pa.ipc, "new_file", refuse)
         with pytest.raises(InlError) as told:
             prepare(settings(source), tmp_path / "out")
     file = tmp_path / "out" / ".prepare" / "text-00000.arrow"

@@ -1,46 +1,21 @@
-"""A prepared data set holds every document once, survives being killed, and refuses to be stale or damaged."""
+"""A prepared data set holds every document once, in one split, and replaces nothing unless it is told to."""
 
 import io
 import json
-import os
-import random
-import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from inl_core.corpus import ingest, preparation
 from inl_core.corpus.manifest import default_directory
-from inl_core.corpus.preparation import PrepareProgress, load_manifest, prepare, verify
-from inl_core.corpus.shard_check import VERIFIED
+from inl_core.corpus.preparation import PrepareProgress, prepare, stages, verify
+from inl_core.corpus.reading import pieces
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.recipe.data import DataSettings, TokenizerSettings
-from tests.corpus.texts import random_text, settings
-
-
-def texts_of(directory: Path, split: str) -> list[str]:
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    found = []
-    for shard in load_manifest(directory).splits[split].shards:
-        for row in pa.ipc.open_file(directory / shard.file).read_all().to_pylist():
-            assert row["tokens"][0] == tokenizer.bos_id
-            assert row["tokens"][-1] == tokenizer.eos_id
-            text = tokenizer.decode(row["tokens"])
-            assert len(text.encode()) == row["num_bytes"]
-            found.append(text)
-    return found
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a data set but what is remembered of this copy's own files."""
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != VERIFIED}
+from tests.corpus.texts import contents, settings, texts_of
 
 
 def test_every_document_is_in_exactly_one_split(text_directory: Path, text_data: Path) -> None:
@@ -164,6 +139,24 @@ def test_the_tokenizer_trains_on_training_documents_only(tmp_path: Path) -> None
     assert not any("zy" in token for token in tokens)
 
 
+def test_the_tokenizer_sample_is_bounded_and_even(
+    text_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def train(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
+        seen.extend(texts)
+        return train_tokenizer(iter(seen), vocab_size=vocab_size)
+
+    monkeypatch.setattr(stages, "train_tokenizer", train)
+    chosen = settings(text_directory, tokenizer=TokenizerSettings(vocab_size=300, sample_bytes=5000))
+    prepare(chosen, tmp_path / "out")
+    sizes = [len(text.encode()) for text in texts_of(tmp_path / "out", "train")]
+    assert 1000 < sum(len(text.encode()) for text in seen) <= 5000 < sum(sizes) / 2
+    numbers = [int(text.split()[0]) for text in seen]  # documents are numbered in the order they are read
+    assert min(numbers) < 30 < max(numbers)
+
+
 @pytest.fixture
 def piped(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     def pipe(content: bytes) -> None:
@@ -212,192 +205,6 @@ def test_a_failed_replacement_leaves_the_old_data_set(text_directory: Path, tmp_
     assert verify(tmp_path / "out", deep=True) == manifest
 
 
-class Stopped(BaseException):
-    """Stands for a kill at one moment."""
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "CHUNK_BYTES", 4000)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_run_stopped_anywhere_ends_like_one_never_stopped(tmp_path: Path) -> None:
-    generator, source = random.Random(5), tmp_path / "source"
-    source.mkdir()
-    lines = [json.dumps({"text": random_text(generator, 40)}) for _ in range(120)]
-    (source / "rows.jsonl").write_text("\n".join([*lines, "{bad", *lines[:10]]))
-    (source / "a.txt").write_text(random_text(generator, 100))
-    chosen = settings(source, num_shards=2, max_bad_ratio=0.5)
-    events: list[PrepareProgress] = []
-    prepare(chosen, tmp_path / "whole", progress=events.append)
-    num_tokenise = sum(event.stage == "tokenise" for event in events)
-    expected = contents(tmp_path / "whole")
-
-    stopped_in = []
-    for moment in count(1):
-        directory, events = tmp_path / f"at-{moment}", []
-
-        def stop(event: PrepareProgress, moment: int = moment, events: list = events) -> None:
-            events.append(event)
-            if len(events) == moment:
-                raise Stopped
-
-        try:
-            prepare(chosen, directory, progress=stop)
-            break
-        except Stopped:
-            stage = events[-1].stage
-            stopped_in.append(stage)
-        if stage != "done":
-            with pytest.raises(ArtefactError, match=r"not finished|no data set here"):
-                verify(directory)
-        again = []
-        prepare(chosen, directory, progress=again.append)
-        if stage in ("tokenise", "shards"):  # neither read nor tokenised again
-            assert not any(event.stage in ("read", "tokenizer") and event.total for event in again)
-            assert sum(event.stage == "tokenise" for event in again) <= num_tokenise - stopped_in.count("tokenise") + 1
-        assert contents(directory) == expected
-        shutil.rmtree(directory)
-    assert set(stopped_in) == {"hash", "read", "tokenizer", "tokenise", "shards", "done"}
-    assert len(stopped_in) > 25
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_one_document_cut_in_two_survives_a_stop_after_its_tokens(tmp_path: Path) -> None:
-    (tmp_path / "only.txt").write_text("".join(f"line {i}\n" for i in range(300)))
-    chosen = settings(tmp_path / "only.txt")
-    prepare(chosen, tmp_path / "whole")
-
-    def stop(event: PrepareProgress) -> None:
-        if event.stage == "tokenise":
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        prepare(chosen, tmp_path / "out", progress=stop)
-    prepare(chosen, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from inl_core.corpus import ingest
-from inl_core.corpus.preparation import prepare
-from inl_core.recipe.data import DataSettings
-ingest.CHUNK_BYTES = 4_000
-def kill(event):
-    if event.stage == "tokenise" and event.done > 10_000 and len(sys.argv) > 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-settings = DataSettings.model_validate({"sources": [sys.argv[1]], "tokenizer": {"vocab_size": 300}})
-prepare(settings, sys.argv[2], progress=kill)
-"""
-
-
-def test_a_killed_process_is_continued(text_directory: Path, tmp_path: Path) -> None:
-    def run(name: str, *arguments: str) -> int:
-        command = [sys.executable, "-c", KILLED, str(text_directory), str(tmp_path / name), *arguments]
-        return subprocess.run(command, check=False, cwd=Path(preparation.__file__).parents[2]).returncode
-
-    assert run("killed", "kill") == -signal.SIGKILL
-    assert list((tmp_path / "killed" / ".prepare").glob("tokens-*.arrow"))
-    assert run("killed") == 0
-    assert run("whole") == 0
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-
-
-def test_other_settings_after_a_stop_start_over(text_directory: Path, tmp_path: Path) -> None:
-    def stop(event: PrepareProgress) -> None:
-        if event.stage == "shards":
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        prepare(settings(text_directory), tmp_path / "out", progress=stop)
-    changed, notes = settings(text_directory, vocab_size=290), []
-    prepare(changed, tmp_path / "out", progress=lambda event: notes.append(event.message))
-    assert any("starting over" in note for note in notes if note)
-    prepare(changed, tmp_path / "fresh")
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-
-def test_two_preparations_of_one_directory_do_not_meet(text_directory: Path, tmp_path: Path) -> None:
-    refused = []
-
-    def second(event: PrepareProgress) -> None:
-        if event.stage == "tokenizer" and not refused:
-            with pytest.raises(ArtefactError, match="another process"):
-                prepare(settings(text_directory), tmp_path / "out")
-            refused.append(True)
-
-    prepare(settings(text_directory), tmp_path / "out", progress=second)
-    assert refused
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGE = [
-    ("train-00001-of-00003.arrow", Path.unlink, False, "missing"),
-    ("train-00001-of-00003.arrow", lambda path: os.truncate(path, 100), False, "100 bytes, the manifest says"),
-    ("train-00001-of-00003.arrow", flip, True, "damaged"),
-    ("train-00001-of-00003.arrow", flip, False, "damaged"),
-    ("tokenizer.json", Path.unlink, False, "missing"),
-    ("tokenizer.json", lambda path: path.write_text("{}"), False, "not a tokenizer.json"),
-    ("manifest.json", Path.unlink, False, "no data set here"),
-    ("manifest.json", lambda path: os.truncate(path, 300), False, "not valid JSON"),
-    ("manifest.json", lambda path: path.write_text("{}"), False, "damaged"),
-]
-
-
-@pytest.mark.parametrize(("name", "damage", "deep", "message"), DAMAGE)
-def test_damage_is_named_with_the_fix(
-    text_data: Path, tmp_path: Path, name: str, damage, deep: bool, message: str
-) -> None:
-    directory = tmp_path / "copy"
-    shutil.copytree(text_data, directory)
-    verify(directory, deep=deep)
-    damage(directory / name)
-    with pytest.raises(ArtefactError, match=message) as error:
-        verify(directory, deep=deep)
-    assert str(directory) in str(error.value)
-
-
-def test_another_tokenizer_in_the_data_set_is_noticed(text_data: Path, prompt_data: Path, tmp_path: Path) -> None:
-    shutil.copytree(text_data, tmp_path / "copy")
-    shutil.copy(prompt_data / "tokenizer.json", tmp_path / "copy")
-    with pytest.raises(ArtefactError, match="not the tokenizer that encoded this data set"):
-        verify(tmp_path / "copy")
-
-
-def test_changed_sources_make_a_data_set_stale(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for number in range(30):
-        (source / f"{number}.txt").write_text(f"text {number}")
-    chosen = settings(source)
-    manifest = prepare(chosen, tmp_path / "out")
-    os.utime(source / "3.txt", (1, 1))
-    assert verify(tmp_path / "out", settings=chosen) == manifest  # only touched
-    (source / "3.txt").write_text("text X")
-    with pytest.raises(ArtefactError, match=r"stale: .*3\.txt changed since it was prepared"):
-        verify(tmp_path / "out")
-    with pytest.raises(ArtefactError, match="stale"):
-        prepare(chosen, tmp_path / "out")
-    (source / "3.txt").write_text("text 3")
-    (source / "new.txt").write_text("text")
-    with pytest.raises(ArtefactError, match=r"new\.txt is new"):
-        verify(tmp_path / "out")
-    (source / "new.txt").unlink()
-    (source / "4.txt").unlink()
-    with pytest.raises(ArtefactError, match=r"4\.txt was removed"):
-        verify(tmp_path / "out")
-    shutil.rmtree(source)
-    assert verify(tmp_path / "out") == manifest  # gone altogether: the data set stands alone
-
-
 def test_unusable_input_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     for source, error, message in (
@@ -433,19 +240,39 @@ def test_default_directories_are_readable_and_distinct(tmp_path: Path) -> None:
     assert "llama" in names[6]
 
 
-def test_the_tokenizer_sample_is_bounded_and_even(
-    text_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 30)
 
-    def train(texts: Iterator[str], *, vocab_size: int) -> Tokenizer:
-        seen.extend(texts)
-        return train_tokenizer(iter(seen), vocab_size=vocab_size)
+    def grow(event) -> None:
+        if event.stage == "read" and not event.message:
+            path.write_text("other text\n" * 40)
 
-    monkeypatch.setattr(preparation, "train_tokenizer", train)
-    chosen = settings(text_directory, tokenizer=TokenizerSettings(vocab_size=300, sample_bytes=5000))
-    prepare(chosen, tmp_path / "out")
-    sizes = [len(text.encode()) for text in texts_of(tmp_path / "out", "train")]
-    assert 1000 < sum(len(text.encode()) for text in seen) <= 5000 < sum(sizes) / 2
-    numbers = [int(text.split()[0]) for text in seen]  # documents are numbered in the order they are read
-    assert min(numbers) < 30 < max(numbers)
+    with pytest.raises(ArtefactError, match=r"a\.txt: changed while it was being read"):
+        prepare(settings(path), tmp_path / "out", progress=grow)
+
+
+def test_one_big_file_is_counted_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inl_core.corpus.preparation.text_chunks.CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(pieces, "MAX_DOCUMENT", 1 << 14)
+    (tmp_path / "a.txt").write_text("".join(f"line {number}\n" for number in range(60_000)))
+    events = []
+    prepare(settings(tmp_path / "a.txt"), tmp_path / "out", progress=events.append)
+    done = [event.done for event in events if event.stage == "read" and event.total]
+    assert len(done) > 8
+    assert done == sorted(done)
+    assert done[-1] == (tmp_path / "a.txt").stat().st_size
+    assert any("training a tokenizer of 300 tokens" in (event.message or "") for event in events)
+
+
+def test_two_preparations_of_one_directory_do_not_meet(text_directory: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def second(event: PrepareProgress) -> None:
+        if event.stage == "tokenizer" and not refused:
+            with pytest.raises(ArtefactError, match="another process"):
+                prepare(settings(text_directory), tmp_path / "out")
+            refused.append(True)
+
+    prepare(settings(text_directory), tmp_path / "out", progress=second)
+    assert refused

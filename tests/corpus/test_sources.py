@@ -1,71 +1,20 @@
-"""Every kind of input gives the same documents, and every bad row its place and reason."""
+"""What the user names is found, read in order, and told; what is left out is told too."""
 
-import gzip
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 
-from inl_core.corpus import readers
-from inl_core.corpus.rows import BadRow, Document
-from inl_core.corpus.sources import documents
-from inl_core.errors import ArtefactError, RecipeError
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines[:30]) + gzip.compress(lines[30:]))
-    elif path.suffix == ".zst":
-        path.write_bytes(zstandard.compress(lines[:30]) + zstandard.compress(lines[30:]))
-    else:
-        path.write_bytes(lines)
-
-
-CHAT = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]
-KINDS = {
-    "text": ([{"text": f"row {i} é", "id": i} for i in range(5)], [(f"row {i} é",) for i in range(5)], ""),
-    "prompt": ([{"prompt": "p", "completion": f"c{i}"} for i in range(5)], [("p", f"c{i}") for i in range(5)], "pc"),
-    "messages": ([{"messages": CHAT} for _ in range(5)], [("ask", "tell")] * 5, "ua"),
-}
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".parquet"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_each_kind_and_format(tmp_path: Path, kind: str, suffix: str) -> None:
-    rows, texts, roles = KINDS[kind]
-    path = tmp_path / f"rows{suffix}"
-    write_rows(path, rows)
-    found = list(documents([str(path)]))
-    assert [(d.texts, d.roles) for d in found if isinstance(d, Document)] == [(t, roles) for t in texts]
-    assert [d.origin for d in found] == [f"{path}:{number}" for number in range(1, 6)]
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".txt.gz", ".txt.zst"])
-def test_a_text_file_is_one_document_as_it_stands(tmp_path: Path, suffix: str) -> None:
-    text = "line\r\nwith é\n\n  spaces \u2028 end"
-    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(suffix).suffix, bytes)
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))  # with a byte order mark, which is no text
-    assert [d.texts for d in documents([str(path)]) if isinstance(d, Document)] == [(text,)]
-
-
-def test_a_long_text_is_cut_at_line_ends_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_DOCUMENT", 100)
-    monkeypatch.setattr(readers, "_BLOCK", 37)  # odd, so that characters fall across blocks
-    text = "".join(f"line {i} é🙂\n" for i in range(60)) + "x" * 250
-    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}))
-    for name in ("long.txt", "long.jsonl"):
-        pieces = [d.texts[0] for d in documents([str(tmp_path / name)]) if isinstance(d, Document)]
-        assert "".join(pieces) == text
-        assert all(len(piece) <= 100 for piece in pieces)
-        assert sum(not piece.endswith("\n") for piece in pieces) == 3
+from inl_core.corpus.dataset import TokenDataset
+from inl_core.corpus.manifest import default_directory, load_manifest, verify
+from inl_core.corpus.preparation import prepare
+from inl_core.corpus.reading.paths import local_path, matches, portable, shown
+from inl_core.corpus.reading.rows import Document
+from inl_core.errors import ArtefactError, InlError, RecipeError
+from tests.corpus.texts import documents, settings, texts
 
 
 def test_a_directory_is_read_in_order_and_says_what_it_leaves_out(tmp_path: Path) -> None:
@@ -73,124 +22,95 @@ def test_a_directory_is_read_in_order_and_says_what_it_leaves_out(tmp_path: Path
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(f"text of {name}")
     notes: list[str] = []
-    found = [d.origin for d in documents([str(tmp_path), str(tmp_path / "b.txt")], note=notes.append)]
+    found = [d.origin for d in documents(tmp_path, tmp_path / "b.txt", note=notes.append)]
     assert found == [str(tmp_path / name) for name in ("a.py", "b.txt", "sub/c.md")]
     assert f"{tmp_path}: 3 text files; left out: 1 .png" in notes
     assert "1 files were named more than once and are read once" in notes
-    pattern = [d.origin for d in documents([str(tmp_path / "**/*.md")])]
+    pattern = [d.origin for d in documents(tmp_path / "**/*.md")]
     assert pattern == [str(tmp_path / "sub/c.md")]
 
 
-def test_builtin_python_is_sources_and_topics() -> None:
-    found = [d for d in documents(["builtin:python"]) if isinstance(d, Document)]
-    origins = [d.origin for d in found]
-    assert "python:argparse.py" in origins
-    assert "pydoc:assert" in origins
-    assert not [o for o in origins if "/test/" in o or "/tests/" in o or "site-packages" in o or "topics.py" in o]
-    assert sum(len(d.texts[0]) for d in found) > 5_000_000
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A directory with links of every kind, hidden files, a FIFO and what has no suffix."""
+    root = tmp_path / "root"
+    for name in ("one.txt", "sub/two.TXT", ".hidden/three.txt", "../outside/four.txt", "README"):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_text(f"text of {Path(name).stem}")
+    (root / "linked").symlink_to("../outside")
+    (root / "sub" / "loop").symlink_to("..")
+    (root / "up").symlink_to("../..")
+    (root / "broken.txt").symlink_to("nowhere.txt")
+    (root / "again.txt").symlink_to("one.txt")
+    os.mkfifo(root / "pipe.txt")
+    return root
 
 
-BAD_LINES = [
-    (b"{broken", "not JSON"),
-    (b"[1]", "a JSON list, not an object"),
-    (b'{"text": 5}', "`text` is int, not a string"),
-    (b'{"text": null}', "`text` is NoneType, not a string"),
-    (b'{"body": "x"}', "no `text`; has body"),
-    (b'{"text": "\\ud800"}', "lone surrogate U+D800"),
-    (b'{"text": "\xff"}', "not UTF-8"),
-    (b"[" * 100_000, "not JSON"),
+def test_linked_directories_are_read_and_what_is_not_has_a_line(tree: Path) -> None:
+    notes: list[str] = []
+    assert sorted(texts(tree, note=notes.append)) == ["text of four", "text of one", "text of two"]
+    assert f"{tree}: 3 text files; left out: 1 without a suffix, 1 broken link, 1 not a regular file" in notes
+    (passed,) = [note for note in notes if "passed over" in note]
+    links = [f"1 link to a directory above it ({name})" for name in ("loop", "up")]
+    assert all(what in passed for what in ["1 hidden directory .hidden", *links])
+
+
+@pytest.mark.parametrize("pattern", ["*", "**", "**/*"])
+def test_a_glob_reads_the_directories_it_matches(tree: Path, pattern: str) -> None:
+    notes: list[str] = []
+    found = texts(tree / pattern, note=notes.append)
+    assert sorted(found) == ["text of README", "text of four", "text of one", "text of two"]
+    assert any("broken link" in note for note in notes)
+    assert sorted(texts(tree / "**/*.TXT")) == ["text of two"]
+
+
+def test_links_in_circles_end(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text(name)
+    (tmp_path / "a" / "to-b").symlink_to("../b")
+    (tmp_path / "b" / "to-a").symlink_to("../a")
+    (tmp_path / "b" / "to-itself").symlink_to(".")
+    assert sorted(texts(tmp_path)) == ["a", "b"]
+    assert sorted(texts(tmp_path / "**/*.txt")) == ["a", "b"]
+    assert matches(str(tmp_path / "**/to-b/*.txt"))
+
+
+def test_an_unreadable_directory_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ArtefactError, match="sub: cannot be read: Permission denied"):
+        texts(tree)
+
+
+REFUSED = [
+    ("", "an empty source"),
+    ("a\0b", "NUL byte"),
+    ("~nobody-of-this-name/x", "no home directory is known"),
+    ("x" * 5000, "no such file"),
+    ("broken.txt", "a link to nowhere"),
+    ("pipe.txt", "not a regular file"),
+    ("/dev/zero", "not a regular file"),
+    ("none*", "matches no file"),
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_a_bad_line_is_set_aside_with_its_place_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good too"}')
-    first, bad, last = documents([str(path)])
-    assert isinstance(bad, BadRow)
-    assert bad.origin == f"{path}:3"
-    assert reason in bad.reason
-    assert len(bad.excerpt) <= 1000
-    bad.excerpt.encode()
-    assert (first.origin, last.origin) == (f"{path}:1", f"{path}:4")
-
-
-BAD_CHATS = [
-    ([], "not a list"),
-    ("hi", "not a list"),
-    ([{"role": "user", "content": "q"}], "not the assistant's"),
-    ([{"role": "robot", "content": "q"}], "role 'robot' is none of system, user, assistant"),
-    ([{"role": "assistant", "content": ["part"]}], "`content` is list, not a string"),
-    ([{"role": "assistant"}], "no `content`"),
-    ([{"role": "assistant", "content": ""}], "empty: nothing to train on"),
-    (["q"], "message 0 is str"),
-]
-
-
-@pytest.mark.parametrize(("messages", "reason"), BAD_CHATS)
-def test_a_bad_conversation_is_set_aside(tmp_path: Path, messages: object, reason: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"messages": messages}))
-    (bad,) = documents([str(path)])
-    assert isinstance(bad, BadRow)
-    assert reason in bad.reason
-
-
-def test_a_text_file_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 10)
-    (tmp_path / "cookie.py").write_bytes("# coding: latin-1\ns = 'caf\xe9'\n".encode("latin-1"))
-    (tmp_path / "nonsense.py").write_bytes(b"# coding: klingon\n")
-    by_name = {Path(item.origin).name: item for item in documents([str(tmp_path)])}
-    assert isinstance(by_name["latin.txt"], BadRow)
-    assert "not UTF-8 text" in by_name["latin.txt"].reason
-    assert isinstance(by_name["nonsense.py"], BadRow)
-    python = by_name["cookie.py"]
-    assert isinstance(python, Document)
-    assert "café" in python.texts[0]
-
-
-def test_a_line_too_long_is_skipped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE", 64)
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "a"}\n' + '{"text": "' + "b" * 200 + '"}\n{"text": "c"}\n')
-    items = list(documents([str(path)]))
-    assert [type(item) for item in items] == [Document, BadRow, Document]
-
-
-def corrupt_parquet(path: Path) -> None:
-    write_rows(path, [{"text": f"{i} " * 500} for i in range(10)])
-    content = bytearray(path.read_bytes())
-    column = pq.ParquetFile(path).metadata.row_group(3).column(0)
-    start = column.dictionary_page_offset or column.data_page_offset
-    content[start : start + column.total_compressed_size] = b"\x00" * column.total_compressed_size
-    path.write_bytes(content)
-
-
-def truncated_gzip(path: Path) -> None:
-    path.write_bytes(gzip.compress(b'{"text": "some text of a row"}\n' * 500)[:-20])
-
-
-def flipped_zstd(path: Path) -> None:
-    path.write_bytes(zstandard.compress(b'{"text": "some text"}\n' * 500)[:10] + b"\xff" * 30)
-
-
-DAMAGED = [
-    ("rows.parquet", corrupt_parquet, "row group 3 of 5 cannot be read"),
-    ("rows.parquet", lambda path: path.write_bytes(b"PAR1 nothing"), "not a readable Parquet file"),
-    ("rows.parquet", lambda path: write_rows(path, [{"body": "x"}]), "has none of the columns text"),
-    ("rows.jsonl.gz", truncated_gzip, "damaged gzip data"),
-    ("rows.txt.gz", lambda path: path.write_bytes(b"plain"), "damaged gzip data"),
-    ("rows.jsonl.zst", flipped_zstd, "damaged zstd data"),
-]
-
-
-@pytest.mark.parametrize(("name", "make", "message"), DAMAGED)
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, make, message: str) -> None:
-    path = tmp_path / name
-    make(path)
-    with pytest.raises(ArtefactError, match=message) as error:
-        list(documents([str(path)]))
-    assert str(path) in str(error.value)
+@pytest.mark.parametrize(("source", "message"), REFUSED)
+def test_a_source_that_names_nothing_is_refused(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.chdir(tree)
+    with pytest.raises(RecipeError, match=message) as error:
+        texts(source)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"."):  # by the settings already, or by the preparation
+        prepare(settings(source), tree.parent / "out")
 
 
 USAGE = [
@@ -208,20 +128,85 @@ def test_a_source_that_cannot_be_used_is_named(tmp_path: Path, name: str, messag
     (tmp_path / "array.json").write_text("[\n1]")
     (tmp_path / "archive.tar.gz").write_bytes(b"")
     with pytest.raises(RecipeError, match=message):
-        list(documents([str(tmp_path / name)]))
+        list(documents(tmp_path / name))
 
 
 def test_near_names_are_suggested(tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_text("x")
     with pytest.raises(RecipeError, match=r"did you mean .*corpus\.txt\?"):
-        list(documents([str(tmp_path / "corpsu.txt")]))
+        list(documents(tmp_path / "corpsu.txt"))
     with pytest.raises(RecipeError, match="did you mean builtin:python"):
-        list(documents(["builtin:pyhton"]))
+        list(documents("builtin:pyhton"))
 
 
-def test_zstd_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.txt.zst"
-    path.write_bytes(zstandard.compress(b"x"))
-    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
-    with pytest.raises(RecipeError, match=r'pip install "inl\[compression\]"'):
-        list(documents([str(path)]))
+def test_the_output_is_no_source_and_a_home_directory_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("some text\n" * 40)
+    manifest = prepare(settings("~"), tmp_path / "out")
+    assert prepare(settings(tmp_path), tmp_path / "out") == manifest  # the same source by another name
+    for source in (tmp_path / "out", tmp_path / "out" / "quarantine.jsonl"):
+        with pytest.raises(RecipeError, match="belongs to the output directory"):
+            prepare(settings(source), tmp_path / "out", overwrite=True)
+
+
+NOT_UTF8 = os.fsdecode(b"na\xffme\n.txt")
+
+
+def test_names_that_are_not_utf8_go_through_a_whole_preparation(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / NOT_UTF8).write_text("good text\n" * 30)
+    (source / f"bad{NOT_UTF8}").write_bytes(b"\xff")
+    (source / f"{NOT_UTF8}.jsonl").write_text("{\n" + '{"text": "\\ud800"}\n' + '{"\\ud800": 1}\n')
+    notes: list[str] = []
+    chosen = settings(source, max_bad_ratio=1)
+    manifest = prepare(chosen, tmp_path / "out", progress=lambda event: notes.append(event.message or ""))
+    assert manifest.quarantined == 4
+    rows = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text("utf-8").splitlines()]
+    assert all(r"na\xffme\n.txt" in row["origin"] for row in rows)
+    "".join(notes).encode()
+    assert verify(tmp_path / "out", settings=chosen) == manifest
+    (source / NOT_UTF8).write_text("other text")
+    with pytest.raises(ArtefactError, match=r"stale: .*changed"):
+        verify(tmp_path / "out")
+
+
+def test_a_source_whose_own_name_is_not_utf8_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / NOT_UTF8
+    path.write_text("good text\n" * 30)
+    source = portable(str(path))
+    source.encode()
+    assert local_path(source) == path
+    assert portable("plain é.txt") == "plain é.txt"
+    assert shown(path).endswith(r"na\xffme\n.txt")
+    chosen = settings(source)
+    str(default_directory(chosen)).encode()
+    prepare(chosen, tmp_path / "out")
+    assert load_manifest(tmp_path / "out").sources[0].path == source
+    verify(tmp_path / "out", settings=chosen)
+
+
+def test_a_data_set_may_lie_where_the_name_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("good text\n" * 300)
+    directory = tmp_path / os.fsdecode(b"out\xff")
+    manifest = prepare(settings(tmp_path / "a.txt"), directory)
+    assert verify(directory, deep=True) == manifest
+    assert TokenDataset.open(directory).num_tokens == manifest.splits["train"].tokens
+
+
+def test_builtin_python_is_sources_and_topics() -> None:
+    found = [d for d in documents("builtin:python") if isinstance(d, Document)]
+    origins = [d.origin for d in found]
+    assert "python:argparse.py" in origins
+    assert "pydoc:assert" in origins
+    assert not [o for o in origins if "/test/" in o or "/tests/" in o or "site-packages" in o or "topics.py" in o]
+    assert sum(len(d.texts[0]) for d in found) > 5_000_000
+
+
+@pytest.mark.parametrize("stdin", [None, io.StringIO()])
+def test_a_closed_stdin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdin: io.StringIO | None) -> None:
+    if stdin:
+        stdin.close()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(InlError, match="stdin, which is closed"):
+        prepare(settings("-"), tmp_path / "out")

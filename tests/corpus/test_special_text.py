@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from inl_core.corpus.encoding import document_stream
-from inl_core.corpus.rows import Document
+from inl_core.corpus.reading.rows import Document
 from inl_core.corpus.shard_check import _Expected, _problem
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError

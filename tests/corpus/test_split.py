@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inl_core.corpus.rows import Document
-from inl_core.corpus.split import SeenHashes, Split, document_hash, in_sample, shard_of
+from inl_core.corpus.preparation.text_chunks import SeenHashes, document_hash
+from inl_core.corpus.preparation.validation_split import Split, in_sample, shard_of
+from inl_core.corpus.reading.rows import Document
 
 
 @given(blocks=st.lists(st.lists(st.integers(0, 40)), max_size=8))

@@ -1,6 +1,7 @@
 """The tokenizer loses nothing, forges nothing, and streams whole characters."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inl_core.corpus.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer, train_tokenizer
+from inl_core.corpus.tokenizer import (
+    _LONGEST_WORD,
+    SPECIAL_TOKENS,
+    StreamDecoder,
+    Tokenizer,
+    _without_long_words,
+    train_tokenizer,
+)
 from inl_core.errors import ArtefactError, RecipeError
 
 utf8_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -132,3 +140,30 @@ def test_a_tokenizer_without_ends_or_a_missing_file_is_named(tokenizer: Tokenize
     path.write_text(json.dumps(content))
     with pytest.raises(ArtefactError, match="no beginning-of-text token"):
         Tokenizer.load(path)
+
+
+LONG_WORDS = {
+    "dna": lambda generator: "".join(generator.choice("ACGT") for _ in range(100_000)),
+    "letters": lambda _: "a" * 100_000,
+    "spaces": lambda _: " \n\t" * 30_000,
+    "dashes": lambda _: "-=" * 50_000,
+    "digits": lambda generator: str(generator.getrandbits(10_000))[:3000] * 30,
+    "no spaces": lambda generator: "".join(chr(generator.randrange(0x4E00, 0x4F00)) for _ in range(50_000)),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_WORDS)
+def test_a_tokenizer_trains_on_one_long_word(kind: str) -> None:
+    text = LONG_WORDS[kind](random.Random(0))
+    cut = list(_without_long_words(iter([text])))
+    assert "".join(cut) == text
+    assert max(map(len, cut)) <= 2 * _LONGEST_WORD  # training takes the square of a word's length in time
+    tokenizer = train_tokenizer(iter([text]), vocab_size=400)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ordinary_text_trains_the_same_tokenizer_cut_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = " ".join(f"word{number} and_more" for number in range(2000))
+    cut = train_tokenizer(iter([text]), vocab_size=400)
+    monkeypatch.setattr("inl_core.corpus.tokenizer._LONGEST_WORD", 1 << 30)
+    assert train_tokenizer(iter([text]), vocab_size=400).fingerprint == cut.fingerprint

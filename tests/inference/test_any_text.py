@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inl_core.corpus import whole
 from inl_core.corpus.loader import IGNORED
-from inl_core.corpus.whole import read_prompts, whole_documents
+from inl_core.corpus.reading import whole_sources
+from inl_core.corpus.reading.whole_sources import read_prompts, whole_documents
 from inl_core.errors import ArtefactError, InlError, RecipeError
 from inl_core.inference.evaluate import evaluate
 from inl_core.inference.loading import LoadedModel
@@ -65,7 +65,7 @@ def test_one_text_scores_the_same_in_every_dress(loaded: LoadedModel, tmp_path: 
 
 
 def test_a_long_text_file_stays_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inl_core.corpus.readers.MAX_DOCUMENT", 100)
+    monkeypatch.setattr("inl_core.corpus.reading.pieces.MAX_DOCUMENT", 100)
     text = "".join(f"line {number}\n" for number in range(60))
     (document,) = whole_documents(str(write(tmp_path / "a.txt", text.encode())))
     assert document.texts == (text,)
@@ -123,7 +123,7 @@ def test_a_file_of_a_terabyte_is_refused_before_it_is_read(tmp_path: Path) -> No
 
 
 def test_more_text_than_memory_should_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "MAX_CHARACTERS", 100)
+    monkeypatch.setattr(whole_sources, "MAX_CHARACTERS", 100)
     with pytest.raises(RecipeError, match="inl prepare-data"):
         whole_documents(str(write(tmp_path / "a.txt", b"x" * 101)))
 
@@ -153,7 +153,7 @@ def test_prompts_of_every_form(
 def test_prompts_from_parquet_and_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"prompt": ["a", "b"], "other": [1, 2]}), tmp_path / "p.parquet")
     assert read_prompts(str(tmp_path / "p.parquet")) == ["a", "b"]
-    monkeypatch.setattr("inl_core.corpus.readers.MAX_DOCUMENT", 10)
+    monkeypatch.setattr("inl_core.corpus.reading.pieces.MAX_DOCUMENT", 10)
     assert read_prompts(str(write(tmp_path / "p.txt", b"x" * 35 + b"\nshort\n"))) == ["x" * 35, "short"]
     with pytest.raises(RecipeError, match=r"p\.txt:1: a line of more than 40 characters"):
         read_prompts(str(write(tmp_path / "p.txt", b"x" * 60)))

@@ -8,8 +8,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from inl_core.corpus.loader import TokenDataset, TokenStream, evaluation_batches, text_stream
+from inl_core.corpus.encoding import document_stream
+from inl_core.corpus.loader import TokenDataset, TokenStream, evaluation_batches
 from inl_core.corpus.preparation import prepare
+from inl_core.corpus.reading.rows import Document
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.inference.evaluate import Evaluation, byte_counts, evaluate
 from inl_core.inference.texts import Text, plain_text
@@ -129,7 +131,7 @@ def test_the_tokens_bytes_are_believed_only_where_they_add_up(is_whole: bool) ->
     assert found.keeps_every_byte
     assert not found.has_exact_bytes
     for text, is_believed in ((ASCII, True), (ASCII + "\u2581", False)):
-        stream = text_stream(found, found.encode(text))
+        stream = document_stream(found, [Document("", (text,))], document_mask=False)
         counts = byte_counts(found, stream, len(text.encode()), is_whole=is_whole)
         assert counts.num_bytes == (len(text.encode()) if is_whole else None)
         assert np.isfinite(counts.token_num_bytes[found.encode("a b")]).all() == is_believed

@@ -180,7 +180,7 @@ def test_tensors_that_the_manifest_does_not_name_are_refused(checkpoint: Path, f
 def test_a_key_that_stands_twice_is_refused(checkpoint: Path) -> None:
     text = (checkpoint / MANIFEST).read_text()
     (checkpoint / MANIFEST).write_text(text.replace('"step": 7', '"step": 8, "step": 7'))
-    assert all("'step' stands there twice" in line for line in refused(checkpoint))
+    assert all("'step' stands twice" in line for line in refused(checkpoint))
 
 
 @pytest.mark.parametrize("key", ["format", "model", "tokenizer"])

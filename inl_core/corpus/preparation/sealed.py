@@ -1,7 +1,7 @@
-"""Working files that a restart goes on from: each has its digest beside it, and is read only while it still has it.
+"""Working files that a restart goes on from: each has its digest in a file beside it, and is read only if it fits.
 
-A file that changed on the disk would otherwise become a data set that differs from its sources and is intact by all
-that its manifest says.
+A file that was damaged on the disk would otherwise become a data set that differs from its sources, while all that its
+manifest says is true.
 """
 
 import hashlib
@@ -9,22 +9,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from inl_core.errors import ArtefactError
 from inl_core.files import open_regular, read_record, read_text, write_whole, written_aside
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-    Record = TypeVar("Record", bound=BaseModel)
+Record = TypeVar("Record", bound=BaseModel)
 
 _LONGEST_RECORD = 1 << 30
-"""Bytes: a plan names every source file, and there may be millions."""
+"""Bytes. A plan names every source file, of which there may be millions."""
 
 
 class DamagedWork(ArtefactError):
-    """A working file is not what was written; the work has to be done again."""
+    """A working file is not as it was written, so the work has to be done again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +32,7 @@ class DamagedWork(ArtefactError):
 
 @contextmanager
 def sealed_aside(path: Path) -> Iterator[Path]:
-    """As `written_aside`, with the digest: it is on the disk before the file has its name."""
+    """As `written_aside`, and the digest is on the disk before the file gets its name."""
     with written_aside(path) as aside:
         yield aside
         write_whole(_seal(path), _digest(aside))
@@ -52,7 +51,7 @@ def remove_sealed(path: Path) -> None:
 
 
 def check_seal(path: Path) -> None:
-    """DamagedWork unless the file is the one that was written."""
+    """DamagedWork unless the file has the digest that it was written with."""
     try:
         is_whole = read_text(_seal(path), limit=1000) == _digest(path)
     except (ArtefactError, OSError):
@@ -61,14 +60,14 @@ def check_seal(path: Path) -> None:
         raise DamagedWork(path)
 
 
-def read_sealed(path: Path, model: "type[Record]") -> "Record | None":
-    """A record that was written with its digest; None when there is none, DamagedWork when it is not as written."""
+def read_sealed(path: Path, model: type[Record]) -> Record | None:
+    """A record, or None when there is no such file; DamagedWork when the file is not as it was written."""
     if not os.path.lexists(path):
         return None
     check_seal(path)
     try:
         return read_record(path, model, limit=_LONGEST_RECORD)
-    except ArtefactError:  # written by another version
+    except ArtefactError:  # another version of this code wrote it
         raise DamagedWork(path) from None
 
 

@@ -1,7 +1,7 @@
-"""Sources read whole, for commands that measure or continue text: documents to score, prompts to continue.
+"""Sources read into memory at once, for commands that measure a text or continue prompts.
 
-- The sources and formats are those of a preparation; stdin is kept in a file while it is read.
-- Nothing is set aside here: the first row that cannot be used is an error.
+- Sources and formats are those of a preparation. Stdin is copied to a file while it is read.
+- The first row that cannot be used is an error here; a preparation sets such rows aside.
 """
 
 import tempfile
@@ -9,20 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from inl_core.corpus.parquet import parquet_rows
-from inl_core.corpus.readers import json_values, text_lines
-from inl_core.corpus.rows import BadRow, Document
-from inl_core.corpus.sources import STDIN, SourceFile, copy_stdin, read_source, resolve_sources
+from inl_core.corpus.reading.jsonl import json_values
+from inl_core.corpus.reading.parquet import parquet_rows
+from inl_core.corpus.reading.rows import BadRow, Document
+from inl_core.corpus.reading.sources import STDIN, SourceFile, copy_stdin, read_source, resolve_sources
+from inl_core.corpus.reading.text import text_lines
 from inl_core.errors import ArtefactError, RecipeError
 
 MAX_CHARACTERS = 1 << 28
-"""More text than this is to be prepared first."""
+"""A longer text has to be prepared first."""
 _MAX_BYTES = 4 * MAX_CHARACTERS
-"""A file of text with more than this is not even looked into; Parquet may hold much that is not read."""
+"""A larger file is refused before it is read, but for Parquet, which may hold columns that are not read."""
 
 
 def whole_documents(source: str, *, note: Callable[[str], None] = lambda message: None) -> list[Document]:
-    """The documents of a source that are not empty; a long text file is one document.
+    """The documents of a source, without the empty ones. A long text is one document, not several pieces.
 
     Raises:
         RecipeError: the source is missing or cannot be used, or holds more than MAX_CHARACTERS.
@@ -51,11 +52,11 @@ def whole_documents(source: str, *, note: Callable[[str], None] = lambda message
 
 
 def read_prompts(source: str, *, note: Callable[[str], None] = lambda message: None) -> list[str]:
-    """The prompts of a source: a line of a text file each; of JSON Lines a string or the value of "prompt"; the column
-    `prompt` of Parquet. Blank lines are none.
+    """The prompts of a source: each line of a text file that is not blank, each line of JSON Lines (a string, or an
+    object with the key "prompt"), or each row of the column `prompt` of Parquet.
 
     Raises:
-        RecipeError: the source is missing or holds no prompt, or a row is none.
+        RecipeError: the source is missing or holds no prompt, or a row is not a prompt.
         ArtefactError: a file is damaged.
     """
     found = []
@@ -74,7 +75,7 @@ def read_prompts(source: str, *, note: Callable[[str], None] = lambda message: N
 
 
 def check_utf8(text: str, origin: str) -> None:
-    """RecipeError when UTF-8 cannot hold a text: lone surrogates, from JSON or from an argument that is not UTF-8."""
+    """RecipeError when UTF-8 cannot hold a text: JSON, and arguments that are not UTF-8, may give lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -82,7 +83,7 @@ def check_utf8(text: str, origin: str) -> None:
 
 
 def _files(source: str, note: Callable[[str], None]) -> Iterator[tuple[SourceFile, Callable[[str], None]]]:
-    """The files of a source, each with a note for its own format, which says nothing of plain text."""
+    """(file, note) for each file of a source; `note` passes on what is found in the file unless it is plain text."""
     with tempfile.TemporaryDirectory(prefix="inl-") as directory:
         copy = Path(directory) / "stdin"
         if source == STDIN:

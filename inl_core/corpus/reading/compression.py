@@ -1,8 +1,8 @@
-"""The bytes of a file, decompressed: bounded in memory, and in time by refusing what expands absurdly.
+"""The bytes of a file, unpacked where it is packed: in bounded memory, and in bounded time.
 
-- Damage (a broken or unfinished stream) and disappearance are ArtefactErrors that name the file.
-- Text compresses 3 to 50 times. What comes out EXPANSION times larger than it went in is a decompression bomb or
-  damage, and would keep a preparation busy for hours.
+- A damaged or unfinished file, or one that disappears, raises an ArtefactError that names it.
+- Text compresses 3 to 50 times. A file that unpacks to EXPANSION times its size is damaged or a decompression bomb,
+  and would keep a preparation busy for hours: it is refused.
 """
 
 import gzip
@@ -17,18 +17,18 @@ from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import open_regular
 
 EXPANSION, EXPANSION_FREE = 200, 1 << 28
-"""A file may expand 200-fold, and to 256 MiB in any case."""
+"""A file may unpack to 200 times its size, and to 256 MiB whatever its size."""
 REPLACE = "replace the file or leave it out of the sources"
 
 
 class Expansion:
-    """Counts what comes out of a file of `packed_size` bytes."""
+    """Counts the bytes that come out of a file of `packed_size` bytes."""
 
     def __init__(self, name: str, packed_size: int) -> None:
         self.name, self.packed_size, self.total = name, packed_size, 0
 
     def add(self, count: int) -> None:
-        """Count `count` bytes more; ArtefactError when the file expands absurdly."""
+        """Count `count` bytes more; ArtefactError when they have become too many."""
         self.total += count
         if self.total > max(EXPANSION_FREE, EXPANSION * self.packed_size):
             raise ArtefactError(
@@ -38,7 +38,7 @@ class Expansion:
 
 
 class _Unpacked(io.RawIOBase):
-    """A decompressed stream that counts what comes out."""
+    """A stream of unpacked bytes that counts them."""
 
     def __init__(self, stream: Any, expansion: Expansion) -> None:
         self._stream, self._expansion = stream, expansion
@@ -53,7 +53,10 @@ class _Unpacked(io.RawIOBase):
 
 
 class _Zstd:
-    """zstd frames one after another. The library's own reader ends silently where a frame is cut short."""
+    """Unpacks zstd frames that follow one another.
+
+    The library's own reader ends without an error where a frame is cut short.
+    """
 
     def __init__(self, raw: IO[bytes], decompressor: Any) -> None:
         self._raw, self._decompressor = raw, decompressor
@@ -62,7 +65,7 @@ class _Zstd:
 
     def readinto(self, buffer: Any) -> int:
         while not self._out:
-            # One small piece at a time: what it expands to is held in memory.
+            # A small piece at a time, since all that it unpacks to is held in memory.
             self._packed = self._packed or self._raw.read(1 << 11)
             if not self._packed:
                 if self._started:
@@ -81,14 +84,21 @@ class _Zstd:
 
 @contextmanager
 def opened(path: Path, compression: str | None, name: str) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed (`compression` is gz, zst or None); ArtefactError when it is damaged or gone."""
+    """A stream of the file's unpacked bytes; `compression` is gz, zst or None.
+
+    Raises:
+        ArtefactError: the file is damaged, cannot be read or unpacks to too much.
+    """
     try:
         with open_regular(path) as raw:
             if compression is None:
                 yield raw
                 return
             expansion = Expansion(name, path.stat().st_size)
-            stream = gzip.GzipFile(fileobj=raw) if compression == "gz" else _Zstd(raw, _decompressor(name))
+            if compression == "gz":
+                stream = gzip.GzipFile(fileobj=raw)
+            else:
+                stream = _Zstd(raw, import_zstandard(name).ZstdDecompressor())
             yield io.BufferedReader(_Unpacked(stream, expansion), 1 << 20)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         kind = "gzip" if compression == "gz" else "zstd"
@@ -102,13 +112,9 @@ def opened(path: Path, compression: str | None, name: str) -> Iterator[IO[bytes]
 
 
 def import_zstandard(name: str) -> Any:
-    """The optional zstandard module, or how to install it."""
+    """The optional zstandard module; RecipeError says how to install it for the file `name`."""
     try:
         import zstandard
     except ImportError:
         raise RecipeError(f'{name}: reading .zst needs zstandard: pip install "inl[compression]"') from None
     return zstandard
-
-
-def _decompressor(name: str) -> Any:
-    return import_zstandard(name).ZstdDecompressor()

@@ -1,4 +1,4 @@
-"""builtin:python: the running interpreter's standard-library sources and pydoc topics: real text every user has."""
+"""The source `builtin:python`: the standard library's code and Python's help topics, real text that every user has."""
 
 import hashlib
 import io
@@ -9,15 +9,15 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-from inl_core.corpus.rows import Document
+from inl_core.corpus.reading.rows import Document
 
-# Test data repeats the sources; topics.py repeats the topics, which are documents of their own here.
+# Tests repeat much of the code they test. topics.py holds the help topics, which are documents of their own here.
 _SKIPPED_DIRECTORIES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 _SKIPPED_FILES = {"pydoc_data/topics.py"}
 
 
 def python_documents() -> Iterator[Document]:
-    """Every standard-library source file and every pydoc topic, one document each, in sorted order."""
+    """A document for each source file of the standard library and for each help topic, in sorted order."""
     root = _library()
     for relative in _source_files(root):
         text = _decode(root / relative)
@@ -28,7 +28,7 @@ def python_documents() -> Iterator[Document]:
 
 
 def python_signature() -> tuple[str, int, str]:
-    """(what and where, total bytes, hash of names and sizes): changes when another interpreter would be read."""
+    """(Python's version and place, bytes in all, hash of the names and sizes), which another Python has otherwise."""
     root = _library()
     sizes = [(relative, (root / relative).stat().st_size) for relative in _source_files(root)]
     listing = "\n".join(f"{name} {size}" for name, size in sizes) + f"\n{sum(map(len, _topics().values()))}"
@@ -45,7 +45,7 @@ def _source_files(root: Path) -> list[str]:
     for directory, names, files in os.walk(root):
         names[:] = [name for name in names if name not in _SKIPPED_DIRECTORIES]
         for name in files:
-            # _sysconfigdata* holds the build's own paths and flags, not text anyone wrote.
+            # _sysconfigdata* holds paths and flags of the build, not text that anyone wrote.
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                 found.append(Path(directory, name).relative_to(root).as_posix())
     return sorted(name for name in found if name not in _SKIPPED_FILES)
@@ -63,6 +63,6 @@ def _decode(path: Path) -> str | None:
 def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave pydoc_data out
+    except ImportError:  # some Linux distributions leave pydoc_data out
         return {}
     return topics

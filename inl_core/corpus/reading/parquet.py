@@ -1,8 +1,8 @@
-"""A Parquet file -> its rows, in memory that is bounded whatever the file says.
+"""A Parquet file -> documents and bad rows, in bounded memory whatever the file holds.
 
-- A value of 16 MB that stands once in a dictionary may be the value of a million rows: columns are read as
-  dictionaries, and the size of every row is known before it is made.
-- A row that cannot be used is a BadRow; a damaged file is an ArtefactError that names the row group.
+- A value of 16 MB that is stored once, in a dictionary, may be the value of a million rows. So columns are read as
+  dictionaries, and the size of each row is computed before the row is made.
+- A row that cannot be used becomes a BadRow; a damaged file raises an ArtefactError that names the row group.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,22 +14,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from inl_core.corpus.containers import REPLACE, Expansion
-from inl_core.corpus.readers import MAX_LINE, Item, Note, bounded
-from inl_core.corpus.rows import BadRow, columns_of, document_from_row, infer_columns
+from inl_core.corpus.reading.compression import REPLACE, Expansion
+from inl_core.corpus.reading.jsonl import MAX_LINE
+from inl_core.corpus.reading.pieces import split_row
+from inl_core.corpus.reading.rows import COLUMNS, BadRow, Item, Note, document_from_row, infer_columns
 from inl_core.errors import ArtefactError
 from inl_core.files import open_regular
 
 _BATCH_BYTES, _BATCH_ROWS = 16 << 20, 8192
-_VALUE_BYTES = 64  # what a Python object weighs beside its text
+_VALUE_BYTES = 64  # memory of a Python object besides its text
 
-# What pyarrow raises for damaged data: its own errors, and the plain ones of the layers below.
+# What pyarrow raises for damaged data: errors of its own, and plain ones from the libraries under it.
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError, TypeError, NotImplementedError)
 
 
 def read_parquet(path: Path, name: str, compression: str | None, note: Note) -> Iterator[Item]:
-    """The documents of every row group; the columns are inferred from their names."""
-    del compression  # Parquet compresses inside
+    """The documents of the file; what kind of rows it holds is inferred from the names of its columns."""
+    del compression  # Parquet is compressed inside, column by column
     kind = ""
 
     def choose(names: Sequence[str]) -> tuple[str, ...]:
@@ -41,19 +42,23 @@ def read_parquet(path: Path, name: str, compression: str | None, note: Note) -> 
                 f"has {', '.join(names[:12])}; rename one to `text`"
             )
         note(f"Parquet, {kind}")
-        return columns_of(kind)
+        return COLUMNS[kind]
 
     for origin, row in parquet_rows(path, name, choose):
-        yield from bounded(row if isinstance(row, BadRow) else document_from_row(row, kind, origin))
+        yield from split_row(row if isinstance(row, BadRow) else document_from_row(row, kind, origin))
 
 
 def parquet_rows(
     path: Path, name: str, choose: Callable[[Sequence[str]], Sequence[str]]
 ) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
-    """(file:row, the values of the columns that `choose` takes from the names, or a BadRow).
+    """("file:row", the values of the wanted columns, or a BadRow) for every row.
+
+    Args:
+        choose: is given the names of all columns and returns those that are wanted.
 
     Raises:
-        ArtefactError: the file or a row group cannot be read, a column stands twice, or the data expands absurdly.
+        ArtefactError: the file or a row group cannot be read, two wanted columns have one name, or the data unpacks
+            to too much.
     """
     number = 0
     expansion = Expansion(name, path.stat().st_size)
@@ -78,7 +83,7 @@ def parquet_rows(
 def _open(
     raw: BinaryIO, name: str, choose: Callable[[Sequence[str]], Sequence[str]]
 ) -> tuple[pq.ParquetFile, list[str]]:
-    """The file, its text columns read as dictionaries, and the columns wanted."""
+    """The file, opened so that its text columns are read as dictionaries, and the names of the wanted columns."""
     try:
         file = pq.ParquetFile(raw, pre_buffer=False)
         names = file.schema_arrow.names
@@ -94,7 +99,10 @@ def _open(
 
 
 def _check_claims(file: pq.ParquetFile, group: int, columns: list[str], expansion: Expansion) -> None:
-    """Refuse a row group whose footer already says that it expands absurdly: pages are unpacked whole."""
+    """ArtefactError when the file's own description says that a row group unpacks to too much.
+
+    This has to be known beforehand, since pyarrow unpacks whole pages.
+    """
     for chunk in _chunks(file, group, columns):
         repeated = chunk.num_values if "." in chunk.path_in_schema else 0
         claimed = Expansion(f"{expansion.name}: row group {group}", expansion.packed_size)
@@ -102,7 +110,7 @@ def _check_claims(file: pq.ParquetFile, group: int, columns: list[str], expansio
 
 
 def _rows_at_once(file: pq.ParquetFile, group: int, columns: list[str]) -> int:
-    """Rows that make about _BATCH_BYTES, so that wide rows do not fill memory."""
+    """The number of rows that make about _BATCH_BYTES, so that wide rows do not fill the memory."""
     chunks = _chunks(file, group, columns)
     if any(map(_is_incremental, chunks)):
         return 1
@@ -117,15 +125,15 @@ def _chunks(file: pq.ParquetFile, group: int, columns: list[str]) -> list[pq.Col
 
 
 def _is_incremental(chunk: pq.ColumnChunkMetaData) -> bool:
-    """Whether a value may take its beginning from the one before: its size is known only when it is there.
+    """Whether a value may be stored as its difference from the value before, so that its size is not known beforehand.
 
-    Neither these nor others stored as differences can be read as dictionaries.
+    Columns that are stored so cannot be read as dictionaries.
     """
     return any(encoding.startswith("DELTA") for encoding in chunk.encodings)
 
 
 def _rows(batch: pa.RecordBatch, expansion: Expansion) -> Iterator[dict[str, Any] | str]:
-    """The rows as dictionaries; a string says why a row cannot be one."""
+    """The rows of a batch as Python dictionaries; in the place of a row that cannot be one, a string that says why."""
     sizes = sum((_sizes(column) for column in batch.columns), np.zeros(len(batch), dtype=np.int64))
     expansion.add(int(sizes.sum()))
     if sizes.sum() <= MAX_LINE:
@@ -133,7 +141,7 @@ def _rows(batch: pa.RecordBatch, expansion: Expansion) -> Iterator[dict[str, Any
             yield from _plain(batch).to_pylist()
             return
         except _DAMAGE:
-            pass  # one of them: find it
+            pass  # one of the rows is damaged: below, each is tried alone
     for index, size in enumerate(sizes.tolist()):
         if size > MAX_LINE:
             yield f"longer than {MAX_LINE >> 20} MiB"
@@ -148,13 +156,13 @@ def _rows(batch: pa.RecordBatch, expansion: Expansion) -> Iterator[dict[str, Any
 
 
 def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Top-level dictionaries as plain columns, which are faster to make Python values of."""
+    """The batch with plain columns in the place of dictionaries: making Python values of these is faster."""
     columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch]
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _sizes(array: Any) -> np.ndarray:
-    """(n,) int64: bytes of text of each row, and a little for each value."""
+    """(n,) int64: about how many bytes of memory each row takes as Python values."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         sizes = _sizes(array.dictionary)
@@ -166,7 +174,7 @@ def _sizes(array: Any) -> np.ndarray:
         return np.diff(ends) + _VALUE_BYTES
     if pa.types.is_fixed_size_list(kind):
         inner = _sizes(array.flatten())
-        return _ones(array) + (int(inner.sum()) if len(inner) else 0)  # never more than this
+        return _ones(array) + (int(inner.sum()) if len(inner) else 0)  # an upper bound
     if kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
         lengths = pc.fill_null(pc.call_function("binary_length", [array]), 0)
         return lengths.to_numpy(zero_copy_only=False).astype(np.int64) + _VALUE_BYTES

@@ -1,7 +1,7 @@
-"""What the user calls a source -> paths: home directories, globs, links, and names that are not UTF-8.
+"""The name of a source -> paths: home directories, globs, links, and file names that are not UTF-8.
 
-- Links are followed; one that leads back to a directory above it ends there.
-- A name that is not UTF-8 cannot be written into JSON: it is kept as a file:// URI, which can be turned back.
+- Links to directories are followed, except for a link that leads back to a directory above it: that has no end.
+- A name that is not UTF-8 cannot be written into JSON. It is kept as a file:// URI, from which it can be had back.
 """
 
 import glob
@@ -17,7 +17,7 @@ _URI = "file://"
 
 
 def portable(path: str) -> str:
-    """The path itself when it is UTF-8, else its absolute file:// URI; `local_path` turns both back."""
+    """The path itself when it is UTF-8, else its absolute file:// URI; `local_path` is the inverse for both."""
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:
@@ -26,10 +26,10 @@ def portable(path: str) -> str:
 
 
 def local_path(source: str) -> Path:
-    """The path a source or a recorded file stands for; a leading ~ is the home directory.
+    """The path that a source, or a file in a manifest, stands for; a leading ~ is the home directory.
 
     Raises:
-        RecipeError: the source is empty, holds a NUL byte, or begins with the home of nobody.
+        RecipeError: the source is empty, holds a NUL byte, or begins with the home directory of an unknown user.
     """
     if not source:
         raise RecipeError("an empty source (a shell variable that is not set?); name a file, a directory or a glob")
@@ -41,12 +41,12 @@ def local_path(source: str) -> Path:
 
 
 def absolute_source(source: str) -> str:
-    """The portable absolute path of a source."""
+    """The absolute path of a source, links resolved, in the form of `portable`."""
     return portable(os.path.realpath(local_path(source)))
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    r"""A path on one line of UTF-8, for messages: other bytes as \xff, control characters as \n."""
+    r"""A path as one line of UTF-8 for messages: other bytes are written like \xff, control characters like \n."""
     text = os.fsdecode(path)
     if text.isprintable():
         return text
@@ -55,7 +55,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def matches(pattern: str) -> list[str]:
-    """The files and directories a glob stands for, sorted; hidden ones are left out and links followed."""
+    """The files and directories that match a glob, sorted. Hidden ones are left out; links are followed."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return sorted(glob.glob(pattern))  # noqa: PTH207  absolute patterns too
@@ -72,15 +72,17 @@ def matches(pattern: str) -> list[str]:
 
 
 def leads_up(path: Path) -> bool:
-    """Whether a directory is a link to one of the directories it lies in."""
+    """Whether a directory is a link to one of the directories that it lies in."""
     real, place = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
     return real == place or real in place.parents
 
 
 def walk(root: str, is_skipped: Callable[[Path, bool], bool]) -> Iterator[tuple[str, list[str]]]:
-    """(directory, names of what is not a directory), sorted, from the root down.
+    """(directory, the names in it that are not directories), sorted, for the root and every directory below it.
 
-    `is_skipped` is asked about each directory, and told whether it is a link that leads back up, which has no end.
+    Args:
+        is_skipped: says whether a directory is left out. It is told the directory, and whether that is a link which
+            leads back up; such a link is never followed.
 
     Raises:
         ArtefactError: a directory cannot be read.

@@ -1,4 +1,4 @@
-"""Token chunks -> shards: each document goes by its hash to a training shard or to validation."""
+"""Chunks of tokens -> shards: the hash of each document sends it to a training shard or to the validation shard."""
 
 import json
 import os
@@ -11,20 +11,20 @@ import numpy as np
 import pyarrow as pa
 
 from inl_core.corpus.manifest import Shard, SplitInfo, sha256_of, shard_name
-from inl_core.corpus.split import Split, shard_of
-from inl_core.corpus.spool import ChunkInfo, Spool
+from inl_core.corpus.preparation.chunks import ChunkInfo, Chunks
+from inl_core.corpus.preparation.validation_split import Split, shard_of
 from inl_core.files import ASIDE, named_errors, written_aside
 
 _BUFFERED_TOKENS = 1 << 25  # over all shards together
 
 
 class _ShardWriter:
-    """One shard, written under another name in record batches of a few million tokens."""
+    """One shard, written in record batches of a few million tokens. It gets its name when it is whole."""
 
     def __init__(self, path: Path, schema: pa.Schema, batch_tokens: int) -> None:
         self.path, self._batch_tokens, self._schema = path, batch_tokens, schema
         self._aside = path.with_name(path.name + ASIDE)
-        self._aside.unlink(missing_ok=True)  # a link or a FIFO there would be written through
+        self._aside.unlink(missing_ok=True)  # if a link stood there, the file that it leads to would be written
         self._file = self._aside.open("wb")
         self._writer = pa.ipc.new_file(self._file, schema)
         self._held: list[pa.RecordBatch] = []
@@ -32,7 +32,7 @@ class _ShardWriter:
         self.documents = self.tokens = self.bytes = 0
 
     def add(self, rows: pa.RecordBatch) -> None:
-        """Add documents; rows become one record batch when enough are held."""
+        """Add documents; they are written as one record batch once there are enough of them."""
         num_tokens = len(rows["tokens"].flatten())
         self._held.append(rows)
         self._held_tokens += num_tokens
@@ -50,7 +50,7 @@ class _ShardWriter:
         self._held, self._held_tokens = [], 0
 
     def finish(self) -> Shard:
-        """Reach the disk, take the final name, hash."""
+        """Bring the file to the disk, give it its name, and describe it."""
         self._flush()
         with named_errors(self.path):
             self._writer.close()
@@ -68,7 +68,7 @@ class _ShardWriter:
         )
 
     def discard(self) -> None:
-        """Close the file, and remove it if it was not finished."""
+        """Close the file, and remove it unless it was finished."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -76,7 +76,7 @@ class _ShardWriter:
 
 
 def write_shards(
-    spool: Spool,
+    chunks: Chunks,
     directory: Path,
     split: Split,
     *,
@@ -84,12 +84,12 @@ def write_shards(
     token_type: np.dtype,
     on_chunk: Callable[[int, int], None],
 ) -> tuple[dict, bool]:
-    """Write every shard; returns ({split: SplitInfo}, whether any document has a prompt).
+    """Write all shards; returns ({split: SplitInfo}, whether any document has a prompt).
 
-    The number of training shards is lowered until none is empty.
+    Where there are few documents, there are fewer training shards than `num_shards`, so that none is empty.
     """
-    numbers = range(spool.num_chunks())
-    hashes = np.concatenate([spool.hashes(number)[0] for number in numbers])
+    numbers = range(chunks.count())
+    hashes = np.concatenate([chunks.hashes(number)[0] for number in numbers])
     is_validation = split.is_validation(hashes)
     num_shards = _without_empty(hashes[~is_validation], num_shards)
     schema = pa.schema(
@@ -109,7 +109,7 @@ def write_shards(
             writers.append(_ShardWriter(directory / name, schema, _BUFFERED_TOKENS // len(names)))
             unfinished.callback(writers[-1].discard)
         for number in numbers:
-            for batch in spool.read_tokens(number):
+            for batch in chunks.read_tokens(number):
                 has_prompts |= bool(batch["prompt_length"].to_numpy().any())
                 keys = batch["hash"].to_numpy()
                 target = np.where(split.is_validation(keys), num_shards, shard_of(keys, max(1, num_shards)))
@@ -123,14 +123,14 @@ def write_shards(
 
 
 def write_quarantine(path: Path, infos: Iterable[ChunkInfo]) -> None:
-    """One JSON object a bad row: where it stands, why it was left out, how it begins."""
+    """A line of JSON for each bad row: where it stands, why it was left out, how it begins."""
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
         for info in infos:
             file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in info.bad_rows)
 
 
 def _without_empty(hashes: np.ndarray, num_shards: int) -> int:
-    """The largest number of shards, at most `num_shards`, that leaves none empty."""
+    """The largest number of shards, at most `num_shards`, of which none is empty."""
     num_shards = min(num_shards, len(hashes))
     while num_shards > 1 and len(np.unique(shard_of(hashes, num_shards))) < num_shards:
         num_shards -= 1

@@ -1,11 +1,11 @@
-"""The working directory of a preparation: numbered chunk files that make it restartable and its memory bounded.
+"""The working files that hold the documents: they make a preparation restartable, and bound its memory.
 
     .prepare/plan.json  text-00000.arrow ...  tokenizer.json  tokens-00000.arrow ...
 
-- A chunk is about CHUNK_BYTES of documents. Its file appears by one rename with everything a restart needs: the
+- A chunk is about CHUNK_BYTES of documents. Its file appears by one rename, with everything that a restart needs: the
   documents, their hashes, and where in the sources the next chunk begins.
-- tokens-K replaces text-K, so whichever exists tells how far the work has come.
-- What a stopped run left is read once to check its digest (sealed.py) before anything in it is used.
+- tokens-K replaces text-K, so which of the two is there tells how far the work has come.
+- Of the files that a stopped run left, each is checked by its digest before it is used.
 """
 
 import json
@@ -18,12 +18,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter, ValidationError
 
-from inl_core.corpus.rows import BadRow, Document
-from inl_core.corpus.sealed import DamagedWork, check_seal, remove_sealed, sealed_aside
-from inl_core.files import written_aside
+from inl_core.corpus.preparation.sealed import DamagedWork, check_seal, remove_sealed, sealed_aside
+from inl_core.corpus.reading.rows import BadRow, Document
 
 CHUNK_BYTES = 8 << 20
-"""Text of one chunk: what a killed run does again at most, and what is held in memory."""
+"""Text of one chunk. This much is held in memory, and is the most that a killed run has to do again."""
 CHUNK_ROWS = 100_000
 
 _TEXT_SCHEMA = pa.schema(
@@ -33,7 +32,10 @@ _TEXT_SCHEMA = pa.schema(
 
 @dataclass
 class ChunkInfo:
-    """What a chunk says about the rows it covers, kept in the file's own metadata."""
+    """What happened to the rows that a chunk covers; kept in the metadata of the chunk's file.
+
+    Where the next chunk begins: `next_item` rows of the file number `next_file` are done; `last` when nothing follows.
+    """
 
     next_file: int = 0
     next_item: int = 0
@@ -43,21 +45,21 @@ class ChunkInfo:
     num_duplicates: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     found: dict[str, str] = field(default_factory=dict)
-    """File number -> the format and columns that were recognised."""
+    """Number of a file -> the format and columns that were recognised in it."""
 
     def to_metadata(self) -> dict[bytes, bytes]:
-        """As Arrow schema metadata."""
+        """As metadata of an Arrow schema."""
         return {b"inl": json.dumps(asdict(self), sort_keys=True).encode()}
 
     @classmethod
     def from_metadata(cls, metadata: dict[bytes, bytes] | None) -> "ChunkInfo":
-        """The inverse of to_metadata; ValidationError when it is anything else."""
+        """The inverse of to_metadata; ValidationError when the metadata is anything else."""
         return TypeAdapter(cls).validate_json((metadata or {}).get(b"inl", b""))
 
 
 @dataclass(frozen=True)
 class HashedDocuments:
-    """Documents with their hashes and sizes, in order."""
+    """N documents in order, with their hashes and sizes."""
 
     documents: list[Document]
     hashes: np.ndarray  # (N,) uint64
@@ -65,8 +67,8 @@ class HashedDocuments:
 
 
 @dataclass(frozen=True)
-class TokenChunk:
-    """Tokenised documents: one flat array and its row lengths."""
+class EncodedDocuments:
+    """N documents as tokens: one flat array, and the length of each document."""
 
     tokens: np.ndarray  # (sum of lengths,) uint16 or uint32
     lengths: np.ndarray  # (N,) int64
@@ -75,41 +77,43 @@ class TokenChunk:
     hashes: np.ndarray  # (N,) uint64
 
 
-class Spool:
-    """Reads and writes the chunk files of one working directory."""
+class Chunks:
+    """Reads and writes the chunk files of one working directory; chunks are numbered from 0 without gaps.
+
+    Reading raises DamagedWork when a file is not as it was written.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._trusted: set[Path] = set()
         """Files that this process wrote or checked."""
 
-    def num_chunks(self) -> int:
-        """Chunks whose text has been read, tokenised or not; they are numbered without gaps."""
+    def count(self) -> int:
+        """How many chunks there are, encoded or not."""
         number = 0
         while self._text(number).exists() or self._tokens(number).exists():
             number += 1
         return number
 
-    def is_tokenised(self, number: int) -> bool:
-        """Whether a chunk's tokens are complete."""
+    def is_encoded(self, number: int) -> bool:
+        """Whether the tokens of a chunk are complete."""
         return self._tokens(number).exists()
 
     def info(self, number: int) -> ChunkInfo:
-        """What chunk `number` covered."""
-        path = self._tokens(number) if self.is_tokenised(number) else self._text(number)
+        """What happened to the rows of a chunk."""
+        path = self._current(number)
         try:
             return ChunkInfo.from_metadata(self._open(path).schema.metadata)
-        except ValidationError:  # written by another version
+        except ValidationError:  # another version of this code wrote it
             raise DamagedWork(path) from None
 
     def infos(self) -> Iterator[ChunkInfo]:
-        """What each chunk covered; not all held at once, since bad rows may be many."""
-        return (self.info(number) for number in range(self.num_chunks()))
+        """`info` of each chunk, one at a time, since there may be many bad rows."""
+        return (self.info(number) for number in range(self.count()))
 
     def hashes(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(hashes, num_bytes) of a chunk's documents."""
-        path = self._tokens(number) if self.is_tokenised(number) else self._text(number)
-        table = self._open(path).read_all()
+        """(hashes, num_bytes) of the documents of a chunk."""
+        table = self._open(self._current(number)).read_all()
         return table["hash"].to_numpy(), table["num_bytes"].to_numpy()
 
     def write_text(self, number: int, chunk: HashedDocuments, info: ChunkInfo) -> None:
@@ -124,14 +128,14 @@ class Spool:
         self._write(self._text(number), batch)
 
     def read_text(self, number: int) -> HashedDocuments:
-        """Read text-K; the documents' origins are not kept."""
+        """Read text-K; where each document came from is not kept."""
         table = self._open(self._text(number)).read_all()
         pairs = zip(table["texts"].to_pylist(), table["roles"].to_pylist(), strict=True)
         documents = [Document("", tuple(texts), roles) for texts, roles in pairs]
         return HashedDocuments(documents, table["hash"].to_numpy(), table["num_bytes"].to_numpy())
 
-    def write_tokens(self, number: int, chunk: TokenChunk) -> None:
-        """Write tokens-K with text-K's information, then drop text-K."""
+    def write_tokens(self, number: int, chunk: EncodedDocuments) -> None:
+        """Write tokens-K with the information of text-K, then remove text-K."""
         info = self.info(number)
         batch = pa.record_batch(
             {
@@ -145,10 +149,9 @@ class Spool:
         remove_sealed(self._text(number))
 
     def read_tokens(self, number: int) -> Iterator[pa.RecordBatch]:
-        """The record batches of tokens-K, memory-mapped."""
+        """The record batches of tokens-K, mapped into memory."""
         reader = self._open(self._tokens(number))
-        for index in range(reader.num_record_batches):
-            yield reader.get_batch(index)
+        return (reader.get_batch(index) for index in range(reader.num_record_batches))
 
     def _write(self, path: Path, batch: pa.RecordBatch) -> None:
         with sealed_aside(path) as aside, aside.open("wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
@@ -164,6 +167,9 @@ class Spool:
         except (pa.ArrowException, OSError):
             raise DamagedWork(path) from None
 
+    def _current(self, number: int) -> Path:
+        return self._tokens(number) if self.is_encoded(number) else self._text(number)
+
     def _text(self, number: int) -> Path:
         return self.directory / f"text-{number:05d}.arrow"
 
@@ -172,13 +178,7 @@ class Spool:
 
 
 def token_lists(tokens: np.ndarray, lengths: np.ndarray) -> pa.LargeListArray:
-    """A large_list column from flat tokens and row lengths."""
+    """An Arrow column of lists, from the flat tokens and the length of each list."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
-
-
-def write_text_aside(path: Path, text: str) -> None:
-    """Write a text file under another name, then rename: it is there whole or not at all."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8", newline="\n")

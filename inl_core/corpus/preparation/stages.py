@@ -1,11 +1,11 @@
-"""Documents -> a prepared data set: tokenizer, Arrow shards by hash, quarantine, manifest.
+"""Sources -> a prepared data set: tokenizer, shards, the bad rows that were set aside, and the manifest.
 
-    hash sources -> text chunks -> tokenizer -> token chunks -> shards -> manifest
+    hash the sources -> chunks of text -> split -> tokenizer -> chunks of tokens -> shards -> manifest
 
-- Every arrow above ends in files that appear whole by a rename, so a killed run goes on from the last one, and its
-  result is byte for byte that of a run never stopped.
-- The manifest comes last: without one there is no data set.
-- Memory holds a chunk, two batches and 8 bytes a document, whatever the input's size.
+- Every arrow ends in files that appear whole, by a rename. So a killed run goes on from the last of them, and its
+  result is byte for byte that of a run which was never stopped.
+- The manifest is written last: without one there is no data set.
+- Memory holds a chunk, a few batches and 8 bytes for each document, whatever the size of the input.
 """
 
 import json
@@ -17,9 +17,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import RootModel
 
-from inl_core.corpus.assembly import write_quarantine, write_shards
-from inl_core.corpus.encoding import encode_chunks, token_dtype
-from inl_core.corpus.ingest import RowCounts, check_rows, ingest
+from inl_core.corpus.encoding import token_dtype
 from inl_core.corpus.manifest import (
     MANIFEST,
     QUARANTINE,
@@ -28,29 +26,37 @@ from inl_core.corpus.manifest import (
     Manifest,
     Source,
     data_fingerprint,
-    default_directory,
-    load_manifest,
     settings_key,
     verify,
 )
-from inl_core.corpus.sealed import DamagedWork, check_seal, read_sealed, write_sealed
+from inl_core.corpus.preparation.chunks import Chunks, HashedDocuments
+from inl_core.corpus.preparation.sealed import DamagedWork, check_seal, read_sealed, write_sealed
+from inl_core.corpus.preparation.shards import write_quarantine, write_shards
+from inl_core.corpus.preparation.text_chunks import RowCounts, check_rows, read_into_chunks
+from inl_core.corpus.preparation.token_chunks import encode_chunks
+from inl_core.corpus.preparation.validation_split import Split, in_sample
+from inl_core.corpus.preparation.workspace import (
+    PLAN,
+    Plan,
+    check_directory,
+    clear,
+    keep_stdin,
+    locked,
+    remove_data_set,
+)
+from inl_core.corpus.reading.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.shard_check import check_shards
-from inl_core.corpus.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
-from inl_core.corpus.split import Split, in_sample
-from inl_core.corpus.spool import HashedDocuments, Spool, write_text_aside
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
-from inl_core.corpus.workspace import PLAN, Plan, check_directory, clear, keep_stdin, locked, remove_data_set
 from inl_core.errors import ArtefactError
+from inl_core.files import write_text_aside
 from inl_core.recipe.data import DataSettings
-
-__all__ = ["Manifest", "PrepareProgress", "default_directory", "load_manifest", "prepare", "verify"]
 
 _SPLIT = "split.json"
 
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """How far a preparation is: `done` of `total` bytes (None: unknown) in a stage, or a message worth showing.
+    """How far a preparation is: `done` of `total` bytes (None: unknown) in a stage, or a message to show.
 
     stage: hash, read, tokenizer, tokenise, shards or done.
     """
@@ -74,13 +80,17 @@ def prepare(
 ) -> Manifest:
     """Prepare the sources into `directory`, or return its manifest when it holds exactly that already.
 
-    A preparation that was stopped goes on where it was, or starts over when its files were damaged since. Another data
-    set in the directory, or one whose sources changed, is replaced only with `overwrite`. Another preparation of the
-    same directory is an error, or waited for with `wait`.
+    A preparation that was stopped goes on where it was, or starts over when its files were damaged since.
+
+    Args:
+        progress: is told how far it is.
+        overwrite: replace another data set in the directory, or one whose sources have changed.
+        wait: wait for another process that prepares the same directory.
 
     Raises:
-        RecipeError: a source is missing or cannot be used, or the directory holds something else.
-        ArtefactError: damaged input, too many bad rows, no text at all, or another data set in the directory.
+        RecipeError: a source is missing or cannot be used, or the directory holds something other than a data set.
+        ArtefactError: an input file is damaged, too many rows are bad, there is no text at all, the directory holds
+            another data set (without `overwrite`) or another process is preparing it (without `wait`).
     """
     directory = Path(directory)
     check_directory(directory)
@@ -93,7 +103,8 @@ def prepare(
         report(PrepareProgress("hash", message=f"{directory}: another process is preparing it; waiting for it to end"))
 
     with locked(directory, waiting if wait else None) as work:
-        is_finished = (directory / MANIFEST).exists() and not overwrite  # by now, perhaps
+        # Another process may have finished the data set while this one waited for the lock.
+        is_finished = (directory / MANIFEST).exists() and not overwrite
         stdin_copy = keep_stdin(work) if STDIN in settings.sources else None
         if is_finished:
             manifest = _keep_existing(settings, directory, stdin_copy)
@@ -108,44 +119,54 @@ def prepare(
     return manifest
 
 
+def _keep_existing(settings: DataSettings, directory: Path, stdin_copy: Path | None) -> Manifest:
+    """The manifest of a finished data set that is whole and the one that is wanted; ArtefactError otherwise."""
+    manifest = verify(directory, settings=settings)
+    if stdin_copy is not None and stdin_copy.stat().st_size:
+        sha256 = hash_file(SourceFile("stdin", str(stdin_copy), STDIN, "text")).sha256
+        if all(source.sha256 != sha256 for source in manifest.sources if source.argument == STDIN):
+            raise ArtefactError(f"{directory}: prepared from other text on stdin; use --overwrite or another --output")
+    return manifest
+
+
 class _Preparation:
-    """One run of the stages. `notes`, what was guessed or is unusual, also go into the manifest."""
+    """Runs the stages once. `notes`, which say what was guessed or is unusual, also go into the manifest."""
 
     def __init__(self, settings: DataSettings, directory: Path, stdin_copy: Path | None, report: Report) -> None:
         self.settings, self.directory, self.stdin_copy, self.report = settings, directory, stdin_copy, report
-        self.spool = Spool(directory / WORK)
+        self.work = directory / WORK
+        self.chunks = Chunks(self.work)
+        self.settings_key = settings_key(settings)
         self.notes: list[str] = []
         self.stage = "hash"
 
     def run(self) -> Manifest:
-        key = settings_key(self.settings)
-        files = self._plan(key)
+        files = self._hash_sources()
         self.stage = "read"
         self._read(files)
-        counts = check_rows(self.spool.infos(), self.settings.max_bad_ratio)
+        counts = check_rows(self.chunks.infos(), self.settings.max_bad_ratio)
         split = self._split()
         self.stage = "tokenizer"
         tokenizer = self._tokenizer(split)
         self.stage = "tokenise"
-        self._tokenise(tokenizer, split)
+        self._encode(tokenizer, split)
         self.stage = "shards"
-        return self._write(key, files, counts, tokenizer, split)
+        return self._write(files, counts, tokenizer, split)
 
     def say(self, message: str) -> None:
         self.report(PrepareProgress(self.stage, message=message))
 
     def note(self, message: str) -> None:
-        # Every run, restarted or not, must note the same, since the manifest holds the notes.
+        # The manifest holds the notes, so a restarted run must note the same as one that was never stopped.
         self.notes.append(message)
         self.say(message)
 
-    def _plan(self, key: dict) -> list[SourceFile]:
-        """The files with their hashes. When they differ from those of a stopped run, its work is dropped."""
+    def _hash_sources(self) -> list[SourceFile]:
+        """The files with their hashes. When they are not those of a stopped run, what that run did is removed."""
         files = resolve_sources(
             self.settings.sources, note=self.note, stdin_copy=self.stdin_copy, exclude=self.directory
         )
-        path = self.spool.directory / PLAN
-        before = read_sealed(path, Plan)
+        before = read_sealed(self.work / PLAN, Plan)
         known = {file.path: file for file in before.files} if before else {}
         total, done = sum(file.size for file in files), 0
         hashed = []
@@ -161,12 +182,12 @@ class _Preparation:
                 hashed.append(hash_file(file, on_bytes))
             done += file.size
             self.report(PrepareProgress("hash", done, total))
-        plan = Plan(settings=key, files=hashed)
+        plan = Plan(settings=self.settings_key, files=hashed)
         if before is None or before.content() != plan.content():
             if before:
                 self.say("the settings or the sources changed since a stopped run: starting over")
-            clear(self.spool.directory, keep_stdin=True)
-            write_sealed(path, plan.model_dump_json(indent=1) + "\n")
+            clear(self.work, keep_stdin=True)
+            write_sealed(self.work / PLAN, plan.model_dump_json(indent=1) + "\n")
         return hashed
 
     def _read(self, files: list[SourceFile]) -> None:
@@ -176,19 +197,20 @@ class _Preparation:
         def on_chunk(number: int, num_bytes: int) -> None:
             before = int(ends[number - 1]) if number else 0
             size = files[number].size if number < len(files) else 0
-            self.report(PrepareProgress("read", before + min(num_bytes, size), total))  # packed text is longer
+            # The text of a packed file is longer than the file.
+            self.report(PrepareProgress("read", before + min(num_bytes, size), total))
 
-        ingest(files, self.spool, on_chunk=on_chunk, note=self.say)
+        read_into_chunks(files, self.chunks, on_chunk=on_chunk, note=self.say)
         check_unchanged(files)
 
     def _split(self) -> Split:
-        """The split, decided once: after a restart the chunks may hold the cut halves already."""
-        path = self.spool.directory / _SPLIT
+        """The split. It is kept for a restart, when it could not be chosen again from what the chunks then hold."""
+        path = self.work / _SPLIT
         before = read_sealed(path, RootModel[Split])
         if before is not None:
             split = before.root
         else:
-            per_chunk = [self.spool.hashes(number) for number in range(self.spool.num_chunks())]
+            per_chunk = [self.chunks.hashes(number) for number in range(self.chunks.count())]
             hashes, num_bytes = (np.concatenate(columns) for columns in zip(*per_chunk, strict=True))
             can_cut = len(hashes) == 1 and self._can_cut()
             split = Split.choose(hashes, num_bytes, self.settings.validation_fraction, can_cut=can_cut)
@@ -199,14 +221,13 @@ class _Preparation:
 
     def _can_cut(self) -> bool:
         """Whether the only document is plain text."""
-        for number in range(self.spool.num_chunks()):
-            for document in self.spool.read_text(number).documents:
-                return document.roles == "" and len(document.texts[0]) > 1
-        return False
+        chunks = map(self.chunks.read_text, range(self.chunks.count()))
+        document = next(document for chunk in chunks for document in chunk.documents)
+        return document.roles == "" and len(document.texts[0]) > 1
 
     def _tokenizer(self, split: Split) -> Tokenizer:
         """The given tokenizer, or one trained on an even sample of the training documents; kept for a restart."""
-        path, wanted = self.spool.directory / TOKENIZER, self.settings.tokenizer
+        path, wanted = self.work / TOKENIZER, self.settings.tokenizer
         is_kept = os.path.lexists(path)
         if is_kept:
             check_seal(path)
@@ -225,57 +246,55 @@ class _Preparation:
         return tokenizer
 
     def _sample(self, split: Split) -> Iterator[str]:
+        """Texts of training documents, taken evenly from all of them, of at most `sample_bytes` together."""
         budget = self.settings.tokenizer.sample_bytes
-        chunks = range(self.spool.num_chunks())
         share = budget / self._num_bytes()
-        for number in chunks:
-            documents = self._text(number, split)
-            chosen = ~split.is_validation(documents.hashes) & in_sample(documents.hashes, share)
+        for number in range(self.chunks.count()):
+            chunk = self._text(number, split)
+            chosen = ~split.is_validation(chunk.hashes) & in_sample(chunk.hashes, share)
             for index in np.flatnonzero(chosen).tolist():
-                budget -= int(documents.num_bytes[index])
+                budget -= int(chunk.num_bytes[index])
                 if budget < 0:
                     return
-                yield from documents.documents[index].texts
+                yield from chunk.documents[index].texts
 
     def _num_bytes(self) -> int:
-        return sum(int(self.spool.hashes(number)[1].sum()) for number in range(self.spool.num_chunks()))
+        return sum(int(self.chunks.hashes(number)[1].sum()) for number in range(self.chunks.count()))
 
     def _text(self, number: int, split: Split) -> HashedDocuments:
-        chunk = self.spool.read_text(number)
+        """The documents of a chunk; where the split cuts the only document, its two parts."""
+        chunk = self.chunks.read_text(number)
         if not split.cut or not chunk.documents:
             return chunk
-        pairs = split.apply_cut(list(zip(chunk.documents, chunk.hashes.tolist(), strict=True)))
-        sizes = [len(document.texts[0].encode()) for document, _ in pairs]
-        hashes = np.array([hash for _, hash in pairs], dtype=np.uint64)
-        return HashedDocuments([document for document, _ in pairs], hashes, np.array(sizes, dtype=np.int32))
+        parts = split.cut_in_two(chunk.documents[0])
+        sizes = np.array([len(part.texts[0].encode()) for part in parts], dtype=np.int32)
+        return HashedDocuments(parts, np.array([chunk.hashes[0], split.held_out], dtype=np.uint64), sizes)
 
-    def _tokenise(self, tokenizer: Tokenizer, split: Split) -> None:
-        numbers = range(self.spool.num_chunks())
-        sizes = {number: int(self.spool.hashes(number)[1].sum()) for number in numbers}
-        todo = [number for number in numbers if not self.spool.is_tokenised(number)]
-        total, done = sum(sizes.values()), sum(sizes.values()) - sum(sizes[number] for number in todo)
+    def _encode(self, tokenizer: Tokenizer, split: Split) -> None:
+        sizes = [int(self.chunks.hashes(number)[1].sum()) for number in range(self.chunks.count())]
+        todo = [number for number in range(len(sizes)) if not self.chunks.is_encoded(number)]
+        total, done = sum(sizes), sum(sizes) - sum(sizes[number] for number in todo)
         for number, chunk, num_bytes in encode_chunks(tokenizer, ((n, self._text(n, split)) for n in todo)):
             done += num_bytes
             if chunk is not None:
-                self.spool.write_tokens(number, chunk)
+                self.chunks.write_tokens(number, chunk)
             self.report(PrepareProgress("tokenise", done, total))
 
-    def _write(
-        self, key: dict, files: list[SourceFile], counts: RowCounts, tokenizer: Tokenizer, split: Split
-    ) -> Manifest:
+    def _write(self, files: list[SourceFile], counts: RowCounts, tokenizer: Tokenizer, split: Split) -> Manifest:
         remove_data_set(self.directory)
         splits, has_prompts = write_shards(
-            self.spool,
+            self.chunks,
             self.directory,
             split,
             num_shards=self.settings.num_shards,
             token_type=token_dtype(tokenizer),
             on_chunk=lambda done, total: self.report(PrepareProgress("shards", done, total)),
         )
-        write_quarantine(self.directory / QUARANTINE, self.spool.infos())
+        write_quarantine(self.directory / QUARANTINE, self.chunks.infos())
         tokenizer.save(self.directory / TOKENIZER)
+        shards = [shard for info in splits.values() for shard in info.shards]
         manifest = Manifest(
-            fingerprint=data_fingerprint(tokenizer.fingerprint, [s for info in splits.values() for s in info.shards]),
+            fingerprint=data_fingerprint(tokenizer.fingerprint, shards),
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
@@ -287,33 +306,11 @@ class _Preparation:
             duplicates=counts.duplicates,
             empty=counts.empty,
             quarantined=counts.bad,
-            sources=tuple(_source(file, counts.found.get(str(index))) for index, file in enumerate(files)),
-            settings=key,
+            sources=tuple(Source.of(file, counts.found.get(str(index))) for index, file in enumerate(files)),
+            settings=self.settings_key,
             notes=tuple(self.notes),
         )
         write_text_aside(self.directory / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-        check_shards(self.directory, manifest, [shard for info in splits.values() for shard in info.shards])
+        check_shards(self.directory, manifest, shards)
         self.report(PrepareProgress("done", 1, 1))
         return manifest
-
-
-def _source(file: SourceFile, found: str | None) -> Source:
-    return Source(
-        name=file.name,
-        path="" if file.argument == STDIN else file.path,
-        argument=file.argument,
-        format=found or file.format,
-        size=file.size,
-        modified=file.modified,
-        sha256=file.sha256,
-    )
-
-
-def _keep_existing(settings: DataSettings, directory: Path, stdin_copy: Path | None) -> Manifest:
-    """The manifest of the finished data set when it is whole and the one wanted; else ArtefactError."""
-    manifest = verify(directory, settings=settings)
-    if stdin_copy is not None and stdin_copy.stat().st_size:
-        sha256 = hash_file(SourceFile("stdin", str(stdin_copy), STDIN, "text")).sha256
-        if all(source.sha256 != sha256 for source in manifest.sources if source.argument == STDIN):
-            raise ArtefactError(f"{directory}: prepared from other text on stdin; use --overwrite or another --output")
-    return manifest

@@ -1,0 +1,186 @@
+"""Sources -> chunks of text: copies are dropped, and empty and bad rows are counted and set aside.
+
+- Copies are found by a 64-bit hash of the normalised text, so texts that differ only in case, spacing or Unicode form
+  count as copies. The same hash decides later who goes to validation: copies cannot stand on both sides.
+- 64 bits: among a hundred million documents the odds that two different ones have one hash are 1 in 4,000, and the
+  price is one document dropped.
+- Reading goes on after the last complete chunk.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import islice
+
+import numpy as np
+
+from inl_core.corpus.preparation.chunks import CHUNK_BYTES, CHUNK_ROWS, ChunkInfo, Chunks, HashedDocuments
+from inl_core.corpus.reading.rows import BadRow, Document, Item
+from inl_core.corpus.reading.sources import SourceFile, read_source
+from inl_core.errors import ArtefactError
+
+_BAD_ROWS_SHOWN = 5
+_BAD_ROW_BYTES = 400  # counted for a bad row, so that a chunk of nothing but bad rows is bounded too
+
+
+def document_hash(document: Document) -> int:
+    """64-bit hash of the normalised text: NFKC, case folded, and a single space for each run of white space."""
+    digest = blake2b(digest_size=8)
+    for text in document.texts:
+        # For ASCII, lower() gives the same as casefold() of NFKC, in a tenth of the time.
+        folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+        digest.update(" ".join(folded.split()).encode("utf-8"))
+        digest.update(b"\x00")
+    digest.update(document.roles.encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
+class SeenHashes:
+    """A set of 64-bit hashes that takes 8 bytes for each: sorted arrays, merged as they come to equal size."""
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Add uint64 hashes; returns a mask of those that were new (of equal ones, the first)."""
+        new = np.zeros(len(hashes), dtype=bool)
+        new[np.unique(hashes, return_index=True)[1]] = True
+        for run in self._runs:
+            places = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            new &= run[places] != hashes
+        fresh = np.sort(hashes[new])
+        while self._runs and len(fresh) and len(self._runs[-1]) <= 2 * len(fresh):
+            fresh = np.sort(np.concatenate([self._runs.pop(), fresh]), kind="stable")
+        if len(fresh):
+            self._runs.append(fresh)
+        return new
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+
+class _OpenChunk:
+    """The chunk that is being filled."""
+
+    def __init__(self) -> None:
+        self.documents: list[Document] = []
+        self.hashes: list[int] = []
+        self.num_bytes: list[int] = []
+        self.weight = 0
+        self.info = ChunkInfo()
+
+    @property
+    def is_full(self) -> bool:
+        return self.weight >= CHUNK_BYTES or self.info.num_rows >= CHUNK_ROWS
+
+    def add(self, item: Item) -> int:
+        """Take a row in; returns about how many bytes of its file it stood for."""
+        before = self.weight
+        self.info.num_rows += 1
+        if isinstance(item, BadRow):
+            self.info.bad_rows.append(item)
+            self.weight += _BAD_ROW_BYTES
+        elif all(not text or text.isspace() for text in item.texts):
+            self.info.num_empty += 1
+        else:
+            self.documents.append(item)
+            self.hashes.append(document_hash(item))
+            self.num_bytes.append(sum(len(text) if text.isascii() else len(text.encode()) for text in item.texts))
+            self.weight += self.num_bytes[-1]
+        return self.weight - before
+
+    def without_copies(self, seen: SeenHashes) -> HashedDocuments:
+        """The documents that were not seen before; the others are counted in `info`."""
+        hashes = np.array(self.hashes, dtype=np.uint64)
+        new = seen.add(hashes)
+        self.info.num_duplicates = int(len(new) - new.sum())
+        kept = [document for document, is_new in zip(self.documents, new.tolist(), strict=True) if is_new]
+        return HashedDocuments(kept, hashes[new], np.array(self.num_bytes, dtype=np.int32)[new])
+
+
+def read_into_chunks(
+    files: list[SourceFile], chunks: Chunks, *, on_chunk: Callable[[int, int], None], note: Callable[[str], None]
+) -> None:
+    """Read the files into chunks of text; chunks that are complete already stay.
+
+    Args:
+        on_chunk: is told how far reading has come: the number of the file, and about how many of its bytes are read.
+        note: is told the format and the columns that were recognised, once for each source.
+    """
+    seen, number, info = SeenHashes(), chunks.count(), ChunkInfo()
+    for done in range(number):
+        seen.add(chunks.hashes(done)[0])
+        info = chunks.info(done)
+    if info.last:
+        return
+    on_chunk(info.next_file, 0)
+    found: dict[str, str] = {}
+    said: set[str] = set()
+
+    def say(index: int, format: str) -> None:
+        found[str(index)] = format
+        if (line := f"{files[index].argument}: {format}") not in said and (format != "text" or len(files) == 1):
+            said.add(line)
+            note(line)
+
+    def write(chunk: _OpenChunk, **position: int | bool) -> None:
+        documents = chunk.without_copies(seen)
+        chunks.write_text(number, documents, replace(chunk.info, found=dict(found), **position))
+
+    chunk, current, done = _OpenChunk(), -1, 0
+    for item, (index, next_item) in _items(files, info.next_file, info.next_item, say):
+        done = chunk.add(item) + (done if index == current else 0)
+        current = index
+        if chunk.is_full:
+            write(chunk, next_file=index, next_item=next_item)
+            on_chunk(index, done)
+            number, chunk = number + 1, _OpenChunk()
+            found.clear()
+    write(chunk, next_file=len(files), last=True)
+    on_chunk(len(files), 0)
+
+
+def _items(
+    files: list[SourceFile], first_file: int, first_item: int, say: Callable[[int, str], None]
+) -> Iterator[tuple[Item, tuple[int, int]]]:
+    """Every row from a position on, with the position after it: (number of the file, rows of it that are done)."""
+    for index in range(first_file, len(files)):
+        skip = first_item if index == first_file else 0
+        items = read_source(files[index], note=lambda format, index=index: say(index, format))
+        for number, item in enumerate(islice(items, skip, None), skip + 1):
+            yield item, (index, number)
+
+
+@dataclass
+class RowCounts:
+    """Totals over all chunks, and the first bad rows."""
+
+    rows: int = 0
+    bad: int = 0
+    empty: int = 0
+    duplicates: int = 0
+    first_bad: list[BadRow] = field(default_factory=list)
+    found: dict[str, str] = field(default_factory=dict)
+
+
+def check_rows(infos: Iterable[ChunkInfo], max_bad_ratio: float) -> RowCounts:
+    """Count the rows; ArtefactError when too many are bad, or when there is no document at all."""
+    counts = RowCounts()
+    for info in infos:
+        counts.rows += info.num_rows
+        counts.bad += len(info.bad_rows)
+        counts.empty += info.num_empty
+        counts.duplicates += info.num_duplicates
+        counts.first_bad += info.bad_rows[: _BAD_ROWS_SHOWN - len(counts.first_bad)]
+        counts.found |= info.found
+    if counts.bad > max_bad_ratio * counts.rows:
+        lines = [
+            f"{counts.bad:,} of {counts.rows:,} rows are bad ({counts.bad / counts.rows:.2%}), more than the "
+            f"max_bad_ratio of {max_bad_ratio:.2%}; mend them or raise --max-bad-ratio. The first ones:",
+            *(f"  {row.origin}: {row.reason}" for row in counts.first_bad),
+        ]
+        raise ArtefactError("\n".join(lines))
+    if counts.rows == counts.bad + counts.empty:
+        raise ArtefactError("the sources hold no document (nothing but empty text); name at least one with text in it")
+    return counts
