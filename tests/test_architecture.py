@@ -1,21 +1,27 @@
-"""docs/architecture.md is what the code is: its generated part, and every file and function that its text names."""
+"""docs/architecture.md is what the code is: picture, list and names. docs/model.md has the sections that are cited."""
 
 import ast
 import re
-from importlib.util import module_from_spec, spec_from_file_location
+import runpy
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
+CITED = re.compile(r'docs/model\.md, "([^"]+)"')
 NAMED = re.compile(r"`([\w.]+)`\s+(?:in|is in)\s+\[[^]]*\]\((\.\./[^)]+\.py)\)")
 
 
 def test_the_generated_part_is_what_make_architecture_writes() -> None:
-    spec = spec_from_file_location("architecture", PROJECT / "docs" / "architecture.py")
-    assert spec
-    assert spec.loader
-    generator = module_from_spec(spec)
-    spec.loader.exec_module(generator)
-    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run `make architecture` and commit the page"
+    written = runpy.run_path(str(PROJECT / "docs" / "architecture.py"))["page"]()
+    page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert page == written, "run `make architecture` and commit the page"
+
+
+def test_every_section_of_the_models_page_that_the_code_cites_is_there() -> None:
+    headings = set(re.findall(r"^#+ (.*)$", (PROJECT / "docs" / "model.md").read_text(encoding="utf-8"), re.MULTILINE))
+    sources = [path for folder in ("inl_core", "inl_cli", "tests") for path in (PROJECT / folder).rglob("*.py")]
+    cited = {title for path in sources for title in CITED.findall(path.read_text(encoding="utf-8"))}
+    assert "One step" in cited
+    assert {" ".join(title.split()) for title in cited} <= headings
 
 
 def test_every_name_that_a_page_places_in_a_file_is_defined_there() -> None:
