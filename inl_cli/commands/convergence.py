@@ -1,7 +1,7 @@
 """`inl convergence-report`: whether the states of a checkpoint converge, oscillate, drift or are ignored."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,6 @@ from inl_cli.options import (
     given_path,
 )
 from inl_core.errors import RecipeError
-
-if TYPE_CHECKING:
-    from inl_core.analysis.convergence import ConvergenceReport, Written
 
 OutputOption = Annotated[
     Path | None,
@@ -39,7 +36,7 @@ WindowOption = Annotated[
 FollowedOption = Annotated[
     int | None,
     typer.Option(
-        "--iterations", metavar="N", max=10_000, help="Iterations to follow each layer for; default 2 T, at least 8."
+        "--iterations", metavar="N", max=10_000, help="Iterations to follow in each layer; default 2 T, and at least 8."
     ),
 ]
 EpsilonOption = Annotated[float, typer.Option(help="A dimension has converged when it is closer than this.")]
@@ -69,32 +66,28 @@ def convergence_report(
     check_source(data, text)
     if output and output.exists() and not output.is_dir():
         raise RecipeError(f"{output}: is a file; --output names a directory")
-    settings = {"num_iterations": iterations, "window": window, "epsilon": epsilon, "sample_tokens": sample_tokens}
-    report, written = _measure(console, checkpoint, device, output, (data, text, split), max_tokens, settings)
-    summary = {**report.summary(), "directory": written.directory, "files": written.files}
-    console.result(summary, lambda: _show(console, summary))
-    if written.warning:
-        console.warn(written.warning)
-
-
-def _measure(
-    console: Console,
-    checkpoint: Path | None,
-    device: str,
-    output: Path | None,
-    chosen: tuple[Path | None, str | None, Literal["validation", "train"]],
-    max_tokens: int,
-    settings: dict[str, Any],
-) -> "tuple[ConvergenceReport, Written]":
     from inl_core.analysis.convergence import default_directory, report_convergence, require_integrator, write_report
 
     loaded = open_model(console, checkpoint, device)
     require_integrator(loaded)
-    source = open_source(console, loaded, *chosen)
+    source = open_source(console, loaded, data, text, split)
     with console.progress() as progress:
         progress.start("measuring", "passes")
-        report, sample = report_convergence(loaded, source, max_tokens=max_tokens, progress=progress.update, **settings)
-    return report, write_report(report, sample, output or default_directory(loaded.path))
+        report, sample = report_convergence(
+            loaded,
+            source,
+            max_tokens=max_tokens,
+            num_iterations=iterations,
+            window=window,
+            epsilon=epsilon,
+            sample_tokens=sample_tokens,
+            progress=progress.update,
+        )
+    written = write_report(report, sample, output or default_directory(loaded.path))
+    summary = {**report.summary(), "directory": written.directory, "files": written.files}
+    console.result(summary, lambda: _show(console, summary))
+    if written.warning:
+        console.warn(written.warning)
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:

@@ -1,23 +1,25 @@
-"""Trajectories of every layer on real text, window by window: statistics of all tokens, a sample kept whole.
+"""Trajectories of every layer on real text, window by window: statistics of all tokens, and a sample kept whole.
 
-- Each layer's dynamics are followed for more iterations than the model uses, to see where they lead; what goes on to
-  the next layer is what the model itself computes. A hook runs the longer path, so one layer's is alive at a time.
+- Each layer's dynamics are followed for more iterations than the model uses, to see where they lead. The next layer
+  still gets what the model itself computes.
+- A hook on each integrator runs the longer path, so only one layer's path is in memory at a time.
 - Iteration t >= 1 is the step from x_{t-1} to x_t: its alpha, beta, gate and fixed point are those of that step.
 - Legend: B batch, S sequence, N scored tokens of a batch, D d_model, T iterations followed.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inl_core.analysis.convergence.metrics import ConvergenceMetrics
-from inl_core.analysis.convergence.sample import TokenSample
+from inl_core.analysis.convergence.sample import GAINS, TokenSample
 from inl_core.analysis.convergence.sketch import Distribution
 from inl_core.analysis.convergence.stability import BETA_FLOOR, KINDS, fixed_point, frozen_stability
 from inl_core.corpus.loader import IGNORED, Batch
+from inl_core.documents.convergence import ConvergenceMetrics
 from inl_core.model import Integrator, IntegratorLanguageModel, IntegratorOutput, Options, Trajectory
 
 TOKEN_MEASURES = (
@@ -30,12 +32,11 @@ TOKEN_MEASURES = (
     "residual",
     "unforced_residual",
 )
-GAINS = ("alpha", "beta", "gate")
 _FROM_STEP_ONE = ("residual", "unforced_residual")
 
 
 class LayerStatistics:
-    """Everything the report says about one layer, gathered from parts of its trajectories.
+    """What the report says about one layer, gathered from its trajectories batch by batch.
 
     Args:
         num_iterations: how many are followed.
@@ -50,10 +51,10 @@ class LayerStatistics:
         self.against_fixed_point = ConvergenceMetrics(num_iterations, epsilon)
         names = (*TOKEN_MEASURES, *GAINS, "radius")
         self.distributions = {name: [Distribution() for _ in range(num_iterations + 1)] for name in names}
-        # Sums over elements: the four kinds and dimensions without a fixed point, by iteration.
+        # By iteration, how many elements are of each kind of stability, and how many have no fixed point.
         self.kinds = torch.zeros(len(KINDS), num_iterations + 1, dtype=torch.float64)
         self.without_fixed_point = torch.zeros(num_iterations + 1, dtype=torch.float64)
-        # Changes of direction times length of path, and length of path, over tokens and dimensions.
+        # Sums over elements: the number of turns times the length of the path, and the length of the path.
         self.turning, self.motion = 0.0, 0.0
 
     def add(self, path: Trajectory, mu: Tensor, forcing: Tensor, stride: float) -> dict[str, Tensor]:
@@ -89,11 +90,6 @@ class LayerStatistics:
         self.motion += paths.sum(dtype=torch.float64).item()
 
     @property
-    def used_iterations_followed(self) -> int:
-        """The model's own T of this layer, or the last iteration followed if that is less."""
-        return min(self.used_iterations, self.num_iterations)
-
-    @property
     def num_turns(self) -> float:
         """How often a dimension of a token turns back, weighted by the length of its path: 0 .. T - 1."""
         return self.turning / self.motion if self.motion else 0.0
@@ -115,21 +111,20 @@ class LayerStatistics:
         ]
 
     def _step_row(self, t: int) -> dict[str, Any]:
-        count = max(1, self.distributions["radius"][t].count + self.distributions["radius"][t].num_nonfinite)
+        radius = self.distributions["radius"][t]
+        count = max(1, radius.count + radius.num_nonfinite)
         shares = {kind: self.kinds[index, t].item() / count for index, kind in enumerate(KINDS)}
-        gains = {name: self.distributions[name][t].summary() for name in GAINS}
-        stability = {**shares, "spectral_radius": self.distributions["radius"][t].summary()}
         return {
-            **gains,
-            "stability": stability,
+            **{name: self.distributions[name][t].summary() for name in GAINS},
+            "stability": {**shares, "spectral_radius": radius.summary()},
             "share_without_fixed_point": self.without_fixed_point[t].item() / count,
         }
 
 
 def fixed_points(path: Trajectory, mu: Tensor) -> Tensor:
-    """Where each state would rest if the step that led to it were frozen, without the excitation: (T+1, N, D).
+    """Where each state would rest if the step that led to it were repeated without the excitation: (T+1, N, D).
 
-    x_0 was led to by no step; it is compared with the fixed point of the step that leaves it.
+    No step led to x_0; its fixed point is that of the step that leaves it.
     """
     found = fixed_point(mu, path.alpha, path.beta, path.candidate)
     return torch.cat((found[:1], found))
@@ -172,45 +167,41 @@ def trace(
 ) -> list[LayerStatistics]:
     """Follow every layer on the scored tokens of `batches`; the model must be in evaluation mode.
 
-    Early stopping is off: it is measured by itself (iterations.py).
+    Early stopping is off here; what it does is measured by iterations.py.
     """
     statistics: dict[int, LayerStatistics] = {}
     device = model.embedding.table.weight.device
-    for batch in batches:
-        scored = torch.from_numpy(batch.targets != IGNORED).to(device)  # (B, S)
-        if not scored.any():
-            continue
-        kept = sample.choose(batch) if sample else None
+    scored, kept = torch.empty(0), None  # of the batch that is running
 
-        def receive(index: int, layer: Integrator, used: int, amplitude: Tensor, path: Trajectory) -> None:
-            path = _tokens(path, scored)  # noqa: B023 - called before the next batch begins
-            if index not in statistics:
-                statistics[index] = LayerStatistics(num_iterations, used, epsilon)
-            mu, forcing = layer.equilibrium(), layer.excitation(num_iterations, amplitude)
-            measures = statistics[index].add(path, mu, forcing, layer.stride)
-            if sample and kept is not None:  # noqa: B023
-                sample.add(index, used, kept, path, mu, measures)  # noqa: B023
+    def receive(index: int, layer: Integrator, used: int, amplitude: Tensor, path: Trajectory) -> None:
+        path = _tokens(path, scored)
+        if index not in statistics:
+            statistics[index] = LayerStatistics(num_iterations, used, epsilon)
+        mu, forcing = layer.equilibrium(), layer.excitation(num_iterations, amplitude)
+        measures = statistics[index].add(path, mu, forcing, layer.stride)
+        if sample and kept is not None:
+            sample.add(index, used, kept, path, mu, measures)
 
-        with _followed(model, num_iterations, receive):
-            model(**_inputs(batch, device), options=Options(early_stopping=False))
+    with _followed(model, num_iterations, receive):
+        for batch in batches:
+            scored = torch.from_numpy(batch.targets != IGNORED).to(device)  # (B, S)
+            if scored.any():
+                kept = sample.choose(batch) if sample else None
+                model(**model_inputs(batch, device), options=Options(early_stopping=False))
     return [statistics[index] for index in sorted(statistics)]
+
+
+def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The model's arguments ids, positions and document_ids: tensors (B, S) on the device, or None."""
+    arrays = {"ids": batch.tokens, "positions": batch.positions, "document_ids": batch.document_ids}
+    return {name: None if array is None else torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def _tokens(path: Trajectory, chosen: Tensor) -> Trajectory:
     """The chosen tokens (B, S) of a trajectory, all its tensors (T, N, D)."""
-    return Trajectory(
-        path.states[:, chosen],
-        path.velocities[:, chosen],
-        path.alpha[:, chosen],
-        path.beta[:, chosen],
-        path.gate[:, chosen],
-        None if path.candidate is None else path.candidate[:, chosen],
-    )
-
-
-def _inputs(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
-    arrays = {"ids": batch.tokens, "positions": batch.positions, "document_ids": batch.document_ids}
-    return {name: None if array is None else torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    parts: dict[str, Any] = {field.name: getattr(path, field.name) for field in fields(Trajectory)}
+    parts = {name: part if part is None else part[:, chosen] for name, part in parts.items()}
+    return Trajectory(**parts)
 
 
 @contextmanager
@@ -219,7 +210,10 @@ def _followed(
     num_iterations: int,
     receive: Callable[[int, Integrator, int, Tensor, Trajectory], None],
 ) -> Iterator[None]:
-    """While open, every integrator that runs also runs `num_iterations` from the same start and hands over the path."""
+    """While open, each integrator that runs also runs `num_iterations` from the same start; `receive` gets that path.
+
+    `receive` is called with the layer's number, the integrator, the iterations the model uses, A, and the path.
+    """
 
     def hook_of(index: int) -> Callable[..., None]:
         def follow(layer: Integrator, args: tuple, kwargs: dict[str, Any], output: IntegratorOutput) -> None:
@@ -231,9 +225,18 @@ def _followed(
 
         return follow
 
-    handles = [
-        layer.register_forward_hook(hook_of(index), with_kwargs=True) for index, layer in enumerate(model.integrators())
-    ]
+    with hooked(model, hook_of):
+        yield
+
+
+@contextmanager
+def hooked(
+    model: IntegratorLanguageModel, hook_of: Callable[[int], Callable[..., Any]], layers: Iterable[int] | None = None
+) -> Iterator[None]:
+    """While open, each integrator of `layers` (None: all) has the forward hook that `hook_of` gives for its number."""
+    integrators = model.integrators()
+    chosen = range(len(integrators)) if layers is None else layers
+    handles = [integrators[index].register_forward_hook(hook_of(index), with_kwargs=True) for index in chosen]
     try:
         yield
     finally:

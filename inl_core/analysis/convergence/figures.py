@@ -1,8 +1,7 @@
 """The figures of a convergence report, drawn from its summary and its table of sampled trajectories.
 
-- matplotlib is imported when a figure is drawn, and no global state of it is touched.
-- Iterations beyond the model's own T are shaded: there the figures show where the dynamics lead, which the model does
-  not do.
+- matplotlib is imported when a figure is drawn, and its global state is left alone.
+- Iterations beyond the model's own T are shaded: they show where the dynamics lead, not what the model does.
 - Of many layers a few are shown, evenly spaced; summary.json holds all.
 """
 
@@ -14,12 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from inl_core.analysis.convergence.sample import GAINS
+from inl_core.analysis.convergence.stability import KINDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_LAYERS = 8
 _COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5f", "#8a5fa8")
+_KIND_COLOURS = ("#7fa6d6", "#e3b062", "#b08cc9", "#c8553d")
+_DOTTED: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 _PORTRAIT_TOKENS = 6
 _SHADED = "\nshaded: beyond the model's own T"
 
@@ -27,8 +31,8 @@ Summary = dict[str, Any]
 
 
 def draw_figures(summary: Summary, sample: pa.Table, directory: Path) -> list[str]:
-    """Draw every figure that the report has data for; the names written. ImportError without matplotlib."""
-    import matplotlib  # noqa: F401 - so that a missing extra is known before anything is written
+    """Draw every figure that the report has data for, and return their names; ImportError without matplotlib."""
+    import matplotlib  # noqa: F401 - a missing matplotlib is found here, before anything is written
 
     names = []
     for name, draw in _DRAW.items():
@@ -70,68 +74,59 @@ def _gains(summary: Summary, _: pa.Table) -> "Figure":
     figure = Figure(figsize=(9.5, 1.2 + 1.75 * len(layers)), layout="constrained")
     grid = figure.subplots(len(layers), 3, squeeze=False, sharex=True, sharey="col")
     for row, layer in zip(grid, layers, strict=True):
-        for axes, name, colour in zip(row, ("alpha", "beta", "gate"), _COLOURS, strict=False):
+        for axes, name, colour in zip(row, GAINS, _COLOURS, strict=False):
             _band(axes, layer, name, colour, f"{name}: median, 5% - 95%")
             _mark_used(axes, summary, layer)
+            _tidy(axes)
             axes.set_title(f"layer {layer['layer']}: {name}", fontsize=9)
-    for axes, top in zip(grid[0], (1.05, None, 1.05), strict=True):
-        axes.set_ylim(0, top)
-    figure.suptitle(
-        "alpha, beta and gate over tokens and dimensions: median, 5th to 95th percentile" + _SHADED, fontsize=11
-    )
+            axes.set_ylim(0, None if name == "beta" else 1.05)
+    title = "alpha, beta and gate over tokens and dimensions: median, 5th to 95th percentile"
+    figure.suptitle(title + _SHADED, fontsize=11)
     figure.supxlabel("iteration t", fontsize=10)
     return figure
 
 
 def _stability(summary: Summary, _: pa.Table) -> "Figure":
     figure, panels = _panels(summary, "What the frozen steps would do: share of tokens x dimensions", mark=False)
-    kinds = ("steady", "oscillatory", "alternating", "unstable")
-    colours = ("#7fa6d6", "#e3b062", "#b08cc9", "#c8553d")
     for axes, layer in panels:
         rows = layer["iterations"][1:]
-        shares = [[row["stability"][kind] for row in rows] for kind in kinds]
-        axes.stackplot([row["iteration"] for row in rows], shares, labels=kinds, colors=colours)
-        axes.set_ylim(0, 1)
-        axes.set_xlim(1, len(rows))
-        _whole_numbers(axes)
-        axes.axvline(layer["used_iterations"], color="black", linestyle=":", linewidth=1.2)
+        shares = [[row["stability"][kind] for row in rows] for kind in KINDS]
+        axes.stackplot([row["iteration"] for row in rows], shares, labels=KINDS, colors=_KIND_COLOURS)
+        axes.set(xlim=(1, len(rows)), ylim=(0, 1))
+        axes.axvline(layer["used_iterations"], **_DOTTED)
     return _finish(figure, "iteration t (dotted: own T)", "share")
-
-
-def _number(value: float | None) -> float:
-    """NaN, which is not drawn, for bits per byte that nobody can tell."""
-    return math.nan if value is None else value
 
 
 def _bits(summary: Summary, _: pa.Table) -> "Figure":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    def columns(rows: list[Summary], key: str) -> tuple[list[int], list[float], list[float]]:
+        """Numbers, bits and their standard errors; what is not known is NaN, which is not drawn."""
+        value = "bits_per_byte" if key == "iterations" else "change"
+        values = [math.nan if row[value] is None else row[value] for row in rows]
+        return [row[key] for row in rows], values, [row["standard_error"] or 0.0 for row in rows]
+
+    figure, found, own = (
+        Figure(figsize=(10, 4), layout="constrained"),
+        summary["bits_per_byte"],
+        summary["num_iterations"],
+    )
     left, right = figure.subplots(1, 2)
-    points = summary["bits_per_byte"]["by_iterations"]
-    counts = [point["iterations"] for point in points]
-    values = [_number(point["bits_per_byte"]) for point in points]
-    errors = [point["standard_error"] or 0.0 for point in points]
+    counts, values, errors = columns(found["by_iterations"], "iterations")
     left.errorbar(counts, values, yerr=errors, marker="o", markersize=4, capsize=3, color=_COLOURS[0])
     for count, value in zip(counts, values, strict=True):
-        if math.isnan(value):
-            continue
-        left.annotate(f"{value:.3f}", (count, value), xytext=(4, 7), textcoords="offset points", fontsize=8)
+        if not math.isnan(value):
+            left.annotate(f"{value:.3f}", (count, value), xytext=(4, 7), textcoords="offset points", fontsize=8)
     left.margins(x=0.08, y=0.12)
-    own = summary["num_iterations"]
-    left.axvline(own, color="black", linestyle=":", linewidth=1.2, label=f"the model's own T = {own}")
+    left.axvline(own, **_DOTTED, label=f"the model's own T = {own}")
     left.set(xlabel="iterations T in every layer (0: integrators skipped)", ylabel="bits per byte")
     left.set_title("Bits per byte by iterations", fontsize=11)
-    _whole_numbers(left)
     left.legend(fontsize=8)
-    layers = summary["bits_per_byte"]["without_layer"]
-    changes = [_number(row["change"]) for row in layers]
-    errors = [row["standard_error"] or 0.0 for row in layers]
-    right.bar([row["layer"] for row in layers], changes, yerr=errors, capsize=3, color=_COLOURS[1], width=0.7)
+    layers, values, errors = columns(found["without_layer"], "layer")
+    right.bar(layers, values, yerr=errors, capsize=3, color=_COLOURS[1], width=0.7)
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="layer whose integrator is skipped", ylabel="bits per byte more")
     right.set_title("What each layer's integrator is worth", fontsize=11)
-    _whole_numbers(right)
     for axes in (left, right):
         _tidy(axes)
     return figure
@@ -148,9 +143,7 @@ def _iterations_used(summary: Summary, _: pa.Table) -> "Figure | None":
         counts = stopping["tokens_by_iterations"][layer["layer"]]
         shares = [count / max(1, sum(counts)) for count in counts]
         axes.bar(range(len(counts)), shares, color=_COLOURS[2], width=0.8)
-        axes.set_xlim(0.4, len(counts) - 0.4)
-        axes.set_ylim(0, 1)
-        _whole_numbers(axes)
+        axes.set(xlim=(0.4, len(counts) - 0.4), ylim=(0, 1))
     return _finish(figure, "iterations", "share of tokens")
 
 
@@ -176,7 +169,7 @@ def _portrait(summary: Summary, sample: pa.Table) -> "Figure":
         _clip(axes, x, v)
         axes.axhline(0, color="grey", linewidth=0.6)
         axes.axvline(0, color="grey", linewidth=0.6)
-    return _finish(figure, "x - mu (thick: own iterations)", "velocity v")
+    return _finish(figure, "x - mu (thick: own iterations)", "velocity v", whole_numbers=False)
 
 
 _DRAW: dict[str, Callable[[Summary, pa.Table], "Figure | None"]] = {
@@ -221,7 +214,6 @@ def _band(axes: "Axes", layer: Any, name: str, colour: str, label: str) -> None:
     p5, p50, p95 = ([row[name][key] for row in rows] for key in ("p5", "p50", "p95"))
     axes.fill_between(t, p5, p95, color=colour, alpha=0.18, linewidth=0)
     axes.plot(t, p50, color=colour, marker="o", markersize=3, linewidth=1.6, label=label)
-    _tidy(axes)
 
 
 def _mark_used(axes: "Axes", summary: Summary, layer: Any) -> None:
@@ -229,15 +221,15 @@ def _mark_used(axes: "Axes", summary: Summary, layer: Any) -> None:
     if used < last:
         axes.axvspan(used, last, color="black", alpha=0.05, linewidth=0)
     axes.set_xlim(0, last)
-    _whole_numbers(axes)
 
 
-def _finish(figure: "Figure", xlabel: str, ylabel: str) -> "Figure":
+def _finish(figure: "Figure", xlabel: str, ylabel: str, *, whole_numbers: bool = True) -> "Figure":
+    """Labels, a legend and the common looks of a figure of panels."""
     figure.supylabel(ylabel, fontsize=10)
     visible = [axes for axes in figure.axes if axes.get_visible()]
     columns = min(4, len(visible))
     for index, axes in enumerate(visible):
-        _tidy(axes)
+        _tidy(axes, whole_numbers=whole_numbers)
         if index + columns >= len(visible):  # the lowest of its column; a figure's own label would meet the legend
             axes.set_xlabel(xlabel, fontsize=9)
             axes.tick_params(labelbottom=True)
@@ -247,20 +239,19 @@ def _finish(figure: "Figure", xlabel: str, ylabel: str) -> "Figure":
     return figure
 
 
-def _whole_numbers(axes: "Axes") -> None:
+def _tidy(axes: "Axes", *, whole_numbers: bool = True) -> None:
+    """The common looks; `whole_numbers` are those on the x-axis."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _tidy(axes: "Axes") -> None:
+    if whole_numbers:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.grid(True, alpha=0.25, linewidth=0.6)
 
 
 def _clip(axes: "Axes", x: np.ndarray, v: np.ndarray) -> None:
-    """Leave the outermost percent of points out of view, so that one token does not flatten the others."""
+    """Leave the outermost percent of points out of view, so that a single token does not set the scale."""
     for values, limit in ((x, axes.set_xlim), (v, axes.set_ylim)):
         finite = values[np.isfinite(values)]
         if finite.size:

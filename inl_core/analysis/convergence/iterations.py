@@ -1,11 +1,12 @@
 """What iterating is worth: bits per byte at T = 0, 1, 2, ..., without single layers, and under early stopping.
 
-- T = 0 is every integrator skipped: s_T = s_0 and v_T = v_0, so its displacement is zero. Where the feed-forward is the
-  candidate velocity (v4) its contribution goes with it.
-- Every figure is on the same batches, so differences are paired; their standard error is over batches.
+- At T = 0 every integrator is skipped: s_T = s_0 and v_T = v_0, so it moves nothing. In v4 the feed-forward acts only
+  through the integrator, as its candidate velocity, and is skipped with it.
+- All figures are measured on the same batches, so that differences are paired; their standard error is over batches.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from inl_core.analysis.convergence.collect import hooked
 from inl_core.corpus.loader import IGNORED, Batch
 from inl_core.errors import ArtefactError
 from inl_core.inference.evaluate import evaluate
@@ -80,25 +82,19 @@ def skipped(model: IntegratorLanguageModel, layers: Iterable[int] | None = None)
         handed_on = torch.zeros_like(state) if velocity is None else velocity
         return replace(output, state=state, velocity=handed_on, stream=None)  # or the block would take that as it is
 
-    integrators = model.integrators()
-    chosen = range(len(integrators)) if layers is None else layers
-    handles = [integrators[layer].register_forward_hook(skip, with_kwargs=True) for layer in chosen]
-    try:
+    with hooked(model, lambda layer: skip, layers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def iteration_counts(num_iterations: int) -> list[int]:
-    """0, 1, ... 2T; for a large T about MOST_POINTS of them, evenly spaced, T always among them."""
+    """0, 1, ... 2T. For a large T about MOST_POINTS of these, evenly spaced, with 0, 1 and T always among them."""
     every = max(1, -(-2 * num_iterations // MOST_POINTS))
     return sorted({0, 1, num_iterations, *range(every, 2 * num_iterations + 1, every)})
 
 
 @dataclass(frozen=True)
 class IterationReport:
-    """Scores by T and without layers; every change is against the model as it is, all iterations running."""
+    """Scores by T and without layers; every change is against the model as it is, without early stopping."""
 
     bits_per_byte: float
     """The model as it is."""
@@ -115,28 +111,28 @@ def measure_iterations(
     *,
     done: Callable[[], None] = lambda: None,
 ) -> IterationReport:
-    """Score the text that `windows` begins anew at every call; `done` hears of each pass that ended."""
-    own = score(model, windows(), token_num_bytes)
+    """Score a text; each call of `windows` begins it anew, and `done` is called after each pass over it."""
+    own, integrator = score(model, windows(), token_num_bytes), model.config.integrator
     done()
-    integrator = model.config.integrator
     assert integrator is not None
-    uniform = integrator.budget.strategy == "uniform"
+
+    def row(name: str, number: int, found: Score) -> dict[str, Any]:
+        done()
+        return {name: number, "bits_per_byte": found.bits_per_byte, **found.change_from(own)}
+
     by_iterations, without_layer = [], []
     for count in iteration_counts(integrator.num_iterations):
         if count == 0:
             with skipped(model):
                 found = score(model, windows(), token_num_bytes)
-        elif count == integrator.num_iterations and uniform:
+        elif count == integrator.num_iterations and integrator.budget.strategy == "uniform":
             found = own
         else:
             found = score(model, windows(), token_num_bytes, num_iterations=count)
-        done()
-        by_iterations.append({"iterations": count, "bits_per_byte": found.bits_per_byte, **found.change_from(own)})
+        by_iterations.append(row("iterations", count, found))
     for layer in range(len(model.integrators())):
         with skipped(model, [layer]):
-            found = score(model, windows(), token_num_bytes)
-        done()
-        without_layer.append({"layer": layer, "bits_per_byte": found.bits_per_byte, **found.change_from(own)})
+            without_layer.append(row("layer", layer, score(model, windows(), token_num_bytes)))
     return IterationReport(own.bits_per_byte, by_iterations, without_layer)
 
 
@@ -157,14 +153,6 @@ class StoppingReport:
     tokens_by_iterations: list[list[int]]
     """For each layer, how many tokens used 0, 1, ... T iterations."""
 
-    @property
-    def mean_iterations(self) -> list[float]:
-        """Of each layer."""
-        return [
-            sum(t * count for t, count in enumerate(counts)) / max(1, sum(counts))
-            for counts in self.tokens_by_iterations
-        ]
-
 
 def measure_stopping(
     model: IntegratorLanguageModel,
@@ -175,29 +163,24 @@ def measure_stopping(
     integrator = model.config.integrator
     if integrator is None or not integrator.early_stopping.convergence_threshold:
         return None
-    counts: list[dict[int, int]] = [{} for _ in model.integrators()]
-    current: list[torch.Tensor] = []
+    counts = [Counter[int]() for _ in model.integrators()]
+    scored = torch.empty(0)  # of the batch that is running
 
     def watched() -> Iterator[Batch]:
+        nonlocal scored
         for batch in windows():
-            current[:] = [torch.from_numpy(batch.targets != IGNORED)]
+            scored = torch.from_numpy(batch.targets != IGNORED)
             yield batch
 
     def hook_of(layer: int) -> Callable[..., None]:
-        def count(_: Integrator, args: tuple, output: IntegratorOutput) -> None:
+        def count(_: Integrator, args: tuple, kwargs: dict[str, Any], output: IntegratorOutput) -> None:
             assert output.iterations is not None
-            used = output.iterations.cpu()[current[0]]
-            for iterations, number in zip(*(part.tolist() for part in used.unique(return_counts=True)), strict=True):
-                counts[layer][iterations] = counts[layer].get(iterations, 0) + number
+            counts[layer].update(output.iterations.cpu()[scored].tolist())
 
         return count
 
-    handles = [layer.register_forward_hook(hook_of(index)) for index, layer in enumerate(model.integrators())]
-    try:
+    with hooked(model, hook_of):
         stopped = score(model, watched(), token_num_bytes, early_stopping=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     change = stopped.change_from(score(model, windows(), token_num_bytes))
     most = max(max(used, default=0) for used in counts)
     return StoppingReport(
@@ -205,5 +188,5 @@ def measure_stopping(
         bits_per_byte=stopped.bits_per_byte,
         change=change["change"] or 0.0,
         standard_error=change["standard_error"],
-        tokens_by_iterations=[[used.get(t, 0) for t in range(most + 1)] for used in counts],
+        tokens_by_iterations=[[used[t] for t in range(most + 1)] for used in counts],
     )

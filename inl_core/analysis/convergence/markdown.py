@@ -1,10 +1,11 @@
 """report.md: the convergence report as prose, tables and figures, from its summary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from inl_core.analysis.convergence.metrics import METRICS
+from inl_core.analysis.convergence.sample import GAINS
 from inl_core.analysis.convergence.stability import KINDS
+from inl_core.documents.convergence import METRICS
 
 Summary = dict[str, Any]
 
@@ -43,7 +44,7 @@ def shown(value: Any) -> str:
 
 
 def signed(value: float | None) -> str:
-    """A change, with its sign; a dash when nobody can tell."""
+    """A change, with its sign; a dash when it is not known."""
     return "-" if value is None else f"{value:+.4f}"
 
 
@@ -74,16 +75,20 @@ def _verdicts(summary: Summary) -> str:
 
 
 def _bits(summary: Summary) -> str:
-    found = summary["bits_per_byte"]
-    columns = ("bits_per_byte", "change", "standard_error")
-    curve = [(row["iterations"], *(row[name] for name in columns)) for row in found["by_iterations"]]
-    layers = [(row["layer"], *(row[name] for name in columns)) for row in found["without_layer"]]
+    found, columns = summary["bits_per_byte"], ("bits_per_byte", "change", "standard_error")
+    curve, layers = (
+        _table(
+            (title, *(name.replace("_", " ") for name in columns)),
+            [(row[key], *(row[name] for name in columns)) for row in found[rows]],
+        )
+        for title, key, rows in (
+            ("T in every layer (0: all skipped)", "iterations", "by_iterations"),
+            ("layer skipped", "layer", "without_layer"),
+        )
+    )
     return (
         f"## Bits per byte\n\nThe model as it is: {shown(found['bits_per_byte'])}. Changes are paired on the same "
-        "text; the standard error is over batches.\n\n"
-        + _table(("T in every layer (0: all skipped)", "bits per byte", "change", "standard error"), curve)
-        + "\n\n"
-        + _table(("layer skipped", "bits per byte", "change", "standard error"), layers)
+        f"text; the standard error is over batches.\n\n{curve}\n\n{layers}"
     )
 
 
@@ -91,12 +96,11 @@ def _stopping(summary: Summary) -> str:
     stopping = summary["early_stopping"]
     if not stopping:
         return "## Early stopping\n\nOff in this checkpoint: every token runs all T iterations."
-    rows = []
+    rows, most = [], 0
     for layer, counts in enumerate(stopping["tokens_by_iterations"]):
-        total = max(1, sum(counts))
+        total, most = max(1, sum(counts)), max(most, len(counts))
         mean = sum(t * count for t, count in enumerate(counts)) / total
         rows.append((layer, mean, *(f"{count / total:.1%}" for count in counts[1:])))
-    most = max(len(counts) for counts in stopping["tokens_by_iterations"])
     return (
         f"## Early stopping\n\nThreshold {shown(stopping['convergence_threshold'])}: bits per byte "
         f"{shown(stopping['bits_per_byte'])}, {signed(stopping['change'])} against all iterations.\n\n"
@@ -110,50 +114,37 @@ def _figures(figures: Sequence[str], warning: str | None) -> str:
 
 
 def _layer(summary: Summary, layer: Summary) -> str:
-    rows = layer["iterations"]
-    marks = [str(row["iteration"]) + ("" if row["used"] else " *") for row in rows]
-    metrics = [
-        _table(
-            ("t", *METRICS),
-            [(mark, *(row[key][name] for name in METRICS)) for mark, row in zip(marks, rows, strict=True)],
-        )
-        for key in ("against_mu", "against_fixed_point")
-    ]
-    motion = [
-        (mark, _spread(row["residual"]), row["energy"]["mean"], _spread(row["distance_mu"]), row["stability"])
-        for mark, row in zip(marks[1:], rows[1:], strict=True)
-    ]
-    motion_table = _table(
-        ("t", "residual p5 / p50 / p95", "energy", "distance to mu p5 / p50 / p95", *KINDS, "spectral radius p50"),
-        [
-            (
-                *cells,
-                *(f"{stability[kind]:.1%}" for kind in KINDS),
-                stability["spectral_radius"]["p50"],
-            )
-            for *cells, stability in motion
-        ],
-    )
-    gains = _table(
-        ("t", *(f"{name} mean, p5 / p50 / p95" for name in ("alpha", "beta", "gate")), "no fixed point"),
-        [
-            (
-                mark,
-                *(f"{shown(row[name]['mean'])}, {_spread(row[name])}" for name in ("alpha", "beta", "gate")),
-                f"{row['share_without_fixed_point']:.1%}",
-            )
-            for mark, row in zip(marks[1:], rows[1:], strict=True)
-        ],
-    )
+    def table(columns: Sequence[str], cells: Callable[[Summary], Iterable[Any]], *, first: int = 0) -> str:
+        """A row for each iteration from `first` on."""
+        rows = layer["iterations"][first:]
+        marks = (f"{row['iteration']}{'' if row['used'] else ' *'}" for row in rows)
+        return _table(("t", *columns), [(mark, *cells(row)) for mark, row in zip(marks, rows, strict=True)])
+
+    motion = ("residual p5 / p50 / p95", "energy", "distance to mu p5 / p50 / p95", *KINDS, "spectral radius p50")
+    gains = (*(f"{name} mean, p5 / p50 / p95" for name in GAINS), "no fixed point")
     return "\n\n".join(
         (
             f"## Layer {layer['layer']}\n\n(*: beyond the model's own T = {layer['used_iterations']})",
-            f"Against mu (tolerance {summary['epsilon']:g}):\n\n{metrics[0]}",
-            f"Against the token's own fixed point:\n\n{metrics[1]}",
-            f"Motion, and stability of the frozen steps:\n\n{motion_table}",
-            gains,
+            f"Against mu (tolerance {summary['epsilon']:g}):",
+            table(METRICS, lambda row: (row["against_mu"][name] for name in METRICS)),
+            "Against the token's own fixed point:",
+            table(METRICS, lambda row: (row["against_fixed_point"][name] for name in METRICS)),
+            "Motion, and stability of the frozen steps:",
+            table(motion, _motion, first=1),
+            table(gains, _gains, first=1),
         )
     )
+
+
+def _motion(row: Summary) -> tuple[Any, ...]:
+    stability = row["stability"]
+    spreads = (_spread(row["residual"]), row["energy"]["mean"], _spread(row["distance_mu"]))
+    return (*spreads, *(f"{stability[kind]:.1%}" for kind in KINDS), stability["spectral_radius"]["p50"])
+
+
+def _gains(row: Summary) -> tuple[str, ...]:
+    means = (f"{shown(row[name]['mean'])}, {_spread(row[name])}" for name in GAINS)
+    return (*means, f"{row['share_without_fixed_point']:.1%}")
 
 
 def _terms(summary: Summary) -> str:

@@ -7,11 +7,13 @@
 """
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from inl_core.analysis.convergence.collect import LayerStatistics, trace
 from inl_core.analysis.convergence.figures import FIGURES, draw_figures
@@ -35,7 +37,7 @@ FEWEST_FOLLOWED = 8
 FEWEST_BATCHES = 16
 """Where the text has as many windows: a standard error over few batches says little."""
 _BATCH_ELEMENTS = 2**21
-"""Numbers in one tensor of a layer's followed path, about: iterations x tokens x dimensions."""
+"""About how many numbers one tensor of a layer's path may have: iterations x tokens x dimensions."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class ConvergenceReport:
 
     def summary(self) -> dict[str, Any]:
         """Everything as JSON values; what is not finite is null."""
-        return _plain(asdict(self))
+        return to_jsonable_python(self, inf_nan_mode="null")
 
 
 def require_integrator(loaded: LoadedModel) -> None:
@@ -107,7 +109,7 @@ def report_convergence(
         num_iterations: iterations to follow each layer for; default twice the model's own, at least FEWEST_FOLLOWED.
         epsilon: tolerance of the convergence metrics, in units of the state.
         sample_tokens: about how many tokens' trajectories are kept.
-        progress: hears how many of the passes over the text are done.
+        progress: is called with how many passes over the text are done, and how many there are.
 
     Raises:
         ArtefactError: the model has no integrator.
@@ -116,22 +118,15 @@ def report_convergence(
     require_integrator(loaded)
     model = loaded.model
     followed = num_iterations or max(FEWEST_FOLLOWED, 2 * model.config.num_iterations)
-    if followed < max(2, model.config.num_iterations):
-        raise RecipeError(
-            f"iterations {followed}: must be at least 2 and the model's own {model.config.num_iterations}"
-        )
-    if not epsilon > 0:
-        raise RecipeError(f"epsilon {epsilon}: must be above 0")
+    _check(model.config.num_iterations, followed, epsilon)
     if window is None:
         window = min(default_window(loaded), max(1, text.num_targets))
     text.check_window(window)
-    num_windows = -(-min(max_tokens, text.num_targets) // window)
+    num_targets = min(max_tokens, text.num_targets)
     most_rows = _BATCH_ELEMENTS // (followed * window * model.config.d_model)
-    rows = max(1, min(most_rows, num_windows // FEWEST_BATCHES))
+    rows = max(1, min(most_rows, -(-num_targets // window) // FEWEST_BATCHES))
+    windows = partial(text.windows, window=window, batch_size=rows, max_tokens=max_tokens)
     total, done = 1 + num_passes(model), 0
-
-    def windows() -> Any:
-        return text.windows(window=window, batch_size=rows, max_tokens=max_tokens)
 
     def advance() -> None:
         nonlocal done
@@ -139,14 +134,13 @@ def report_convergence(
         progress(done, total)
 
     model.eval()
-    sample = TokenSample(loaded.tokenizer, size=sample_tokens, num_tokens=min(max_tokens, text.num_targets))
+    sample = TokenSample(loaded.tokenizer, size=sample_tokens, num_tokens=num_targets)
     statistics = trace(model, windows(), num_iterations=followed, epsilon=epsilon, sample=sample)
     if not statistics:
         raise ArtefactError(f"{text.name}: holds no target token; give it more text")
     advance()
     byte_table = text.byte_counts(max_tokens).token_num_bytes
     bits = measure_iterations(model, windows, byte_table, done=advance)
-    stopping = measure_stopping(model, windows, byte_table)
     report = ConvergenceReport(
         checkpoint=loaded.path,
         step=loaded.step,
@@ -163,9 +157,16 @@ def report_convergence(
         thresholds=thresholds,
         layers=[_layer(index, layer, bits, thresholds) for index, layer in enumerate(statistics)],
         bits_per_byte=bits,
-        early_stopping=stopping,
+        early_stopping=measure_stopping(model, windows, byte_table),
     )
     return report, sample
+
+
+def _check(own: int, followed: int, epsilon: float) -> None:
+    if followed < max(2, own):
+        raise RecipeError(f"iterations {followed}: must be at least 2 and the model's own {own}")
+    if not epsilon > 0:
+        raise RecipeError(f"epsilon {epsilon}: must be above 0")
 
 
 def _layer(index: int, statistics: LayerStatistics, bits: IterationReport, thresholds: Thresholds) -> LayerReport:
@@ -191,7 +192,7 @@ def default_directory(checkpoint: Path) -> Path:
 
 
 def write_report(report: ConvergenceReport, sample: TokenSample, directory: Path) -> Written:
-    """Write all files of a report; those of an earlier one in the same directory are replaced."""
+    """Write all files of a report, in place of those of an earlier report in the same directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         (directory / name).unlink(missing_ok=True)
@@ -204,13 +205,3 @@ def write_report(report: ConvergenceReport, sample: TokenSample, directory: Path
     (directory / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (directory / "report.md").write_text(to_markdown(summary, figures, warning), encoding="utf-8")
     return Written(directory, ["report.md", "summary.json", "trajectories.parquet", *figures], warning)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

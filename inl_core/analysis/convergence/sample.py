@@ -14,7 +14,7 @@ from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.model import Trajectory
 
 NUM_PORTRAIT_DIMS = 4
-_GAINS = ("alpha", "beta", "gate")
+GAINS = ("alpha", "beta", "gate")
 
 
 class TokenSample:
@@ -52,7 +52,7 @@ class TokenSample:
         chosen = torch.from_numpy(kept).to(path.states.device)
         num_iterations, dims = len(path.alpha), portrait_dims(path.states.shape[-1], path.states.device)
         columns: dict[str, Any] = {name: values[:, chosen] for name, values in measures.items()}
-        for name in _GAINS:
+        for name in GAINS:
             means = getattr(path, name)[:, chosen].mean(-1)
             columns[name] = torch.cat((torch.full_like(means[:1], torch.nan), means))
         tokens = self.tokens[-len(kept) :]

@@ -1,8 +1,8 @@
 """Statistics of a stream: the mean exactly, percentiles within 1%, in memory that does not grow.
 
-- A percentile comes from a histogram whose bins are the exponent and the first 6 bits of a float32's fraction: at most
-  1/64 wide, relative to the value, so a bin's middle is off by less than 0.8%. The result does not depend on how the
-  stream was cut into batches, and no logarithm is computed.
+- A percentile comes from a histogram. A value's bin is its exponent and the first 6 bits of its fraction, as float32
+  stores them: a bin is at most 1/64 of the value wide, so its middle is off by less than 0.8%. The result does not
+  depend on how the stream was cut into batches.
 - Values below 2^-40 (1e-12) count as 0. Values that are not finite are counted and kept out of everything else.
 """
 

@@ -1,11 +1,11 @@
-"""Laws of a frozen step, one dimension at a time: where it rests, whether it gets there, and how.
+"""Laws of a frozen step, one dimension at a time: where its state rests, whether it gets there, and how.
 
     J = [[1 - s beta, s alpha], [-beta, alpha]]    s = dt velocity_scale gate
     det J = alpha    trace J = 1 + alpha - s beta
 
 - Stable iff alpha < 1 and 0 < s beta < 2 (1 + alpha). Complex eigenvalues (a rotation) iff (1 - sqrt(alpha))^2 <
   s beta < (1 + sqrt(alpha))^2; real and positive below, real and negative above (the state jumps from side to side).
-- At rest v = 0, so 0 = (1 - alpha) v_cand - beta (x - mu) + forcing.
+- At rest v = 0, so 0 = (1 - alpha) v_cand - beta (x - mu), the excitation being off.
 - Source: docs/model.md, "Stability of a frozen step". Frozen means that alpha, beta, gate and v_cand keep one step's
   values, where the real controller computes them anew from (x, v).
 """
@@ -22,13 +22,9 @@ KINDS = ("steady", "oscillatory", "alternating", "unstable")
 """What a frozen step does in one dimension, see Stability."""
 
 
-def fixed_point(
-    mu: Tensor, alpha: Tensor, beta: Tensor, candidate: Tensor | None, forcing: Tensor | None = None
-) -> Tensor:
-    """x* = mu + ((1 - alpha) v_cand + forcing) / max(beta, BETA_FLOOR), the shape of alpha."""
+def fixed_point(mu: Tensor, alpha: Tensor, beta: Tensor, candidate: Tensor | None) -> Tensor:
+    """x* = mu + (1 - alpha) v_cand / max(beta, BETA_FLOOR), the shape of alpha."""
     push = torch.zeros_like(alpha) if candidate is None else (1 - alpha) * candidate
-    if forcing is not None:
-        push = push + forcing
     return mu + push / beta.clamp(min=BETA_FLOOR)
 
 

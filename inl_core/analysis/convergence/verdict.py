@@ -1,18 +1,18 @@
-"""Whether a layer's states converge, oscillate, drift or are ignored: four words by stated thresholds.
+"""Whether a layer's states converge, oscillate, drift or are ignored, by stated thresholds.
 
-In this order, the first that holds:
+The verdict is the first of these that holds:
 
-    ignored     without the layer, bits per byte change by less than `ignored_change` of the model's, or its
-                displacement after the used iterations is below `ignored_displacement` of the state's size
+    ignored     without the layer, bits per byte change by less than `ignored_change` of the model's, or the
+                iterations that the model uses move the state by less than `ignored_displacement` of its size
     drift       a state stopped being finite
     converge    at the last iteration followed, the typical movement is at most `converged_movement` of its peak
     oscillate   it still moves, and a dimension turned back at least `oscillating_turns` times on the way (two turns are
                 one full period), weighted by how much it moves
     drift       it still moves, and goes on in much the same direction
 
-- Movement is the median over tokens of the residual without the displacement that the excitation causes at that step,
-  as early stopping sees it.
-- A damped oscillation that comes to rest within the iterations followed has converged; the sentence says it turned.
+- Movement is the median over tokens of how far a step moves the state, not counting what the excitation adds in that
+  step; early stopping looks at the same figure.
+- A damped oscillation that comes to rest within the iterations followed has converged; its reason says that it turned.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,8 @@ def gather(statistics: LayerStatistics, bits_per_byte: float | None, change_with
     """The evidence in a layer's statistics."""
     found = statistics.distributions
     size = found["state_rms"][0].percentile(50)
-    moved = found["displacement"][statistics.used_iterations_followed].percentile(50)
+    used = min(statistics.used_iterations, statistics.num_iterations)
+    moved = found["displacement"][used].percentile(50)
     return Evidence(
         movement=[found["unforced_residual"][t].percentile(50) for t in range(1, statistics.num_iterations + 1)],
         num_turns=statistics.num_turns,
