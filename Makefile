@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-slow faults test-machines lint types imports format schema architecture pages check clean
+.PHONY: help quickstart smoke test test-slow faults test-machines golden lint types imports format schema architecture pages check clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 15
@@ -46,6 +46,9 @@ test-machines: $(BIN)/.dev  ## the numerical tests as on another machine: its su
 	env -u CXX PATH="$(CURDIR)/$(BIN)" XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=2 \
 		MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
 		$(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) tests/model tests/documents tests/inference
+
+golden: $(BIN)/.dev  ## train the golden loss curves again, say how far each moved, rewrite those that did (tests/golden)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.record
 
 lint: $(BIN)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
