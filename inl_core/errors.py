@@ -1,15 +1,15 @@
-"""Errors a user can cause, each with what went wrong, where, and the fix.
+"""Errors that a user can cause. Each says what went wrong, where, and what to do about it.
 
-- `inl_cli` maps the classes to exit codes (docs/commands.md); nothing in `inl_core` exits or prints.
-- The message is one line, or one line per problem: it is shown to the user exactly as it stands.
+- `inl_cli` gives each class its exit code (docs/commands.md); nothing in `inl_core` exits or prints.
+- A message is one line, or one line for each problem, and is shown to the user as it stands.
 """
 
 
 class InlError(ValueError):
-    """Base of every error the user is meant to read (exit code 1)."""
+    """The base of all errors that are meant for the user (exit code 1)."""
 
     is_shared = False
-    """Whether this is rank 0's error, which it passed on to this rank: it need not be shown twice."""
+    """Whether another process of the run has passed this error on, and shows it itself."""
 
 
 class RecipeError(InlError):

@@ -1,8 +1,8 @@
-"""The one way that files of JSON and text are read and small files are written.
+"""How files of JSON and text are read, and how small files are written, everywhere in this project.
 
-- Reading is bounded: only regular files (a FIFO or /dev/zero would never end), at most a limit of bytes, always UTF-8.
-- Whatever is wrong with a file is an ArtefactError of one line that names it.
-- Writing is whole or not at all: a full disk or a kill leaves the file that was there before.
+- Only regular files are read (a FIFO or /dev/zero would never end), up to a limit of bytes, and always as UTF-8.
+- Whatever is wrong with a file is told by an ArtefactError of one line that names the file.
+- A file is written whole or not at all: a full disk or a kill leaves the file that was there before.
 """
 
 import json
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     Record = TypeVar("Record", bound=BaseModel)
 
 ASIDE = ".tmp"
-"""How the name of a file ends that is not whole yet; what a kill left of one may be removed."""
+"""The end of the name of a file that is not whole yet. Such a file that a kill left behind may be removed."""
 RECORD_LIMIT = 64 << 20
-"""Bytes a JSON record may have; a real configuration, manifest or tokenizer is far smaller."""
+"""Bytes. A JSON record may not be larger; real configurations, manifests and tokenizers are far smaller."""
 
 _LONGEST_SILENCE = 10
+"""Seconds to wait for someone to write to a FIFO."""
 
 
 def open_regular(path: Path, *, allow_pipe: bool = False) -> BufferedReader:
-    """A regular file, or a FIFO where a caller can take one, open for reading; links are followed.
+    """Open a regular file for reading, or a FIFO with `allow_pipe`; links are followed.
 
     Raises:
         ArtefactError: it is missing, cannot be read, or is a directory, a FIFO or a device.
@@ -55,7 +56,7 @@ def open_regular(path: Path, *, allow_pipe: bool = False) -> BufferedReader:
 
 
 def is_directory(path: Path) -> bool:
-    """Whether it is a directory, through links; False also for names that no file can have and loops of links."""
+    """Whether the path is a directory or a link to one; False also for impossible names and for loops of links."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
@@ -63,11 +64,11 @@ def is_directory(path: Path) -> bool:
 
 
 def read_bytes(path: Path, *, limit: int = RECORD_LIMIT, allow_pipe: bool = False) -> bytes:
-    """The bytes of a regular file, or of what a shell's `<(...)` writes, at most `limit`; ArtefactError otherwise."""
+    """The bytes of a regular file, or with `allow_pipe` of a FIFO; ArtefactError when there are more than `limit`."""
     with open_regular(path, allow_pipe=allow_pipe) as file:
         try:
             is_pipe = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
-            # The size alone does not bound it: a file may grow, and what /proc holds has no size.
+            # The size alone does not limit what is read: a file may grow, and files in /proc have no size.
             is_large = os.fstat(file.fileno()).st_size > limit
             data = _read_pipe(file.fileno(), path, limit) if is_pipe else (b"" if is_large else file.read(limit + 1))
         except OSError as error:
@@ -78,7 +79,7 @@ def read_bytes(path: Path, *, limit: int = RECORD_LIMIT, allow_pipe: bool = Fals
 
 
 def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
-    """The UTF-8 text of a regular file of at most `limit` bytes; ArtefactError otherwise."""
+    """The UTF-8 text of a regular file of at most `limit` bytes; ArtefactError when it is anything else."""
     try:
         return read_bytes(path, limit=limit).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -86,7 +87,7 @@ def read_text(path: Path, *, limit: int = RECORD_LIMIT) -> str:
 
 
 def parse_json_object(text: str, source: str) -> dict[str, Any]:
-    """A JSON object from text; ArtefactError, beginning with `source`, when it is anything else."""
+    """The JSON object in a text; ArtefactError, which begins with `source`, when it is anything else."""
     try:
         value = json.loads(text, object_pairs_hook=without_repeated_keys)
     except RecursionError:
@@ -112,12 +113,12 @@ def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, *, limit: int = RECORD_LIMIT) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes; ArtefactError otherwise."""
+    """The JSON object in a file of at most `limit` bytes; ArtefactError when it is anything else."""
     return parse_json_object(read_text(path, limit=limit), str(path))
 
 
 def read_record(path: Path, model: "type[Record]", *, limit: int = RECORD_LIMIT) -> "Record":
-    """A JSON object from a file, checked by a pydantic model; ArtefactError names the file and the first wrong key."""
+    """The JSON object in a file as a pydantic model; ArtefactError names the file and the first key that is wrong."""
     from pydantic import ValidationError
 
     values = read_json(path, limit=limit)
@@ -130,7 +131,7 @@ def read_record(path: Path, model: "type[Record]", *, limit: int = RECORD_LIMIT)
 
 
 def entry_path(directory: Path, name: str) -> Path:
-    """The file that a manifest in `directory` calls `name`.
+    """The path of the file that a manifest in `directory` calls `name`.
 
     Raises:
         ArtefactError: the name is absolute or leads out of the directory.
@@ -143,10 +144,10 @@ def entry_path(directory: Path, name: str) -> Path:
 
 
 def expand_home(path: str | Path) -> Path:
-    """`~` and `~user` at the start of a path as the home directory, which a shell leaves alone behind `=` or quotes.
+    """The path with the home directory for `~` or `~user` at its start, which shells keep behind `=` and in quotes.
 
     Raises:
-        RecipeError: there is no such user or home.
+        RecipeError: there is no such user, or no home directory is known.
     """
     try:
         return Path(path).expanduser()
@@ -156,12 +157,14 @@ def expand_home(path: str | Path) -> Path:
 
 
 def shortened(text: str, longest: int = 200) -> str:
-    """Text for a message: cut in the middle when it is long."""
+    """The text for a message, with its middle cut out when it is long."""
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[-longest // 4 :]}"
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a small file aside, bring it to the disk, and rename it into place; text is UTF-8.
+    """Write a small file under another name, bring it to the disk, and give it its name; text is written as UTF-8.
+
+    Several processes may do this at once, as each has another name of its own.
 
     Raises:
         OSError: it could not be written; its `filename` is `path`, and what was there before is untouched.
@@ -176,7 +179,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())  # a temporary file is for its owner alone
+        aside.chmod(0o666 & ~_umask())  # only its owner may read a temporary file
         aside.replace(path)
     except BaseException as error:
         if aside is not None:
@@ -189,9 +192,9 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file at; it is brought to the disk and renamed, or removed if anything fails.
+    """Gives another name to write the file under. It is then brought to the disk and gets its name `path`.
 
-    For who alone writes there; `write_whole` is for small files that several processes may write.
+    The file is removed if anything fails. Only one process may do this at a time; `write_whole` is for several.
 
     Raises:
         OSError: it could not be written; its `filename` is `path`.
@@ -199,7 +202,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(path.name + ASIDE)
     try:
         with named_errors(path):
-            aside.unlink(missing_ok=True)  # a link or a FIFO there would be written through
+            aside.unlink(missing_ok=True)  # if a link stood there, the file that it leads to would be written
             yield aside
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
@@ -218,7 +221,7 @@ def write_text_aside(path: Path, text: str) -> None:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """An OSError in here is about `path`, whatever name it came with, or none, as from a library in C++."""
+    """Gives any OSError in the block `path` for its file name: a library in C++ may give none."""
     try:
         yield
     except OSError as error:
@@ -227,13 +230,13 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def describe_os_error(error: OSError) -> str:
-    """`file: what the system says`."""
+    """The error as `file: what the system says`."""
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}"
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line of UTF-8 text whole or not at all; a last line that was cut short before is ended first.
+    """Append one line of UTF-8 text, whole or not at all; where the last line was cut short, it is ended first.
 
     Raises:
         OSError: it could not be written; the file is as long as it was before.
@@ -243,7 +246,7 @@ def append_line(path: Path, line: str) -> None:
         is_torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
         data = memoryview(b"\n" * is_torn + line.encode("utf-8") + b"\n")
         try:
-            while data:  # a disk that fills up takes a part, and refuses the rest
+            while data:  # a disk that fills up takes a part and refuses the rest
                 data = data[file.write(data) :]
         except BaseException:
             file.truncate(end)
@@ -251,7 +254,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Bring a directory's names to the disk."""
+    """Bring the names in a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -260,7 +263,7 @@ def sync_directory(path: Path) -> None:
 
 
 def _read_pipe(descriptor: int, path: Path, limit: int) -> bytes:
-    """What a FIFO gives until its writer closes it, or a little more than `limit`; it may have no writer at all."""
+    """What is written to a FIFO until it is closed, or a little more than `limit`; ArtefactError when nobody writes."""
     poll, data = select.poll(), b""
     poll.register(descriptor, select.POLLIN)
     while len(data) <= limit:

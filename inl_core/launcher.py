@@ -1,7 +1,7 @@
-"""Which process of a run this is: what torchrun and tools like it say in the environment. Imports no torch.
+"""Which process of a run this is, as torchrun and tools like it say in the environment. It imports no torch.
 
-- WORLD_SIZE decides. Without it, or at 1, this is the only process, and a RANK that some other tool left in the
-  environment means nothing.
+Without WORLD_SIZE, or where it is 1, this is the only process: then a RANK that some other tool left in the environment
+means nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ _FIX = "unset it, or start the processes with torchrun, which sets all of them"
 
 @dataclass(frozen=True)
 class Place:
-    """One process among those of a run."""
+    """The place of one process among those of a run."""
 
     rank: int = 0
     """Its number among all processes, from 0."""
@@ -31,8 +31,8 @@ def read_place(environment: Mapping[str, str] | None = None) -> Place:
     """This process's place, from `environment` (os.environ by default).
 
     Raises:
-        RecipeError: WORLD_SIZE, RANK or LOCAL_RANK is no number or does not fit, or what several processes need to
-            find each other is missing.
+        RecipeError: WORLD_SIZE, RANK or LOCAL_RANK is not a number or does not fit the others, or something is missing
+            that several processes need to find each other.
     """
     given = os.environ if environment is None else environment
     if "WORLD_SIZE" not in given:
@@ -50,7 +50,7 @@ def read_place(environment: Mapping[str, str] | None = None) -> Place:
 
 
 def place_or_alone() -> Place:
-    """This process's place where every command must work: an environment that makes no sense is no launcher's."""
+    """As `read_place`, but alone where the environment makes no sense: for what must work in any environment."""
     try:
         return read_place()
     except RecipeError:
@@ -58,7 +58,7 @@ def place_or_alone() -> Place:
 
 
 def refuse_separate_tasks(environment: Mapping[str, str] | None = None) -> None:
-    """RecipeError when a launcher started several tasks that know nothing of each other: each would train alone."""
+    """RecipeError when srun or mpirun started several tasks that know nothing of each other: each would train alone."""
     given = os.environ if environment is None else environment
     if "WORLD_SIZE" in given:
         return
@@ -72,10 +72,10 @@ def refuse_separate_tasks(environment: Mapping[str, str] | None = None) -> None:
 
 
 def _srun_tasks(given: Mapping[str, str]) -> str | None:
-    """The number of tasks of the step that this process is one of; None outside of Slurm and in its batch scripts."""
+    """How many tasks srun started, this one among them; None when srun did not start this process."""
     if "SLURM_PROCID" not in given:
         return None
-    # A batch script is task 0 of its job and one process, however many tasks the job may start with srun.
+    # A batch script looks like task 0 of its job, but is a single process, however many tasks the job may start.
     is_script = "SLURM_JOB_ID" in given and given["SLURM_PROCID"] == "0"
     return given.get("SLURM_STEP_NUM_TASKS", None if is_script else given.get("SLURM_NTASKS"))
 

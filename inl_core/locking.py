@@ -1,9 +1,9 @@
-"""Files that processes lock, to tell each other that something is theirs.
+"""Lock files, by which a process tells others that something is in use.
 
-- The kernel drops a lock when its process ends, however that ends; some network file systems have no locks at all.
+- The system drops a lock when its process ends, in whatever way. Some network file systems have no locks at all.
 - A lock file is opened for reading and writing: over NFS a shared lock needs the first, an exclusive one the second.
-- What stands under the name of a lock file may be anything. A link is not followed, since the file it leads to would
-  be written over, and a FIFO is not waited for.
+- Anything may stand under the name of a lock file. A link is not followed, since the file that it leads to could be
+  anyone's, and a FIFO is not waited for.
 """
 
 import errno
@@ -22,11 +22,11 @@ _MOST_ATTEMPTS = 100
 
 
 def open_lock(path: Path, *, make: bool = True) -> FileIO:
-    """A lock file, open and unlocked; it is made if need be, unless `make` is False.
+    """A lock file, opened but not locked; made when it is missing, unless `make` is False.
 
     Raises:
         ArtefactError: something other than a regular file has its name.
-        OSError: it is missing and not to be made, or cannot be opened.
+        OSError: it cannot be opened, or is missing and `make` is False.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if make else 0)
     try:
@@ -42,10 +42,10 @@ def open_lock(path: Path, *, make: bool = True) -> FileIO:
 
 
 def try_lock(file: FileIO, *, is_shared: bool = False, patience: float = 0.0) -> bool | None:
-    """Lock a file: True, False when another process has it, None where there are no locks to be had.
+    """Lock a file. True if it is locked, False if another process has locked it, None where there are no locks.
 
     Args:
-        patience: seconds in which the lock may still be let go.
+        patience: seconds to wait for another process to unlock it.
     """
     kind, end = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX, time.monotonic() + patience
     while True:
@@ -61,10 +61,10 @@ def try_lock(file: FileIO, *, is_shared: bool = False, patience: float = 0.0) ->
 
 
 def lock(path: Path, *, patience: float = 0.0) -> tuple[FileIO | None, bool]:
-    """Make a lock file and its directory if need be, and lock it for this process alone.
+    """Lock a file for this process alone; the file and its directory are made when they are missing.
 
-    Returns the open file, which holds the lock until it is closed, and whether it is locked, which not every file
-    system can; (None, False) when another process has it.
+    Returns the open file, which keeps the lock until it is closed, and whether it is locked, as some file systems have
+    no locks; or (None, False) when another process has locked it.
 
     Raises:
         ArtefactError: something other than a regular file has its name.
@@ -77,12 +77,12 @@ def lock(path: Path, *, patience: float = 0.0) -> tuple[FileIO | None, bool]:
         except FileNotFoundError:
             if attempt == _MOST_ATTEMPTS:
                 raise
-            continue  # a holder that ends has just removed the directory
+            continue  # the process that had the lock has just ended and removed the directory
         is_locked = try_lock(file, patience=patience)
         if is_locked is False:
             file.close()
             return None, False
-        # A holder removes the file before it lets go: what was locked may not be what has the name now.
+        # The process that had the lock removes the file before it unlocks it, so this may be a file without a name.
         with suppress(FileNotFoundError):
             if os.path.samestat(path.stat(follow_symlinks=False), os.fstat(file.fileno())):
                 return file, bool(is_locked)

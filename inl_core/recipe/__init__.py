@@ -1,4 +1,14 @@
-"""The frozen Recipe tree: YAML and overrides -> one validated object. Imports no torch.
+"""The frozen Recipe tree: a YAML file and overrides -> one validated object. It imports no torch.
+
+The files, in the order in which data goes through them:
+
+- `yaml_text.py`: the text of a YAML file -> plain values, with the line of each key.
+- `load.py`: plain values and overrides -> a Recipe, and a Recipe -> YAML.
+- `presets.py`, `sizes.py`: what a preset and a size stand for, put under the keys of the model section.
+- `base.py`, `model.py`, `data.py`, `training.py`, `recipe.py`: the sections, with the bounds of every key.
+- `problems.py`: what is wrong with a recipe, in words.
+- `differences.py`: what changed between two recipes, and whether a run may go on across the change.
+- `schema.py`: the recipe as a JSON schema, for editors.
 
 Use:
     recipe = load_recipe("recipes/tiny.yaml", overrides=["training.steps=100"])

@@ -1,7 +1,7 @@
-"""What recipe sections are made of: their base, typed, frozen, closed and documented field by field; numbers; paths.
+"""What the sections of a recipe are made of: the base class, and the types of numbers and paths with their bounds.
 
-- Every number has a lower and an upper bound, generous and finite: whatever a recipe may hold can be planned in bounded
-  time, fits 64-bit integers and neither vanishes nor overflows in float32.
+Every number has a generous lower and upper bound. So whatever a recipe may hold can be planned in bounded time, fits
+into 64-bit integers, and neither vanishes nor overflows in float32.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from inl_core.files import expand_home
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, no unknown keys, every field's docstring goes into the JSON schema."""
+    """A part of a recipe: it cannot be changed, takes no unknown keys, and its docstrings go into the JSON schema."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -29,10 +29,10 @@ Width = Annotated[int, Field(gt=0, le=1 << 20)]
 """A dimension of a tensor, or a number of heads."""
 
 Length = Annotated[int, Field(gt=0, le=1 << 23)]
-"""Tokens in a row."""
+"""Tokens in one sequence."""
 
 Vocabulary = Annotated[int, Field(gt=0, le=100_000_000)]
-"""Tokens that are told apart."""
+"""Different tokens."""
 
 Iterations = Annotated[int, Field(gt=0, le=10_000)]
 """Integrator iterations of one layer."""
@@ -41,16 +41,16 @@ Count = Annotated[int, Field(gt=0, le=10**12)]
 """Steps, epochs, sequences, tokens in a batch."""
 
 CountOrNone = Annotated[int, Field(ge=0, le=10**12)]
-"""The same, where 0 stands for never."""
+"""As Count, and 0 stands for never."""
 
 Total = Annotated[int, Field(gt=0, le=10**18)]
-"""Tokens or bytes in all."""
+"""Tokens or bytes in a whole run."""
 
 Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
 """A number above 0."""
 
 NonNegative = Annotated[float, Field(ge=0, le=1e30)]
-"""A number from 0 up."""
+"""A number that is not negative."""
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 """A share of something."""
@@ -74,4 +74,4 @@ FilePath = Annotated[Path, BeforeValidator(_whole_path)]
 """A path in a recipe; `~` at its start is the home directory."""
 
 Source = Annotated[str, AfterValidator(_home_expanded)]
-"""A source of text: a path or glob, in which `~` at the start is the home directory, or another kind of source."""
+"""A source of text: a path or glob, where `~` at the start is the home directory, or the name of another source."""

@@ -1,4 +1,4 @@
-"""The data section of a recipe: where text comes from and how it becomes token shards."""
+"""The data section of a recipe: where text comes from, and how it becomes tokens."""
 
 from typing import Annotated, Self
 
@@ -15,28 +15,28 @@ class TokenizerSettings(Section):
     vocab_size: Annotated[int, Field(ge=272, le=100_000_000)] = 2048
     """Size of a tokenizer trained on the data, special tokens included."""
     file: FilePath | None = None
-    """Use this tokenizer.json and train none."""
+    """A tokenizer.json to use, in the place of training one."""
     sample_bytes: Total = 200_000_000
-    """The tokenizer trains on at most this many bytes of text, taken evenly from the training documents."""
+    """Train the tokenizer on at most this many bytes of text, taken evenly from the training documents."""
 
 
 class DataSettings(Section):
     """Text sources, the tokenizer and the split."""
 
     sources: tuple[Source, ...] = ("builtin:python",)
-    """Files, directories, globs, `-` or built-in corpora; prepared when `directory` does not hold them yet."""
+    """Files, directories, globs, `-` (stdin) or builtin:python; prepared when `directory` does not hold them yet."""
     directory: FilePath | None = None
-    """The prepared data set; null derives data/NAME from the sources and the tokenizer."""
+    """Where the prepared data set is; null is data/NAME, with a name made from the sources and the tokenizer."""
     tokenizer: TokenizerSettings = TokenizerSettings()
     """The tokenizer."""
     validation_fraction: Fraction = 0.05
-    """Share of the documents held out, chosen by a hash of their text."""
+    """Share of the documents that are held out for validation, chosen by a hash of their text."""
     num_shards: Annotated[int, Field(gt=0, le=10_000)] = 8
-    """Training shards; documents go to them by hash, which is the global shuffle."""
+    """Number of training shards. Documents go to them by hash, so that neighbours in the sources come apart."""
     max_bad_ratio: Unit = 0.01
-    """Preparation fails when a larger share of the rows is unreadable."""
+    """Preparation fails when a larger share of the rows cannot be used."""
     document_mask: bool = True
-    """Attention does not cross documents inside a window, and positions restart."""
+    """Within a window, attention does not cross from one document to another, and positions start anew in each."""
 
     @model_validator(mode="after")
     def _has_sources(self) -> Self:

@@ -1,7 +1,7 @@
 """What changed between two recipes, and whether a run may be resumed across the change.
 
-- A key takes the class of the longest entry of `_KINDS` that it lies under, so a new key inherits its section's class
-  and a wholly new section is refused until someone decides.
+A key has the kind of the longest entry of `_KINDS` that it lies under. So a new key has the kind of its section, and a
+change in a wholly new section is refused until someone decides on its kind.
 """
 
 from dataclasses import dataclass
@@ -10,36 +10,40 @@ from typing import Any, Literal
 from inl_core.recipe.recipe import Recipe
 
 Kind = Literal["identity", "schedule", "operational"]
-"""identity: another function or other data, refused on resume unless named by --allow-change; schedule: the steps to
-come differ, shown; operational: the same numbers, free."""
+"""What resuming a run with another value means.
+
+- identity: the model would compute something else, or the data be different; refused unless --allow-change names it.
+- schedule: the steps to come differ from what they would have been; allowed, and shown.
+- operational: the run computes the same; allowed.
+"""
 
 _KINDS: dict[str, Kind] = {
     "": "identity",
     "name": "operational",  # the run directory decides where a run lives
     "model": "identity",  # the weights belong to this function
     "model.integrator.backend": "operational",
-    "data": "identity",  # samples consumed are counted in this stream
-    # A data set and its sources may move: what resume compares is the fingerprint of the prepared data.
+    "data": "identity",  # the run's progress is counted in samples of this data
+    # A data set and its sources may move: resume compares the fingerprints of the prepared data.
     "data.directory": "operational",
     "data.sources": "operational",
     "data.tokenizer.file": "operational",
     "data.tokenizer.sample_bytes": "operational",
-    "data.max_bad_ratio": "operational",  # acts while preparing, and the fingerprint covers the outcome
+    "data.max_bad_ratio": "operational",  # acts while data is prepared, and the result has a fingerprint
     "training": "identity",
     "training.steps": "schedule",
     "training.tokens": "schedule",
     "training.schedule": "schedule",
-    "training.optimizer": "identity",  # its state was gathered under these betas, this eps and this assignment
+    "training.optimizer": "identity",  # its state was made with these betas and this eps
     "training.optimizer.learning_rate": "schedule",
     "training.optimizer.muon_learning_rate": "schedule",
-    "training.losses": "schedule",  # functions of the step: the past needs nothing from them
+    "training.losses": "schedule",  # a function of the step: nothing of the past depends on it
     "training.cycle": "schedule",
-    "training.precision": "schedule",  # weights stay fp32, so only the steps to come round differently
-    "training.micro_batch_size": "operational",  # accumulation gives the same gradient
+    "training.precision": "schedule",  # weights are fp32 in any case; only the steps to come are rounded differently
+    "training.micro_batch_size": "operational",  # gradients are accumulated to the same
     "training.device": "operational",
     "training.compile": "operational",
     "training.recomputation": "operational",
-    "training.evaluation": "operational",  # reads the weights only
+    "training.evaluation": "operational",  # only reads the weights
     "training.checkpoint": "operational",
     "training.logging": "operational",
 }
@@ -72,12 +76,12 @@ _FIXED = {
     "model.vocab_size",
     "training.optimizer.name",
 }
-"""Keys that no leave can change in a run: its weights, its optimizer's state or its data would not fit any more."""
+"""Keys that not even --allow-change can change: weights, optimizer state or data would not fit any more."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One key that is not the same; a section that came or went is one difference, with None on the empty side."""
+    """One key whose values differ. A section that only one recipe has is one difference; the other value is None."""
 
     path: str
     old: Any
@@ -86,7 +90,7 @@ class Difference:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether a run's checkpoints or data cannot go on with the new value, whoever allows it."""
+        """Whether a run cannot go on with the new value even if the change is allowed."""
         return self.path in _FIXED
 
     def __str__(self) -> str:
@@ -94,12 +98,12 @@ class Difference:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[Difference]:
-    """The keys that differ, in the order of the tree."""
+    """The keys that differ, in the order of the recipe."""
     return _compare((), old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
 def kind_of(path: str) -> Kind:
-    """The class of a dotted key."""
+    """The kind of a dotted key."""
     parts = path.split(".")
     above = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
     return next(_KINDS[key] for key in above if key in _KINDS)

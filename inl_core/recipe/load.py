@@ -1,9 +1,9 @@
-"""A YAML file and overrides -> one validated Recipe, and back to YAML.
+"""A YAML file and overrides -> one validated Recipe, and a Recipe -> YAML.
 
-- Values are validated as strict JSON: the text "2" is no number and true is no 1, but 3 is a fine 3.0.
-- Every problem is reported at once, each with the line or the override it stands in.
-- An override of `training.steps` takes the place of the file's `training.tokens`, and the other way: they are two ways
-  to say one thing, and a recipe must give exactly one.
+- Values are not converted: the text "2" is not a number and true is not 1, but 3 is accepted for 3.0.
+- All problems are reported at once, each with its line or its override.
+- An override of `training.steps` replaces `training.tokens` of the file, and the other way round: they are two ways to
+  say one thing, and a recipe must give exactly one.
 """
 
 import json
@@ -29,11 +29,12 @@ _LONGEST_RECIPE = 1 << 20
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pipe: bool = True) -> Recipe:
-    """Read, override (`["training.steps=100"]`, the values are YAML) and validate; RecipeError lists every problem.
+    """Read a recipe, change what the overrides say, and validate; RecipeError lists all problems.
 
     Args:
-        allow_pipe: whether it may be what a shell's `<(...)` writes; the recipe that a run or a checkpoint holds is
-            a file, and a FIFO in its place would be waited for.
+        overrides: such as `training.steps=100`; the values are YAML.
+        allow_pipe: whether the path may be a FIFO, as for a shell's `<(...)`. The recipe of a run or checkpoint must be
+            a file: reading a FIFO in its place would wait for someone to write to it.
     """
     path = expand_home(path)
     source = str(path)
@@ -46,18 +47,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pipe: 
 
 
 def recipe_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
-    """Validate plain values; `source` says in errors where they came from."""
+    """Validate plain values; errors name `source` as the place they came from."""
     plain = json.loads(json.dumps(dict(values), default=str))
     return _validated(Document(plain), overrides, source)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The fully resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    """The recipe with all its keys as YAML, which `load_recipe` reads back to an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by stem; from a wheel or from a checkout."""
+    """Name -> file of the recipes that come with the package, be it installed or a checkout of the repository."""
     here = Path(__file__).resolve().parent
     for directory in (here / "shipped", here.parents[1] / "recipes"):
         if found := sorted(directory.glob("*.yaml")):
@@ -96,7 +97,7 @@ def _read_text(path: Path, *, allow_pipe: bool) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    """A recipe of nearly this name beside it, else a shipped one of exactly this name."""
+    """A hint: a recipe of nearly this name in the same directory, or else a shipped one of exactly this name."""
     beside = {item.stem: item for item in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
     near = get_close_matches(path.stem, beside, n=1)
     found = beside[near[0]] if near else shipped_recipes().get(path.stem)
@@ -104,7 +105,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _with_overrides(values: Any, overrides: Sequence[str]) -> tuple[Any, dict[KeyPath, str]]:
-    """A changed copy of `values`, and the override that stands behind each changed path."""
+    """A copy of `values` with the overrides put in, and for each path that was overridden the text of its override."""
     values = deepcopy(values)
     parsed = [_parse_override(text) for text in overrides]
     paths = {path for path, _, _ in parsed}
@@ -136,7 +137,7 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], Any, str]:
 
 
 def _problem_with_path(path: tuple[str, ...]) -> str | None:
-    """A path must exist in the tree, else putting it there could overwrite a value with a section."""
+    """What is wrong with the path of an override, or None; a wrong one could replace a value by a section."""
     for depth in range(1, len(path) + 1):
         above = section_at(Recipe, path[: depth - 1])
         if above is None:
@@ -161,7 +162,7 @@ def _drop(values: dict[str, Any], path: tuple[str, ...]) -> None:
 
 
 class _Places:
-    """Where a path was written: in the override that set it, else in its line, else in that of the section above."""
+    """Tells where a key was written: in an override, in a line of the file, or else in the line of its section."""
 
     def __init__(self, document: Document, placed: dict[KeyPath, str], source: str) -> None:
         self.document = document
@@ -181,6 +182,6 @@ class _Places:
         return f"{place}{f' (with {below})' if below else ''} {dotted(path)}".strip()
 
     def line(self, path: KeyPath) -> int:
-        """The line of the path or of what holds it; 0 when the values come from no file."""
+        """The line of the path or of the section it lies in; 0 when the values come from no file."""
         known = (self.document.lines.get(path[:length]) for length in range(len(path), -1, -1))
         return next((line for line in known if line), 0)

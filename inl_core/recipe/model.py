@@ -1,7 +1,7 @@
-"""The model section of a recipe: every architectural switch, with presets underneath.
+"""The model section of a recipe: everything that decides what the model computes.
 
-- `preset` fills whatever the recipe leaves out; the validated object is complete, and its dump is a
-  checkpoint's config.json, so a checkpoint never depends on what a preset means later.
+- `preset` fills in whatever the recipe leaves out. The validated object is complete, and a checkpoint keeps all of it,
+  so a checkpoint never depends on what a preset means later.
 - Symbols are those of docs/model.md: D d_model, L num_layers, T iterations, C controller width, R embedding rank.
 """
 
@@ -22,7 +22,7 @@ _MOST_CONTROLLERS = 4096
 
 
 def _list_as_tuple(value: Any) -> Any:
-    """A preset is laid over the model section before validation, after which strict JSON no longer takes a list."""
+    """A list as a tuple, which strict validation wants: once presets are put in, the values are not JSON any more."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -30,22 +30,22 @@ class MuConfig(Section):
     """The learned equilibrium mu."""
 
     form: Literal["per_dim", "hierarchical", "fixed"] = "per_dim"
-    """per_dim: D values a layer; hierarchical: one global value and an offset per group; fixed: not learned."""
+    """per_dim: D values for each layer; hierarchical: one value and an offset for each group; fixed: not learned."""
     group_size: Width = 64
-    """Dimensions that share one offset (hierarchical only)."""
+    """Dimensions in a group, which share one offset (hierarchical only)."""
     init: Annotated[float, Field(ge=-1e30, le=1e30)] = 0.0
     """Where mu starts."""
     adaptation_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """eta of the moving average mu <- (1-eta) mu + eta mean(state) after each step; 0 is off."""
+    """eta in mu <- (1-eta) mu + eta mean(state), which is done after each training step; 0 is off."""
 
 
 class ExcitationConfig(Section):
     """The harmonic excitation A sin(gamma t + phi)."""
 
     amplitude: NonNegative = 0.03
-    """A at the start of a run; a cycle may change it."""
+    """A, the amplitude at the start of a run; a cycle may change it."""
     sparsity: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the dimensions that are excited, evenly spaced; 1 is dense."""
+    """Share of the dimensions that are excited, evenly spaced; 1 is all of them."""
 
 
 class ControllerConfig(Section):
@@ -56,13 +56,13 @@ class ControllerConfig(Section):
     shared: bool = True
     """One controller for all layers, with a modulation per layer; false gives each layer its own."""
     modulation: Literal["scalar", "channel"] = "scalar"
-    """What a layer adds to the shared controller: one scale and bias per output group, or one per channel."""
+    """What each layer adds to the shared controller: a scale and a bias for each output, or for each channel."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-    """The hidden activation."""
+    """Activation of the hidden layer."""
     experts: Experts = 1
-    """E: more than one is a mixture of integrators, whose router picks expert controllers for every token."""
+    """E, the number of controllers. With more than one, a router picks some of them for every token."""
     top_k: Experts = 2
-    """Experts per token (with more than one expert)."""
+    """Controllers that are picked for a token (with more than one)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -72,10 +72,10 @@ class ControllerConfig(Section):
 
 
 class BudgetConfig(Section):
-    """How the model's L*T integrator iterations are divided among its layers; the total is always preserved."""
+    """How the L*T integrator iterations of the model are divided among its layers; their total stays the same."""
 
     strategy: Literal["uniform", "learned", "dynamic", "hybrid"] = "uniform"
-    """uniform: T each; learned: by gradient; dynamic: by each layer's measured residual; hybrid: learned, corrected."""
+    """uniform: T each; learned: by gradient; dynamic: by how far each layer is from converged; hybrid: both."""
     min_iterations: Iterations = 1
     """Fewest iterations of a layer (dynamic)."""
     max_iterations: Iterations | None = None
@@ -86,9 +86,9 @@ class EarlyStoppingConfig(Section):
     """Per-token early stopping, in evaluation and generation only."""
 
     convergence_threshold: NonNegative = 0.0
-    """A token stops when the rms change of its state, less the excitation's, falls below this; 0 is off."""
+    """A token stops when its state changes by less than this (rms, without the excitation's part); 0 is off."""
     min_iterations: Iterations = 1
-    """No token stops before this many iterations."""
+    """Iterations that every token goes through at least."""
 
 
 class IntegratorConfig(Section):
@@ -97,15 +97,15 @@ class IntegratorConfig(Section):
     num_iterations: Iterations = 2
     """T, integrator iterations per layer."""
     iterations_per_layer: Annotated[tuple[Iterations, ...], BeforeValidator(_list_as_tuple)] | None = None
-    """T of every layer, bottom up, where they are not all num_iterations; only with the uniform budget."""
+    """T of each layer from the first on; null is num_iterations for all. Only with a uniform budget."""
     dt: Positive = 0.7
-    """Step size of the state update."""
+    """Step size of the iterations."""
     velocity_scale: Positive = 1.0
-    """Constant factor on the velocity in the state update."""
+    """Constant factor of the velocity where it changes the state."""
     dynamic_alpha: bool = True
     """alpha shrinks near the equilibrium: alpha = alpha_base (1 - exp(-kappa rms(x - mu)))."""
     kappa: Positive = 1.0
-    """Sensitivity of the dynamic alpha."""
+    """kappa in that equation."""
     beta_max: Positive | None = 2.0
     """Upper bound of beta; null is none, which imported reference weights need; training may then end in NaN."""
     init_alpha: OpenUnit = 0.5
@@ -115,9 +115,9 @@ class IntegratorConfig(Section):
     init_gate: OpenUnit = 0.9
     """gate at the start."""
     candidate: Literal["feed_forward", "controller", "none"] = "feed_forward"
-    """Where v_cand comes from: the block's feed-forward of s_0 (once a layer), the controller (each step), nowhere."""
+    """Where v_cand comes from: the feed-forward of s_0 once in a layer, the controller in each iteration, nowhere."""
     carry_velocity: bool = True
-    """The velocity a layer ends with is the next layer's v_0; otherwise every layer starts at rest."""
+    """Each layer starts with the velocity that the layer before ended with; if false, each starts at rest."""
     readout: Literal["delta", "state"] = "delta"
     """What joins the residual stream: layer_gain (s_T - s_0), or s_T as in the code released with the documents."""
     backend: Literal["auto", "eager", "native", "compiled", "triton"] = "auto"
@@ -132,7 +132,7 @@ class IntegratorConfig(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     """Per-token early stopping in evaluation."""
     budget: BudgetConfig = BudgetConfig()
-    """Division of the iterations among the layers; measured at the steps of training.evaluation.every."""
+    """Division of the iterations among the layers; measured every training.evaluation.every steps."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -155,12 +155,12 @@ class IntegratorConfig(Section):
 
 
 class ModelConfig(Section):
-    """Everything that decides the function the model computes."""
+    """Everything that decides what the model computes."""
 
     preset: Literal["v1", "v2", "v3", "v4", "transformer"] = "v4"
-    """The generation whose values fill every key not given here."""
+    """The generation whose values fill in every key that is not given here."""
     size: str | None = None
-    """One of the documents' sizes (small, medium, large, xlarge, 3B, 7B, 13B, 3072x32): fills the dimensions."""
+    """Fills in the dimensions: one of small, medium, large, xlarge, 3B, 7B, 13B, 3072x32."""
     d_model: Width = 128
     """D, width of the residual stream."""
     num_layers: Layers = 4
@@ -170,35 +170,35 @@ class ModelConfig(Section):
     num_kv_heads: Width | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
     feedforward_dim: Width | None = None
-    """Nominal feed-forward width; SwiGLU uses two thirds of it. Null means 4 d_model."""
+    """Width of the feed-forward, of which SwiGLU takes two thirds; null means 4 d_model."""
     feedforward_hidden: Width | None = None
-    """The feed-forward's real hidden width; null derives it from feedforward_dim and feed_forward_rounding."""
+    """The hidden width that the feed-forward really has; null derives it from feedforward_dim, rounded as below."""
     max_seq_len: Length = 1024
-    """Longest context the model accepts, in tokens."""
+    """The longest context that the model takes, in tokens."""
     vocab_size: Vocabulary | None = None
-    """V; null takes the tokenizer's."""
+    """V; null takes that of the tokenizer."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation of the block inputs and of the final state."""
+    """Normalisation of the input of each block and of the final state."""
     norm_eps: Positive = 1e-6
-    """Added to the mean square in every norm."""
+    """Added to the mean square in each normalisation."""
     positions: Literal["rope", "sinusoidal"] = "rope"
-    """Rotary positions in attention, or sinusoids added to the embedding."""
+    """How positions get in: as rotations in attention, or as sinusoids added to the embedding."""
     rope_theta: Positive = 10_000.0
     """Base of the rotary frequencies."""
     feed_forward: Literal["swiglu", "gelu"] = "swiglu"
     """Kind of feed-forward."""
     feed_forward_rounding: Literal["exact", "down_64", "up_16"] = "exact"
-    """Rounding of the derived hidden width: v4 rounds down (its controller takes the difference), the baseline up."""
+    """How the derived hidden width is rounded: v4 rounds down to pay for its controller, the Transformer rounds up."""
     bias: bool = False
-    """Biases in attention and feed-forward matrices."""
+    """Whether attention and feed-forward have biases."""
     embedding_rank: Width | Literal["auto"] | None = None
-    """R of a factored embedding; auto is max(64, D/8); null is a full one."""
+    """R, when the embedding is a product of two matrices of rank R; auto is max(64, D/8); null is one full matrix."""
     embedding_norm: bool = True
     """RMS-normalise the embeddings after the look-up."""
     embedding_scale: Literal["none", "sqrt_dim"] = "none"
-    """sqrt_dim multiplies the embeddings by sqrt(d_model) after the look-up, to stand beside sinusoidal positions."""
+    """sqrt_dim multiplies the embeddings by sqrt(d_model), or sinusoidal positions would outweigh them."""
     tie_head: bool = True
-    """The output head reuses the embedding (through the factors when it is low rank)."""
+    """The output head uses the embedding's weights, in both factors where it has two."""
     integrator: IntegratorConfig | None = IntegratorConfig()
     """The integrator; null is a plain Transformer block."""
 
@@ -247,17 +247,17 @@ class ModelConfig(Section):
 
     @property
     def key_value_heads(self) -> int:
-        """Key and value heads, resolved."""
+        """Number of key and value heads."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def rank(self) -> int | None:
-        """Embedding rank R, resolved; None for a full embedding."""
+        """Rank R of the embedding; None for a full one."""
         return max(64, self.d_model // 8) if self.embedding_rank == "auto" else self.embedding_rank
 
     @property
     def hidden_dim(self) -> int:
-        """The feed-forward's real hidden width."""
+        """The hidden width that the feed-forward really has."""
         if self.feedforward_hidden:
             return self.feedforward_hidden
         nominal = self.feedforward_dim or 4 * self.d_model
@@ -273,17 +273,17 @@ class ModelConfig(Section):
 
     @property
     def layer_iterations(self) -> tuple[int, ...]:
-        """T of each layer, bottom up; zeros without an integrator."""
+        """T of each layer from the first on; zeros without an integrator."""
         own = self.integrator.iterations_per_layer if self.integrator else None
         return own or (self.num_iterations,) * self.num_layers
 
     @property
     def mean_iterations(self) -> float:
-        """T, the mean over layers where they differ; 0 without an integrator."""
+        """The mean of T over the layers; 0 without an integrator."""
         return sum(self.layer_iterations) / self.num_layers
 
     def integrator_of(self, layer: int) -> IntegratorConfig | None:
-        """The integrator of one layer, with its own number of iterations."""
+        """The settings of the integrator of one layer, with its own number of iterations."""
         if self.integrator is None or self.integrator.iterations_per_layer is None:
             return self.integrator
         own = {"num_iterations": self.integrator.iterations_per_layer[layer], "iterations_per_layer": None}

@@ -1,6 +1,6 @@
 """The generations as plain dictionaries: what each preset means, before a recipe's own keys are laid over it.
 
-- Pure data, no torch: a recipe can be validated, and `inl --help` shown, without the core.
+- This is data alone and imports no torch, so that a recipe can be validated quickly.
 - Sources: docs/model.md, "The generations". `v4` and `transformer` are this project's own.
 - v2 is v1 with low-rank embeddings, a shared controller, hierarchical mu and sparse excitation; v3 has a modern block.
 """
@@ -107,7 +107,7 @@ ITERATIONS_BY_SIZE = ("v1", "v2", "v3")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay `over` on `base`, key by key at every depth; neither is changed."""
+    """A copy of `base` in which the keys of `over`, at every depth, have their values from `over`."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)

@@ -1,7 +1,6 @@
-"""Pydantic's findings -> one message per problem: the offending value, what is expected, the nearest name.
+"""What pydantic finds wrong with a recipe -> a message for each problem: the value, what is expected, the nearest name.
 
-- `recipes/a.yaml:14 model.integrator.iteratons: unknown key; did you mean 'num_iterations'?`: `load.py` puts the place
-  in front.
+For example `unknown key; did you mean 'num_iterations'?`, before which load.py puts the file, the line and the key.
 """
 
 import json
@@ -40,11 +39,11 @@ _EXPECTED = {
 _SHOWN_CHARACTERS = 60
 
 MOST_PROBLEMS = 30
-"""Problems that are told of one recipe."""
+"""The most problems of one recipe that are told."""
 
 
 def find_problems(error: ValidationError, root: type[BaseModel]) -> dict[KeyPath, str]:
-    """What is wrong at each path (of the first ones), the members of a union counted as one."""
+    """Path -> what is wrong there, for the first problems. What the members of a union say becomes one message."""
     findings: dict[KeyPath, list[ErrorDetails]] = {}
     for finding in error.errors(include_url=False):
         findings.setdefault(_without_union_tags(finding["loc"], root), []).append(finding)
@@ -52,7 +51,7 @@ def find_problems(error: ValidationError, root: type[BaseModel]) -> dict[KeyPath
 
 
 def section_at(root: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    """The section class that `path` names, through optional fields too; None when it names no section."""
+    """The class of the section at `path`, or None when there is no section at this path."""
     section: type[BaseModel] | None = root
     for part in path:
         if section is None or part not in section.model_fields:
@@ -62,7 +61,7 @@ def section_at(root: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
 
 
 def unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
-    """What to say of a key that does not exist: the nearest key there or elsewhere, or the keys there are."""
+    """What to say of a key that does not exist: the nearest key in this section or another, or all keys of this one."""
     key, section = str(path[-1]), section_at(root, path[:-1])
     here = list(section.model_fields) if section else []
     elsewhere = [other for other in _all_paths(root) if other[:-1] != path[:-1]]
@@ -80,12 +79,12 @@ def unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """`model.integrator.dt`; list items are numbered; long names, which no key has, are cut."""
+    """A path as text: `model.integrator.dt`. Very long names, which no real key has, are cut."""
     return shortened(".".join(map(str, path)))
 
 
 def shown(value: Any) -> str:
-    """A value as a user wrote it, on one line, cut when long."""
+    """A value as a user would write it, on one line, and cut when it is long."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
@@ -136,7 +135,7 @@ def _purpose(path: KeyPath, root: type[BaseModel]) -> str:
 
 
 def _without_union_tags(location: tuple[int | str, ...], root: type[BaseModel]) -> KeyPath:
-    """Pydantic puts the tried member of a union into the location; a recipe has no such key."""
+    """The path in the recipe. Pydantic adds which member of a union it tried, which is no key of a recipe."""
     path: list[int | str] = []
     section: type[BaseModel] | None = root
     for part in location:

@@ -43,7 +43,7 @@ class Recipe(Section):
         return self
 
     def _check_window(self) -> None:
-        """A window's largest tensor must have a size that 64-bit integers can count, for a whole batch of windows."""
+        """ValueError when the widest tensor of a window is so large that 64-bit integers cannot count a batch of it."""
         model, length = self.model, self.training.sequence_length
         width = max(model.vocab_size or 0, model.hidden_dim, 8 * model.d_model, model.num_heads * model.head_dim)
         if length * width > _MOST_NUMBERS:

@@ -1,7 +1,8 @@
 """The recipe tree as a JSON schema, so that editors complete keys and show what they mean.
 
-- `recipes/recipe.schema.json` is this, committed; a test keeps it current.
-- Written for what a recipe FILE may hold: defaults and presets fill the rest, so only what has no default is required.
+- `recipes/recipe.schema.json` is what this file writes; a test compares them.
+- The schema describes what a recipe file may hold. Defaults and presets fill in the rest, so only keys without a
+  default are required.
 """
 
 import json

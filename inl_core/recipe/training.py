@@ -1,7 +1,7 @@
 """The training section of a recipe: length, batch, optimizer, schedule, losses, cycles, checkpoints.
 
-- Everything that changes with time is a function of the step (training/schedules.py, training/cycles.py), so none of
-  it has state and a resumed run needs nothing but the step.
+Everything that changes in the course of a run is a function of the step (training/schedules.py, training/cycles.py). So
+none of it has state, and a resumed run needs to know nothing but the step.
 """
 
 from typing import Annotated, Literal, Self
@@ -31,30 +31,30 @@ class OptimizerSettings(Section):
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon applies torch.optim.Muon to the blocks' 2-D matrices; the assignment is printed."""
+    """muon uses torch.optim.Muon for the matrices of the blocks, and AdamW for all other weights."""
     learning_rate: Positive = 3e-3
     """Peak learning rate of AdamW."""
     muon_learning_rate: Positive | None = None
     """Peak learning rate of Muon (muon only), whose update is scaled to AdamW's size; null is learning_rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """AdamW's moment decays."""
+    """Decay of the two moments of AdamW."""
     eps: Positive = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of AdamW."""
     weight_decay: NonNegative = 0.1
-    """Decoupled decay of matrices; norms, biases, mu, gamma, phi, gains and modulations get none."""
+    """Decay of matrices in each step; norms, biases, mu, gamma, phi, gains and modulations have none."""
 
 
 class ScheduleSettings(Section):
     """The learning rate as a function of the step."""
 
     name: Literal["wsd", "cosine", "constant"] = "wsd"
-    """wsd: warm up, stay, decay linearly at the end; cosine: warm up, half a cosine; constant: warm up, stay."""
+    """After the warm-up, wsd stays and falls linearly at the end, cosine is half a cosine, and constant stays."""
     warmup_fraction: Unit = 0.05
     """Share of the steps over which the rate rises linearly."""
     decay_fraction: Unit = 0.4
     """Share of the steps over which wsd decays at the end."""
     final_ratio: Unit = 0.0
-    """The last rate over the peak rate (wsd and cosine)."""
+    """The last rate as a share of the peak rate (wsd and cosine)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -69,25 +69,25 @@ class LossSettings(Section):
     lambda_mean: NonNegative = 0.0
     """Weight of the mean loss without a cycle: sum_i w_i (xbar_i - mu_i)^2 / D."""
     lambda_mean_final: NonNegative | None = None
-    """Where lambda_mean ends when it anneals; null keeps it constant."""
+    """What lambda_mean becomes in the course of the run; null keeps it constant."""
     annealing: Literal["exponential", "linear"] = "exponential"
-    """How lambda_mean moves to lambda_mean_final."""
+    """How lambda_mean goes to lambda_mean_final."""
     annealing_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the run over which it anneals."""
+    """Share of the run in which it gets there."""
     variance_weighted: bool = True
-    """w_i = 1 / (1 + Var_i), as the documents' equation has it; false is w_i = 1."""
+    """w_i = 1 / (1 + Var_i), as the documents have it; false is w_i = 1."""
     lambda_speed: NonNegative = 0.0
-    """Weight of the speed loss, which asks for early arrival at mu."""
+    """Weight of the speed loss, which is small when states come near mu early."""
     lambda_energy: NonNegative = 0.0
-    """Weight of the energy loss on the velocity (a cycle sets its own)."""
+    """Weight of the energy loss on the velocity (a cycle has its own)."""
     energy_power: Annotated[float, Field(ge=1, le=100)] = 2.0
     """p of |v|^p in the energy loss."""
     lambda_balance: NonNegative = 0.01
-    """Weight of the experts' load balancing (with integrator.controller.experts above 1 only)."""
+    """Weight of the loss that balances the load of experts (only with integrator.controller.experts above 1)."""
 
 
 class PhaseSettings(Section):
-    """Overrides for one phase of a cycle preset; null keeps the preset's value."""
+    """Changes to one phase of a cycle preset; null keeps the value of the preset."""
 
     lambda_mean: NonNegative | None = None
     """Weight of the mean loss in this phase."""
@@ -103,24 +103,24 @@ class CycleSettings(Section):
     preset: Literal["conservative", "balanced", "aggressive"] = "balanced"
     """The documents' presets."""
     equilibrium: PhaseSettings = PhaseSettings()
-    """Overrides of the equilibrium phase."""
+    """Changes to the equilibrium phase."""
     exploration: PhaseSettings = PhaseSettings()
-    """Overrides of the exploration phase."""
+    """Changes to the exploration phase."""
     num_cycles: Count | None = None
-    """Number of cycles; null is the preset's."""
+    """Number of cycles; null is that of the preset."""
     warmup_epochs: CountOrNone | None = None
-    """Epochs before the first cycle; null is the preset's."""
+    """Epochs before the first cycle; null is that of the preset."""
     steps_per_epoch: Count | None = None
-    """Steps that count as one epoch; null maps the whole schedule onto the run."""
+    """Steps that count as one epoch; null stretches all cycles over the whole run."""
 
 
 class EvaluationSettings(Section):
-    """Periodic evaluation on the validation split."""
+    """Evaluation on the validation split in the course of a run."""
 
     every: CountOrNone = 250
     """Steps between evaluations; 0 evaluates at the end only."""
     tokens: Total = 65_536
-    """Validation tokens in a periodic evaluation (the first of the split, the same each time)."""
+    """Validation tokens in each evaluation: the first ones of the split, the same each time."""
     final_tokens: Total | None = None
     """Validation tokens in the last evaluation; null is the whole split."""
 
@@ -131,12 +131,12 @@ class CheckpointSettings(Section):
     every: CountOrNone = 500
     """Steps between checkpoints; 0 saves at the end (and on a signal) only."""
     keep_last: Count = 2
-    """The newest checkpoints that are kept; one saved between the regular ones for its score alone does not count."""
+    """How many of the newest checkpoints are kept, besides those that were saved for their score alone."""
     keep_every: Count | None = None
     """Also keep the checkpoints at multiples of this step."""
     keep_best: bool = True
-    """Also keep the checkpoint with the lowest validation bits per byte, and save one after each periodic evaluation
-    that beats all saved ones (not where `every` is 0): up to one more checkpoint an evaluation."""
+    """Also keep the checkpoint with the lowest bits per byte on the validation split. Unless `every` is 0, one is also
+    saved after each evaluation that is better than all before."""
 
 
 class LoggingSettings(Section):
@@ -162,24 +162,24 @@ class TrainingSettings(Section):
     sequence_length: Length = 128
     """S, tokens in a window."""
     batch_tokens: Count = 2048
-    """Tokens in one global batch: micro-batch x sequence_length x world size must divide it."""
+    """Tokens in one step over all processes; micro_batch_size x sequence_length x processes must divide it."""
     micro_batch_size: Count | None = None
-    """Sequences in one forward pass of one process; null takes the whole share of the process."""
+    """Sequences in one forward pass of one process; null is all that the process has in a step."""
     seed: Seed = 0
-    """Seed of initialisation and data order."""
+    """Seed of the starting weights and of the order of the data."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast over fp32 weights; auto uses it on GPUs that have it."""
+    """bf16 is torch's autocast to bfloat16; weights stay fp32. auto is bf16 on GPUs that have it, else fp32."""
     compile: bool = False
-    """torch.compile each block."""
+    """Compile each block with torch.compile."""
     recomputation: Literal["none", "block", "integrator"] = "none"
-    """What the backward pass computes again, for memory: nothing, each block, or each integrator's T iterations."""
+    """What the backward pass computes again to save memory: nothing, each block, or each integrator's iterations."""
     min_iterations: Iterations | None = None
-    """Draw each layer's iterations t anew each step, from this many to its T with odds of 1/t, so that stopping early
-    costs less in use; null always runs T."""
+    """In each step, draw the number t of iterations of each layer anew, from this to T with odds of 1/t, so that the
+    model can later be used with fewer iterations; null always runs T."""
     gradient_clip: Positive = 1.0
-    """Largest global norm of the gradient."""
+    """The gradient is scaled down to this norm where it is larger."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """The optimizer."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -212,12 +212,12 @@ class TrainingSettings(Section):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps in the whole run."""
         return self.steps or -(-(self.tokens or 0) // self.batch_tokens)
 
     @property
     def batch_size(self) -> int:
-        """Sequences in one global batch."""
+        """Sequences in one step over all processes."""
         return self.batch_tokens // self.sequence_length
 
     def micro_batch(self, world_size: int) -> int:

@@ -1,10 +1,10 @@
 """YAML text <-> plain values, with the line of every key.
 
-- YAML 1.2's core schema, not PyYAML's 1.1: `1e-3` is a number, `on` and `2024-01-01` are text.
-- Underscores group digits (`2_500_000`), and a float without a fraction is a whole number, so `tokens: 1e9` is one.
-- A key given twice is an error: YAML would silently keep the last. So is a tag (`!!binary`) other than the core's own.
-- Time and memory are bounded: by the depth, and by the number of values once aliases are followed (a text of 400 bytes
-  can stand for a billion).
+- The rules are those of YAML 1.2, not of 1.1 as in PyYAML: `1e-3` is a number, `on` and `2024-01-01` are text.
+- Underscores may group digits (`2_500_000`), and a number without a fraction is a whole one, as in `tokens: 1e9`.
+- A key that is given twice is an error, where YAML would keep the last. So is a tag such as `!!binary`.
+- Time and memory are bounded, by a limit on the depth and on the number of values that aliases stand for: a text of 400
+  bytes can stand for a billion values.
 """
 
 import re
@@ -30,7 +30,7 @@ _SCALARS = (
     ),
 )
 _LARGEST_EXACT_FLOAT = 2**53
-_MOST_DIGITS = 400  # more than any float has; Python itself refuses thousands
+_MOST_DIGITS = 400  # more than any float has; Python itself refuses numbers of thousands of digits
 _MOST_VALUES = 20_000
 _DEEPEST = 50
 _PATTERNS = {tag: re.compile(pattern) for tag, pattern, _ in _SCALARS}
@@ -38,7 +38,7 @@ _CORE_TAGS = {*_PATTERNS, *(f"tag:yaml.org,2002:{name}" for name in ("str", "seq
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2, to a bounded depth."""
+    """The safe loader of PyYAML, with the scalars of YAML 1.2 and a bounded depth."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - PyYAML's own name and form
     depth = num_nodes = 0
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever either version of YAML would read as something else than text."""
+    """Writes quotes around text that YAML 1.1 or 1.2 would read as something else."""
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -70,15 +70,15 @@ class Document:
 
     values: Any
     lines: dict[KeyPath, int] = field(default_factory=dict)
-    """Line (from 1) of every key and list item; the empty path is the document."""
+    """Line, counted from 1, of every key and list item; that of the document is under the empty path."""
 
 
 def parse_yaml(text: str, source: str) -> Document:
-    """Read one YAML document; RecipeError as `source:line: what is wrong`."""
+    """Read one YAML document; RecipeError says `source:line: what is wrong`."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-    except (ValueError, OverflowError):  # PyYAML asks chr() for it
+    except (ValueError, OverflowError):  # PyYAML calls chr() with the number of the character
         raise RecipeError(f"{source}: not valid YAML: an escape like \\UFFFFFFFF stands for no character") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -95,7 +95,7 @@ def dump_yaml(values: Any) -> str:
 
 
 class _Reader:
-    """Turns YAML nodes into plain values and notes each key's line."""
+    """Turns YAML nodes into plain values, and notes the line of each key."""
 
     def __init__(self, loader: _Loader, source: str) -> None:
         self.loader = loader
