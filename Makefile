@@ -12,10 +12,11 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-slow faults test-machines lint types imports format schema architecture pages check clean
+.PHONY: help quickstart smoke test test-slow faults test-machines test-no-compiler test-mkl golden lint types imports \
+	format schema architecture pages check clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 15
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | expand -t 18
 
 quickstart: $(BIN)/.core  ## data, training, evaluation, a sample and the learned parameters, from nothing
 	$(BIN)/inl train recipes/tiny.yaml
@@ -38,14 +39,26 @@ test-slow: $(BIN)/.dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --ignore tests/faults || [ $$? -eq 5 ]  # 5: there are none
 	@$(MAKE) --no-print-directory faults
 
-faults: $(BIN)/.dev  ## kills, failing writes and damaged files; INL_FAULT_SEED=1 tries others than seed 0
+faults: $(BIN)/.dev  ## kills, failing writes, damaged files; INL_FAULT_SEED=1 tries others, INL_FAULT_SHARE=4 a quarter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults -n $(JOBS)
 
-test-machines: $(BIN)/.dev  ## the numerical tests as on another machine: its sums, two threads, no compiler
-	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && \
-	env -u CXX PATH="$(CURDIR)/$(BIN)" XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=2 \
-		MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
-		$(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) tests/model tests/documents tests/inference
+# What other machines compute in other ways: one without a compiler has none of the operations in C++, and another
+# processor adds in another order and with shorter vectors.
+NUMERICAL ?= tests/model tests/documents tests/inference
+
+test-no-compiler: $(BIN)/.dev  ## the numerical tests as on a machine without a compiler
+	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && set -x && \
+	env -u CXX PATH="$(CURDIR)/$(BIN)" XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) $(NUMERICAL)
+
+test-mkl: $(BIN)/.dev  ## the numerical tests with another processor's sums, and two threads
+	MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 \
+		$(BIN)/python -m pytest -n $(JOBS) $(NUMERICAL)
+
+test-machines: test-no-compiler test-mkl  ## both
+
+golden: $(BIN)/.dev  ## train the golden loss curves again, say how far each moved, rewrite those that did (tests/golden)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden.record
 
 lint: $(BIN)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -10,10 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
-from tests.inference.conftest import one_thread, workplace
 from tests.inference.tiny import TEXT, write_checkpoint
-
-__all__ = ["one_thread", "workplace"]
 
 SHORT = ("--tokens", "160", "--iterations", "4", "--sample-tokens", "8")
 TABLES = ["report.md", "summary.json", "trajectories.parquet"]

@@ -1,16 +1,28 @@
-"""The stage of the fault injection, and the seed that chooses its moments and damages: INL_FAULT_SEED, default 0."""
+"""The stage of the fault injection, and what chooses its faults.
+
+- INL_FAULT_SEED, default 0: the moments of the kills and the details of the damages.
+- INL_FAULT_SHARE, default 1: of the kills and the damages only every n-th is tried, others with another seed.
+"""
 
 import os
+from collections.abc import Sequence
+from typing import TypeVar
 
 import pytest
 
 from tests.faults.subject import Stage, Whole, open_stage
 
-SEED = int(os.environ.get("INL_FAULT_SEED", "0"))
+SEED, SHARE = (int(os.environ.get(f"INL_FAULT_{name}", default)) for name, default in (("SEED", "0"), ("SHARE", "1")))
+Case = TypeVar("Case")
+
+
+def chosen(cases: Sequence[Case]) -> Sequence[Case]:
+    """The cases that are tried."""
+    return cases[SEED % SHARE :: SHARE]
 
 
 def pytest_report_header() -> str:
-    return f"fault injection: INL_FAULT_SEED={SEED}"
+    return f"fault injection: INL_FAULT_SEED={SEED}, INL_FAULT_SHARE={SHARE}"
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@
 import os
 import re
 import resource
+import select
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ class Fault:
     file_size: int = -1
     """No file may grow beyond this from then on; -1 does nothing."""
     meet: str = ""
-    """Wait here until another process waits at a directory of this name too, three seconds at most."""
+    """Wait here until another process comes to a FIFO of this name too, three seconds at most."""
 
 
 class Faults:
@@ -128,9 +128,13 @@ def _break(fault: Fault, event: str) -> None:
 
 def _meet(name: str) -> None:
     """Wait until two processes are here, so that they go on at the same moment."""
-    place = Path(name)
-    place.mkdir(exist_ok=True)
-    (place / str(os.getpid())).touch()
-    end = time.monotonic() + 3
-    while len(list(place.iterdir())) < 2 and time.monotonic() < end:
-        time.sleep(0.001)
+    try:
+        os.mkfifo(name)
+        is_second = False
+    except FileExistsError:
+        is_second = True
+    meeting = os.open(name, os.O_RDWR)  # never closed: what is in a FIFO is lost with the last one who has it open
+    if is_second:
+        os.write(meeting, b"x")
+    else:
+        select.select([meeting], [], [], 3)  # the other one may have been refused before it came here

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.faults.commands import Outcome, check_manners
-from tests.faults.conftest import SEED
+from tests.faults.conftest import SEED, chosen
 from tests.faults.inject import Fault
 from tests.faults.subject import Stage, Whole, check_checkpoints, check_is_whole
 
@@ -68,7 +68,7 @@ def kills() -> list[Kill]:
 KILLS = kills()
 
 
-@pytest.mark.parametrize("kill", KILLS, ids=str)
+@pytest.mark.parametrize("kill", chosen(KILLS), ids=str)
 def test_a_killed_run_goes_on_to_the_same_end(stage: Stage, whole: Whole, kill: Kill):
     stage.set(PHASES[kill.phase][1])
     fault = kill.fault(whole.events)

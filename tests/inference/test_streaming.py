@@ -106,7 +106,7 @@ def test_a_prompt_of_unknown_tokens_counts_as_text(kind: str) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_long_stream_is_what_the_tokens_add_to_the_prompt(data: st.DataObject) -> None:
     chosen = foreign_tokenizer(data.draw(st.sampled_from(KINDS)))
     words = data.draw(st.lists(st.sampled_from(SPOKEN.split()), min_size=1, max_size=200))

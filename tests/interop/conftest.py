@@ -4,10 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.inference.conftest import one_thread
 from tests.inference.tiny import tokenizer
-
-__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

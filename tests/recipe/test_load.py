@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inl_core.errors import RecipeError
@@ -113,13 +113,11 @@ PLAIN = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(TEXT, PLAIN, max_size=4))
 def test_plain_values_survive_yaml(values: dict[str, Any]) -> None:
     assert loaded(dump_yaml(values)) == (values or {})
 
 
-@settings(deadline=None)
 @given(
     st.floats(1e-12, 10.0),
     st.integers(0, 2**31),
@@ -147,7 +145,6 @@ def test_any_valid_values_round_trip(
     assert again.data.sources == tuple(sources)
 
 
-@settings(deadline=None)
 @given(st.floats(1e-12, 10.0), st.integers(0, 2**31))
 def test_an_override_is_what_python_writes(rate: float, seed: int) -> None:
     recipe = with_overrides(f"training.optimizer.learning_rate={rate!r}", f"training.seed={seed}")

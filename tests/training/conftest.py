@@ -2,13 +2,14 @@
 
 import inspect
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from inl_core.corpus.loader import TokenDataset
 from inl_core.corpus.preparation import prepare
@@ -74,22 +75,23 @@ class Listener:
         self.messages.append(text)
 
 
+def small_recipe(data_directory: Path, **changes: Any) -> Recipe:
+    """A recipe on the small data set; `changes` are laid over its sections."""
+    data = {
+        "sources": (str(data_directory / "modules.jsonl"),),
+        "directory": data_directory / "set",
+        "tokenizer": {"vocab_size": 400},
+        "validation_fraction": 0.1,
+        "num_shards": 2,
+    }
+    base = {"name": "test", "model": MODEL, "training": TRAINING, "data": data}
+    return Recipe.model_validate(merge(base, changes))
+
+
 @pytest.fixture
 def make_recipe(data_directory):
     """make_recipe(training={...}, model={...}) -> Recipe on the small data set."""
-
-    def make(**changes) -> Recipe:
-        data = {
-            "sources": (str(data_directory / "modules.jsonl"),),
-            "directory": data_directory / "set",
-            "tokenizer": {"vocab_size": 400},
-            "validation_fraction": 0.1,
-            "num_shards": 2,
-        }
-        base = {"name": "test", "model": MODEL, "training": TRAINING, "data": data}
-        return Recipe.model_validate(merge(base, changes))
-
-    return make
+    return partial(small_recipe, data_directory)
 
 
 @pytest.fixture
@@ -127,8 +129,16 @@ def recipe_file(make_recipe, tmp_path):
     return write
 
 
-def run_inl(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """The command line in a process of its own, on one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "inl_cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **options)
+@pytest.fixture
+def inl(tmp_path, monkeypatch):
+    """inl("train", ...) -> what the command says in the test's directory, run in this process."""
+    from inl_cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_python(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:
+    """Python in a process of its own, for what concerns all of a process."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, **options)

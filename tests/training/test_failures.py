@@ -4,17 +4,20 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
+from inl_cli.console import Console
+from inl_cli.training_flow import run_training
 from inl_core.errors import NonFiniteError
 from inl_core.inference.checkpoint_files import list_checkpoints, verify_checkpoint
+from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import read_metrics
 from inl_core.training.nonfinite import FiniteWatch
-from tests.training.conftest import run_inl
+from tests.training.conftest import run_python, small_recipe
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "at the next log point"])
@@ -45,12 +48,11 @@ def test_a_non_finite_loss_stops_before_the_update(make_recipe, make_trainer, po
     assert report["batch"][0]["text"]
 
 
-def test_a_non_finite_loss_exits_with_3(recipe_file, tmp_path):
+def test_a_non_finite_loss_exits_with_3(recipe_file, inl):
     recipe = recipe_file(training={"optimizer": {"learning_rate": 1e30}, "schedule": {"name": "constant"}})
-    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
-    assert done.returncode == 3, done.stderr
+    done = inl("train", recipe, "--run-dir", "run", "--quiet")
+    assert done.exit_code == 3, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in done.stderr
     assert "learning_rate" in done.stderr
 
 
@@ -71,24 +73,17 @@ main()
 """
 
 
-def test_sigterm_saves_exits_with_75_and_resume_completes_the_same_run(recipe_file, tmp_path):
-    recipe = recipe_file(training={"steps": 60})
-    whole = run_inl("train", recipe, "--run-dir", "whole", "--quiet", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    stopped = subprocess.run(
-        [sys.executable, "-c", STOPPED_AT_FIVE, "train", str(recipe), "--run-dir", "parts"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_sigterm_saves_exits_with_75_and_resume_completes_the_same_run(recipe_file, inl, tmp_path):
+    recipe = recipe_file()
+    whole = inl("train", recipe, "--run-dir", "whole", "--quiet")
+    assert whole.exit_code == 0, whole.stderr
+    stopped = run_python("-c", STOPPED_AT_FIVE, "train", recipe, "--run-dir", "parts", cwd=tmp_path)
     assert stopped.returncode == 75, stopped.stderr
     assert "inl resume parts" in stopped.stderr
-    assert 0 < json.loads((tmp_path / "parts" / "preempted.json").read_text())["step"] < 60
-    resumed = run_inl("resume", "parts", "--json", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert json.loads(resumed.stdout)["step"] == 60
+    assert 0 < json.loads((tmp_path / "parts" / "preempted.json").read_text())["step"] < 12
+    resumed = inl("resume", "parts", "--json")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["step"] == 12
     assert not (tmp_path / "parts" / "preempted.json").exists()
     one, two = (
         [(row["step"], row["loss"]) for row in read_metrics(tmp_path / name) if "loss" in row]
@@ -97,16 +92,23 @@ def test_sigterm_saves_exits_with_75_and_resume_completes_the_same_run(recipe_fi
     assert one == two
 
 
-def limited_to(size: int):
+@contextmanager
+def files_limited_to(size):
     """A quota: no file of the process may grow beyond `size` bytes."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_room_for_a_checkpoint_is_found_before_the_first_step(recipe_file, tmp_path):
-    done = run_inl("train", recipe_file(), "--run-dir", "run", "--quiet", cwd=tmp_path, preexec_fn=limited_to(20_000))
-    assert done.returncode == 1, done.stderr
+def test_no_room_for_a_checkpoint_is_found_before_the_first_step(recipe_file, inl):
+    recipe = recipe_file()
+    with files_limited_to(20_000):
+        done = inl("train", recipe, "--run-dir", "run", "--quiet")
+    assert done.exit_code == 1, done.stderr
     assert "checkpoint cannot be saved" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_disk_that_fills_up_costs_no_earlier_checkpoint_and_does_not_stop_the_run(
@@ -123,10 +125,8 @@ def test_a_disk_that_fills_up_costs_no_earlier_checkpoint_and_does_not_stop_the_
         return original(stop)
 
     trainer._train_step = train_step
-    try:
+    with files_limited_to(soft):
         trainer.fit()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in heard.saved] == ["step-00000004", "step-00000012"]
     assert any("step 8 not saved" in message for message in heard.messages)
     for path in list_checkpoints(trainer.run.checkpoints):
@@ -134,13 +134,20 @@ def test_a_disk_that_fills_up_costs_no_earlier_checkpoint_and_does_not_stop_the_
     assert not list(trainer.run.checkpoints.glob("*.tmp"))
 
 
+@pytest.fixture(scope="module")
+def finished_once(data_directory, tmp_path_factory):
+    """What `finished` copies."""
+    recipe = small_recipe(data_directory, training={"checkpoint": {"every": 4, "keep_last": 3}})
+    path = tmp_path_factory.mktemp("finished") / "run"
+    with StopSignal() as stop:
+        run_training(Console(quiet=True), recipe, stop=stop, run_dir=path)
+    return path
+
+
 @pytest.fixture
-def finished(recipe_file, tmp_path):
+def finished(finished_once, tmp_path):
     """A finished run with checkpoints at steps 4, 8 and 12."""
-    recipe = recipe_file(training={"checkpoint": {"every": 4, "keep_last": 3}})
-    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "run"
+    return Path(shutil.copytree(finished_once, tmp_path / "run"))
 
 
 def flip(path):
@@ -157,7 +164,7 @@ DAMAGE = {
 }
 
 
-def test_resume_takes_the_newest_intact_checkpoint_and_names_those_it_skipped(finished, tmp_path):
+def test_resume_takes_the_newest_intact_checkpoint_and_names_those_it_skipped(finished, inl, tmp_path):
     checkpoints = finished / "checkpoints"
     pristine = tmp_path / "pristine"
     shutil.copytree(checkpoints, pristine)
@@ -165,44 +172,34 @@ def test_resume_takes_the_newest_intact_checkpoint_and_names_those_it_skipped(fi
         shutil.rmtree(checkpoints)
         shutil.copytree(pristine, checkpoints)
         damage(checkpoints / "step-00000012")
-        done = run_inl("resume", "run", "--json", cwd=tmp_path)
-        assert done.returncode == 0, (name, done.stderr)
+        done = inl("resume", "run", "--json")
+        assert done.exit_code == 0, (name, done.stderr)
         assert "skipped" in done.stderr, name
         assert "step-00000012" in done.stderr, name
         assert json.loads(done.stdout)["step"] == 12
         assert [row["step"] for row in read_metrics(finished) if "loss" in row] == list(range(1, 13)), name
 
 
-def test_resume_without_an_intact_checkpoint_exits_with_4(finished, tmp_path):
+def test_resume_without_an_intact_checkpoint_exits_with_4(finished, inl):
     for path in list_checkpoints(finished / "checkpoints"):
         flip(path / "model.safetensors")
-    done = run_inl("resume", "run", "--quiet", cwd=tmp_path)
-    assert done.returncode == 4
+    done = inl("resume", "run", "--quiet")
+    assert done.exit_code == 4
     assert "none of its 3 checkpoints is intact" in done.stderr
 
 
-def test_resume_refuses_a_change_of_the_experiment_and_accepts_it_when_allowed(finished, tmp_path):
-    refused = run_inl("resume", "run", "--steps", "14", "--set", "training.seed=1", cwd=tmp_path)
-    assert refused.returncode == 2
+def test_resume_refuses_a_change_of_the_experiment_and_accepts_it_when_allowed(finished, inl):
+    refused = inl("resume", "run", "--steps", "14", "--set", "training.seed=1")
+    assert refused.exit_code == 2
     assert "--allow-change training.seed" in refused.stderr
-    allowed = run_inl(
-        "resume",
-        "run",
-        "--steps",
-        "14",
-        "--set",
-        "training.seed=1",
-        "--allow-change",
-        "training.seed",
-        "--json",
-        cwd=tmp_path,
-    )
-    assert allowed.returncode == 0, allowed.stderr
+    changed = ("--set", "training.seed=1", "--allow-change", "training.seed")
+    allowed = inl("resume", "run", "--steps", "14", *changed, "--json")
+    assert allowed.exit_code == 0, allowed.stderr
     assert json.loads(allowed.stdout)["step"] == 14
     assert "training.steps" in allowed.stderr
 
 
-def test_a_refused_resume_changes_nothing_and_a_finished_run_is_evaluated_once(finished, data_directory, tmp_path):
+def test_a_refused_resume_changes_nothing_and_a_finished_run_is_evaluated_once(finished, data_directory, inl, tmp_path):
     before = {name: (finished / name).read_text() for name in ("recipe.yaml", "metrics.jsonl", "environment.json")}
     other = tmp_path / "other"
     shutil.copytree(data_directory, other)
@@ -210,40 +207,40 @@ def test_a_refused_resume_changes_nothing_and_a_finished_run_is_evaluated_once(f
         file.write('{"text": "one more document of another corpus"}\n')
     settings = ["data.directory=fresh", f"data.sources=[{other / 'modules.jsonl'}]"]
     arguments = [word for setting in settings for word in ("--set", setting)]
-    refused = run_inl("resume", "run", "--steps", "14", *arguments, "--allow-change", "data.sources", cwd=tmp_path)
-    assert refused.returncode == 4, refused.stderr
+    refused = inl("resume", "run", "--steps", "14", *arguments, "--allow-change", "data.sources")
+    assert refused.exit_code == 4, refused.stderr
     assert "fingerprint" in refused.stderr
     assert {name: (finished / name).read_text() for name in before} == before
-    again = run_inl("resume", "run", "--quiet", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    again = inl("resume", "run", "--quiet")
+    assert again.exit_code == 0, again.stderr
     assert len([row for row in read_metrics(finished) if "validation_loss" in row]) == 1
 
 
-def test_training_into_a_run_that_exists_is_refused(finished, recipe_file, tmp_path):
-    done = run_inl("train", recipe_file(), "--run-dir", "run", "--quiet", cwd=tmp_path)
-    assert done.returncode == 4
+def test_training_into_a_run_that_exists_is_refused(finished, recipe_file, inl):
+    done = inl("train", recipe_file(), "--run-dir", "run", "--quiet")
+    assert done.exit_code == 4
     assert "inl resume run" in done.stderr
 
 
-def test_a_batch_that_the_ranks_do_not_divide_shows_the_arithmetic(recipe_file, tmp_path):
-    done = run_inl("train", recipe_file(), "--set", "training.micro_batch_size=3", "--quiet", cwd=tmp_path)
-    assert done.returncode == 2
+def test_a_batch_that_the_ranks_do_not_divide_shows_the_arithmetic(recipe_file, inl):
+    done = inl("train", recipe_file(), "--set", "training.micro_batch_size=3", "--quiet")
+    assert done.exit_code == 2
     assert "does not divide 8" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_data_changed_after_preparation_is_refused(recipe_file, data_directory, tmp_path):
+def test_data_changed_after_preparation_is_refused(recipe_file, data_directory, inl, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(data_directory, copy)
     recipe = recipe_file(data={"directory": str(copy / "set"), "sources": [str(copy / "modules.jsonl")]})
     with (copy / "modules.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
-    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
-    assert done.returncode == 4, done.stderr
+    done = inl("train", recipe, "--run-dir", "run", "--quiet")
+    assert done.exit_code == 4, done.stderr
     assert "modules.jsonl" in done.stderr
     shard = next((copy / "set").glob("train-*.arrow"))
     os.truncate(shard, shard.stat().st_size // 2)
     shutil.copy(data_directory / "modules.jsonl", copy / "modules.jsonl")
-    done = run_inl("train", recipe, "--run-dir", "run", "--quiet", cwd=tmp_path)
-    assert done.returncode == 4, done.stderr
+    done = inl("train", recipe, "--run-dir", "run", "--quiet")
+    assert done.exit_code == 4, done.stderr
     assert shard.name in done.stderr

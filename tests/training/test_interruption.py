@@ -96,20 +96,22 @@ def test_a_rank_learns_the_name_of_a_signal_that_another_one_got():
     assert [rank.name for rank in ranks] == ["SIGUSR1", "SIGUSR1"]
 
 
+# As `impatient`; `for_ever` stands for a long call into a library.
 _PROCESS = """
-import os, signal, sys, threading, time
+import os, sys, threading
 from inl_core.training import interruption
 from inl_core.training.interruption import StopSignal
 interruption._PATIENCE = 0.1
+for_ever = threading.Event().wait
 with StopSignal(os._exit) as stop:
+    stop._same_request = -1.0
     stop.leave_word = lambda: print("word", flush=True)
     {body}
 """
-_TWICE = "with stop.deferred(): os.kill(os.getpid(), 15); time.sleep(0.7); os.kill(os.getpid(), 10); time.sleep(60)"
-# A thread that the interruption does not reach stands for a long call into a library.
+_TWICE = "with stop.deferred(): os.kill(os.getpid(), 15); os.kill(os.getpid(), 10); for_ever()"
 _BUSY = """
-    try: os.kill(os.getpid(), 15); time.sleep(60)
-    except KeyboardInterrupt: time.sleep(60)
+    try: os.kill(os.getpid(), 15); for_ever()
+    except KeyboardInterrupt: for_ever()
 """
 
 
@@ -125,7 +127,7 @@ def test_a_process_that_does_not_leave_is_ended(body, code, said):
 
 
 def test_a_worker_without_its_launcher_is_asked_to_leave():
-    worker = _PROCESS.format(body="print('up', flush=True); sys.stdin.read(1); time.sleep(60)")
+    worker = _PROCESS.format(body="print('up', flush=True); sys.stdin.read(1); for_ever()")
     launcher = (
         "import os, subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', {worker!r}], stderr=subprocess.STDOUT)\n"

@@ -1,25 +1,20 @@
-"""Fixtures of the inference tests: one thread, for tiny tensors gain nothing from more, and shared artefacts."""
+"""What all tests share: finished runs of tiny models, and Hypothesis without a clock."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from hypothesis import HealthCheck, settings
 
-from tests.inference.tiny import write_checkpoint, write_data
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# How long an example takes on a machine that others use too says nothing about the code.
+settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock")
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with data/tiny and runs of it: v3, v4, transformer. Tests must not change it."""
+    from tests.inference.tiny import write_checkpoint, write_data
+
     path = tmp_path_factory.mktemp("workplace")
     data = write_data(path / "data" / "tiny")
     for preset in ("v3", "transformer", "v4"):  # v4 is the newest
