@@ -1,4 +1,4 @@
-"""Key facts of a recipe, a data set, a run or a checkpoint, whichever a path holds.
+"""`inl inspect`: the key facts of a recipe, a data set, a run or a checkpoint, whichever a path holds.
 
 - An overview is named sections, each a mapping of facts or a list of rows; what is printed is what --json writes.
 - What can be read of a damaged artefact is shown, with the problem beside it.
@@ -39,6 +39,7 @@ from inl_core.training.metrics import stream_metrics
 Facts = dict[str, Any]
 Rows = list[dict[str, Any]]
 
+_RUN_FILES = ("checkpoints", "metrics.jsonl", "environment.json")
 _BARS = [chr(0x2581 + level) for level in range(8)]
 _CURVE_WIDTH = 60
 _LONGEST_REASON, _MOST_REASONS = 1 << 20, 100_000
@@ -57,14 +58,21 @@ class Overview:
 
 
 def inspect_path(path: Path) -> Overview:
-    """The overview of whatever `path` is; ArtefactError when it is none of the kinds, RecipeError for a bad recipe."""
+    """The overview of whatever `path` is.
+
+    Raises:
+        ArtefactError: it is none of the four kinds.
+        RecipeError: the recipe cannot be used.
+    """
     if path.suffix in (".yaml", ".yml"):
         return inspect_recipe(path)
     if not os.path.lexists(path):
         near = [str(place) for place in (Path("runs") / path, Path("data") / path) if is_directory(place)]
         raise ArtefactError(f"{path}: no such file or directory" + (f"; did you mean {near[0]}?" if near else ""))
-    for is_kind, inspect_kind in _KINDS:
-        if is_kind(path):
+    if path.is_dir() and is_checkpoint(path):
+        return inspect_checkpoint(path)
+    for inspect_kind, names in ((inspect_run, _RUN_FILES), (inspect_data, (MANIFEST, WORK))):
+        if any((path / name).exists() for name in names):
             return inspect_kind(path)
     raise ArtefactError(f"{path}: is no recipe (a .yaml file), data set, run or checkpoint (directories)")
 
@@ -138,11 +146,10 @@ def inspect_checkpoint(path: Path) -> Overview:
         model = read_model_config(path, config)
     except ArtefactError as error:
         raise ArtefactError(problem or str(error)) from error
-    # Parameters are counted only where the weights bear the configuration out, which may ask for a million layers.
+    # A damaged configuration may ask for a million layers: parameters are counted only if it fits the weights.
     misfit = _problem(lambda: fitting_model(path, model))
-    has_progress = problem is None and os.path.lexists(path / PROGRESS)
     progress: dict[str, Any] = {}
-    if has_progress:
+    if problem is None and os.path.lexists(path / PROGRESS):
         try:
             progress = read_progress(path).model_dump()
         except ArtefactError as error:
@@ -165,35 +172,39 @@ def inspect_run(path: Path) -> Overview:
     """How far it is, its losses and evaluations, its checkpoints, and where it ran."""
     problems: list[str] = []
 
-    def read(part: Callable[[], Any]) -> Any:
-        """What a part of the run holds, or None where it is damaged: the rest is shown all the same."""
+    def read(name: str, how: Callable[[Path], Any]) -> Any:
+        """What a file of the run holds; None where it is missing or damaged, and the rest is shown all the same."""
         try:
-            return part()
+            return how(path / name) if os.path.lexists(path / name) else None
         except (ArtefactError, RecipeError) as error:
             problems.append(str(error))
+            return None
 
-    recipe_path, environment, preempted = path / "recipe.yaml", path / "environment.json", path / "preempted.json"
-    recipe = read(lambda: load_recipe(recipe_path, allow_pipe=False)) if os.path.lexists(recipe_path) else None
-    stop = read(lambda: read_record(preempted, _Preempted)) if os.path.lexists(preempted) else None
-    history = _History(path)
-    read(history.read)
+    recipe = read("recipe.yaml", lambda file: load_recipe(file, allow_pipe=False))
+    stop = read("preempted.json", lambda file: read_record(file, _Preempted))
+    history = _History()
+    read("metrics.jsonl", history.read)
     checkpoints = [_checkpoint_row(checkpoint) for checkpoint in list_checkpoints(path / "checkpoints")]
-    facts = {
-        "recipe": recipe.name if recipe else None,
-        "preset": recipe.model.preset if recipe else None,
-        "step": max([history.step, *(row["step"] for row in checkpoints if row["intact"])]),
-        "steps_planned": recipe.training.num_steps if recipe else None,
-        "stopped_by": stop.signal if stop else None,
+    sections: dict[str, Facts | Rows] = {
+        "run": {
+            "recipe": recipe.name if recipe else None,
+            "preset": recipe.model.preset if recipe else None,
+            "step": max([history.step, *(row["step"] for row in checkpoints if row["intact"])]),
+            "steps_planned": recipe.training.num_steps if recipe else None,
+            "stopped_by": stop.signal if stop else None,
+            **history.remarks,
+        }
     }
-    sections: dict[str, Facts | Rows] = {"run": facts | history.remarks}
-    if history.last:
+    if losses := history.losses:
         sections["last step"] = history.last
-        sections["loss"] = _curve(history.losses)
+        figures = {"first": losses[0], "lowest": min(losses), "last": losses[-1]}
+        sections["loss"] = {**figures, "curve": sparkline(losses)}
     if history.evaluations:
         sections["evaluations"] = history.evaluations
     sections["checkpoints"] = checkpoints
-    if os.path.lexists(environment) and (record := read(lambda: read_record(environment, _Environment))):
-        sections["environment"] = _flat(record.root)
+    if record := read("environment.json", lambda file: read_record(file, _Environment)):
+        groups = (value if isinstance(value, dict) else {key: value} for key, value in record.root.items())
+        sections["environment"] = {key: value for group in groups for key, value in group.items()}
     return Overview("run", path, sections, problems[0] if problems else None)
 
 
@@ -214,26 +225,29 @@ class _Environment(RootModel[dict[str, Scalar | list[Scalar] | dict[str, Scalar]
 class _History:
     """What is shown of metrics.jsonl, which may hold millions of rows."""
 
-    def __init__(self, run: Path) -> None:
-        self.run, self.step = run, 0
+    def __init__(self) -> None:
+        self.step = 0
         self.last: dict[str, Any] = {}
         self.losses: list[float] = []
         self.evaluations: Rows = []
         self.remarks: Facts = {}
 
-    def read(self) -> None:
-        """Go through the file once; ArtefactError when it is damaged, and what came before is kept."""
-        for row in stream_metrics(self.run, lambda text: self.remarks.update(note=text)):
+    def read(self, file: Path) -> None:
+        """Go through the file once. Where it is damaged it raises ArtefactError and keeps what came before."""
+        for row in stream_metrics(file.parent, lambda text: self.remarks.update(note=text)):
             self.step = row["step"]
             if row.get("loss") is not None:
                 self.last = row
                 self.losses.append(row["loss"])
             if "validation_loss" in row:
-                self.evaluations.append(_evaluation_row(row))
+                names = ("loss", "perplexity", "bits_per_byte", "accuracy", "iterations")
+                scores = {name: row.get(f"validation_{name}") for name in names}
+                reach, scored = {"step": row["step"], "tokens": row.get("tokens")}, row.get("validation_tokens")
+                self.evaluations.append({**reach, **scores, "scored_tokens": scored})
 
 
 def model_sections(config: ModelConfig, *, counted: bool = True) -> dict[str, Facts | Rows]:
-    """The architecture, the integrator and, where they are to be counted, the parameters by part."""
+    """The architecture, the integrator and, with `counted`, the parameters by part."""
     sections: dict[str, Facts | Rows] = {
         "model": {
             "preset": config.preset,
@@ -259,10 +273,7 @@ def model_sections(config: ModelConfig, *, counted: bool = True) -> dict[str, Fa
 
 
 def sparkline(values: list[float], width: int = _CURVE_WIDTH) -> str:
-    """A curve as one line of text: means of at most `width` equal parts, lowest to highest in eight steps.
-
-    What is not finite is left out.
-    """
+    """A curve as one line of bars of eight heights: the means of at most `width` equal parts of its finite values."""
     values = [value for value in values if math.isfinite(value)]
     count = min(width, len(values))
     edges = [index * len(values) // count for index in range(count + 1)] if count else []
@@ -271,25 +282,6 @@ def sparkline(values: list[float], width: int = _CURVE_WIDTH) -> str:
         return ""
     low, spread = min(means), (max(means) - min(means)) or 1.0
     return "".join(_BARS[min(7, int(8 * (mean - low) / spread))] for mean in means)
-
-
-def _is_run(path: Path) -> bool:
-    return any((path / name).exists() for name in ("checkpoints", "metrics.jsonl", "environment.json"))
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and is_checkpoint(path)
-
-
-def _is_data(path: Path) -> bool:
-    return any((path / name).exists() for name in (MANIFEST, WORK))
-
-
-_KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Overview]], ...] = (
-    (_is_checkpoint, inspect_checkpoint),
-    (_is_run, inspect_run),
-    (_is_data, inspect_data),
-)
 
 
 def _problem(check: Callable[[], Any]) -> str | None:
@@ -316,7 +308,7 @@ def _splits(manifest: Manifest) -> Rows:
 
 
 def _quarantine(path: Path) -> Rows:
-    """How many rows were set aside for each reason, the most frequent first."""
+    """The ten most frequent reasons for setting rows aside, and how many rows each."""
     reasons: Counter[str] = Counter()
     with open_regular(path) as file:
         for line in islice(iter(lambda: file.readline(_LONGEST_REASON), b""), _MOST_REASONS):
@@ -345,18 +337,8 @@ def _integrator_facts(config: IntegratorConfig) -> Facts:
     }
 
 
-def _evaluation_row(row: dict[str, Any]) -> dict[str, Any]:
-    scores = ("loss", "perplexity", "bits_per_byte", "accuracy", "iterations")
-    scored = {name: row.get(f"validation_{name}") for name in scores}
-    return {"step": row["step"], "tokens": row.get("tokens"), **scored, "scored_tokens": row.get("validation_tokens")}
-
-
-def _curve(losses: list[float]) -> Facts:
-    return {"first": losses[0], "lowest": min(losses), "last": losses[-1], "curve": sparkline(losses)}
-
-
 def _files(path: Path) -> Rows:
-    """Name and size of every file below a directory; a live run may be removing them."""
+    """Name and size of every file below a directory, except those that a live run removes at this moment."""
     rows = []
     for file in sorted(path.rglob("*")):
         try:
@@ -372,11 +354,3 @@ def _checkpoint_row(path: Path) -> dict[str, Any]:
     problem = _problem(lambda: verify_checkpoint(path))
     size = sum(row["bytes"] for row in _files(path))
     return {"step": checkpoint_step(path), "bytes": size, "intact": problem is None, "problem": problem}
-
-
-def _flat(values: dict[str, Any]) -> Facts:
-    """Mappings inside become their own facts."""
-    flat: Facts = {}
-    for key, value in values.items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    return flat

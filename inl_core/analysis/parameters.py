@@ -1,16 +1,13 @@
-"""What a trained integrator does: mu, gamma and phi as learned, alpha, beta and gate measured on real text."""
+"""`inl inspect-params`: mu, gamma and phi as a model learned them, and alpha, beta and gate measured on real text."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from inl_core.analysis.convergence.collect import model_inputs
 from inl_core.analysis.planning import count_parameters
-from inl_core.corpus.loader import Batch
 from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
-from inl_core.model.excitation import Excitation
 from inl_core.training.dynamics import record_layers, summarise
 
 
@@ -23,9 +20,9 @@ class ParameterReport:
     amplitude: float | None
     """A of the excitation; None without an integrator."""
     text: str
-    """What alpha, beta, gate, velocity and residual were measured on."""
+    """The name of the text on which alpha, beta, gate, velocity and residual were measured."""
     tokens: int
-    """Tokens of it."""
+    """How many of its tokens were used."""
     layers: list[dict[str, Any]]
     """A row per layer and quantity: layer, quantity, mean, std, min, max, p5, p50, p95, saturated, drift.
 
@@ -44,27 +41,12 @@ def report_parameters(loaded: LoadedModel, text: Text, *, max_tokens: int = 2048
     counts = count_parameters(model)
     if model.config.integrator is None:
         return ParameterReport(counts, None, text.name, 0, [])
-    batch = _first_windows(loaded, text, max_tokens)
-    device = model.embedding.table.weight.device
-    arrays = (batch.tokens, batch.positions, batch.document_ids)
-    ids, positions, document_ids = (None if array is None else torch.from_numpy(array).to(device) for array in arrays)
-    assert ids is not None
-    rows = record_layers(model, ids, positions=positions, document_ids=document_ids)
-    rows += _periods(loaded)
-    return ParameterReport(counts, model.excitation_amplitude.item(), text.name, ids.numel(), rows)
-
-
-def _first_windows(loaded: LoadedModel, text: Text, max_tokens: int) -> Batch:
-    """Windows without padding: as many whole ones as fit, or the part of one that a short text fills."""
+    # Windows without padding: as many whole ones as fit, or the part of one that a short text fills.
     window = min(default_window(loaded), text.num_targets)
     num_windows = max(1, min(max_tokens, text.num_targets) // window)
-    return next(text.windows(window=window, batch_size=num_windows))
-
-
-def _periods(loaded: LoadedModel) -> list[dict[str, Any]]:
-    rows = []
-    modules = (module for module in loaded.model.modules() if isinstance(module, Excitation))
-    for index, excitation in enumerate(modules):
-        gamma = excitation.gamma.detach()
-        rows.append({"layer": index, "quantity": "period", **summarise(2 * math.pi / gamma.abs())})
-    return rows
+    batch = next(text.windows(window=window, batch_size=num_windows))
+    rows = record_layers(model, **model_inputs(batch, model.embedding.table.weight.device))
+    for layer, integrator in enumerate(model.integrators()):
+        periods = 2 * math.pi / integrator.excitation.gamma.detach().abs()
+        rows.append({"layer": layer, "quantity": "period", **summarise(periods)})
+    return ParameterReport(counts, model.excitation_amplitude.item(), text.name, batch.tokens.size, rows)
