@@ -29,7 +29,7 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
 
 @names_of_pages
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = r"`((?:inl_core|inl_cli|docs|tests|benchmarks|recipes|\.ci)/[\w./-]*\w)/?`"
+    named = r"`((?:inl_core|inl_cli|docs|tests|benchmarks|recipes|\.ci)/[a-z\d_./-]*[a-z\d])/?`"
     missing = [name for name in re.findall(named, page.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
     assert not missing
 
