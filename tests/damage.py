@@ -17,7 +17,7 @@ Damage = Callable[[Path], None]
 
 
 def replaced_by(content: bytes) -> Damage:
-    """The file with other content."""
+    """Puts other content into the file."""
 
     def damage(path: Path) -> None:
         _make_room(path).write_bytes(content)
@@ -26,44 +26,44 @@ def replaced_by(content: bytes) -> Damage:
 
 
 def linked_to(target: str) -> Damage:
-    """A symbolic link in the file's place."""
+    """Puts a symbolic link in the place of the file."""
     return lambda path: _make_room(path).symlink_to(target)
 
 
 def cut_in_half(path: Path) -> None:
-    """What a full disk or a broken copy leaves."""
+    """Cuts the file, as a full disk or a broken copy does."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def flip_a_bit(path: Path) -> None:
-    """What a bad disk does: the size stays."""
+    """Changes one bit, as a bad disk does; the size stays."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def append_a_byte(path: Path) -> None:
-    """Something wrote on."""
+    """Adds a byte at the end."""
     path.write_bytes(path.read_bytes() + b"x")
 
 
 def remove(path: Path) -> None:
-    """No file at all."""
+    """Removes the file."""
     _make_room(path)
 
 
 def fifo(path: Path) -> None:
-    """Opening it waits for a writer that never comes."""
+    """Puts a FIFO in the place of the file: whoever opens it waits for a writer that never comes."""
     os.mkfifo(_make_room(path))
 
 
 def directory(path: Path) -> None:
-    """A directory in the file's place."""
+    """Puts a directory in the place of the file."""
     _make_room(path).mkdir()
 
 
 def sparse_terabyte(path: Path) -> None:
-    """Nothing on the disk, 10^12 bytes to whoever reads it."""
+    """Makes the file 10^12 bytes long; it takes no room on the disk."""
     path.write_bytes(b"")
     os.truncate(path, 10**12)
 
@@ -94,11 +94,11 @@ NOT_A_RECORD: dict[str, Damage] = {
     "long number": replaced_by(b'{"a": ' + b"9" * 5_000 + b"}"),
     "NUL bytes": replaced_by(bytes(1_000)),
 }
-"""Content that is no JSON record of ours."""
+"""Content in the place of a JSON record that is not one."""
 
 
 def put(path: Path, key: str, value: Any) -> None:
-    """Set one value of a JSON file; `key` is a path such as "files.config.json.bytes", whose parts it finds itself."""
+    """Set a value of a JSON file. `key` is a dotted path; names in it may hold dots: "files.config.json.bytes"."""
     record = json.loads(path.read_text(encoding="utf-8"))
     place: Any = record
     while (name := _next_key(place, key)) != key:
@@ -115,7 +115,7 @@ def drop(path: Path, key: str) -> None:
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the header of a safetensors file in place, and leave the data behind it as it is."""
+    """Change the header of a safetensors file, and keep the data that follows it."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -124,7 +124,7 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def write_header(path: Path, header: bytes, data: bytes = b"", *, length: int | None = None) -> None:
-    """A safetensors file of these bytes; `length` is what it claims of its header."""
+    """Write a safetensors file of these bytes; it says that its header is `length` long, by default the truth."""
     claimed = len(header) if length is None else length
     path.write_bytes(claimed.to_bytes(8, "little") + header + data)
 
@@ -137,7 +137,7 @@ def _make_room(path: Path) -> Path:
 
 
 def _next_key(place: Any, rest: str) -> str:
-    """The longest beginning of `rest` that is a key of `place`, for names of files hold dots; else up to the dot."""
+    """The next key in the dotted path `rest`: of an object the longest that it has, otherwise up to the first dot."""
     if isinstance(place, dict):
         known = [name for name in place if rest == name or rest.startswith(name + ".")]
         if known:

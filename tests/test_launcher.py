@@ -1,4 +1,4 @@
-"""What the environment may say of a process's place among others."""
+"""What the environment says of the place of a process among the others."""
 
 import pytest
 
@@ -70,10 +70,18 @@ def test_tasks_that_know_nothing_of_each_other_are_told_of_torchrun(environment)
     "environment",
     [
         {},
-        {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # the batch script of a job of four tasks
-        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # salloc's shell
+        {
+            "SLURM_JOB_ID": "7",
+            "SLURM_PROCID": "0",
+            "SLURM_NTASKS": "4",
+        },  # a batch script, whose job may start four tasks
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # a shell that salloc opened
         {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
-        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "8"},  # torchrun, or the user, has set it up
+        {
+            "SLURM_PROCID": "1",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "WORLD_SIZE": "8",
+        },  # torchrun or the user has set WORLD_SIZE
         {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"},
     ],
 )

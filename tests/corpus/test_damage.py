@@ -1,4 +1,4 @@
-"""Damaged, forged and impossible data sets are refused with one line; a whole one is read once."""
+"""A data set that is damaged, forged or out of date is refused in one line; a whole one is read only once."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from inl_core.corpus.preparation import prepare
 from inl_core.corpus.preparation.chunks import token_lists
 from inl_core.corpus.shard_check import VERIFIED
 from inl_core.errors import ArtefactError
+from tests import damage
 from tests.corpus.texts import settings
-from tests.damage import flip_a_bit
 
 SHARD = "validation-00000-of-00001.arrow"
 
@@ -31,12 +31,24 @@ def copy(text_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files may be remembered as soon as they are written."""
+    """Shards are remembered as whole even if they were written a moment ago."""
     monkeypatch.setattr(shard_check, "_SETTLED_NS", -1)
 
 
-def overwrite_ids(path: Path, id: int) -> None:
-    """Every token in the file becomes `id`, in place; size and modification time stay."""
+@pytest.fixture
+def unwritable(copy: Path, settled: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set in a directory where nothing can be remembered."""
+    (copy / VERIFIED).unlink(missing_ok=True)
+
+    def refuse(path: Path, data: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shard_check, "write_whole", refuse)
+    return copy
+
+
+def overwrite_ids(path: Path, id: int = 70) -> None:
+    """Put `id` in the place of every token in the file; its size and time stay the same."""
     before = path.stat()
     with pa.memory_map(str(path)) as source:
         values = pa.ipc.open_file(source).get_batch(0)["tokens"].values.to_numpy()
@@ -52,7 +64,7 @@ def overwrite_ids(path: Path, id: int) -> None:
 def test_a_shard_overwritten_in_place_is_noticed_also_once_it_was_found_whole(copy: Path) -> None:
     TokenDataset.open(copy, "validation")
     assert verify(copy).splits["validation"].tokens
-    overwrite_ids(copy / SHARD, 70)
+    overwrite_ids(copy / SHARD)
     for read in (lambda: TokenDataset.open(copy, "validation"), lambda: verify(copy)):
         with pytest.raises(ArtefactError, match=rf"{SHARD}: damaged \(its sha256 is not the manifest's\); prepare it"):
             read()
@@ -83,46 +95,32 @@ def test_what_was_just_written_is_not_remembered(copy: Path, monkeypatch: pytest
     assert not (copy / VERIFIED).exists()
 
 
-@pytest.mark.usefixtures("settled")
-def test_a_directory_that_cannot_be_written_is_read_all_the_same(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (copy / VERIFIED).unlink(missing_ok=True)
-
-    def refuse(path: Path, data: str) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(shard_check, "write_whole", refuse)
-    assert TokenDataset.open(copy, "validation").num_tokens
-    overwrite_ids(copy / SHARD, 70)
+def test_a_directory_that_cannot_be_written_is_read_all_the_same(unwritable: Path) -> None:
+    assert TokenDataset.open(unwritable, "validation").num_tokens
+    overwrite_ids(unwritable / SHARD)
     with pytest.raises(ArtefactError, match="damaged"):
-        TokenDataset.open(copy, "validation")
+        TokenDataset.open(unwritable, "validation")
 
 
-@pytest.mark.usefixtures("settled")
 def test_where_nothing_can_be_remembered_ranks_believe_rank_0_of_the_same_files(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
+    unwritable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (copy / VERIFIED).unlink(missing_ok=True)
-
-    def refuse(path: Path, data: str) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
     heard: list[str] = []
-    monkeypatch.setattr(shard_check, "write_whole", refuse)
     monkeypatch.setattr(shard_check, "_MUCH", 1)
-    verify(copy, note=heard.append)
+    verify(unwritable, note=heard.append)
     assert "bytes of shards to check them" in heard[0]
     assert f"{VERIFIED}: cannot be written (Permission denied), so every start reads" in heard[1]
-    found = shard_check.found_whole(copy)
-    monkeypatch.setattr(shard_check, "_found", {})  # another process
-    shard_check.believe(copy, found)
+    found = shard_check.found_whole(unwritable)
+    monkeypatch.setattr(shard_check, "_found", {})  # as in another process
+    shard_check.believe(unwritable, found)
     looked: list[str] = []
     look = shard_check._look
     monkeypatch.setattr(shard_check, "_look", lambda path, *rest: (looked.append(path.name), look(path, *rest)))
-    verify(copy, note=heard.append)
+    verify(unwritable, note=heard.append)
     assert (looked, len(heard)) == ([], 2)
-    overwrite_ids(copy / SHARD, 70)
+    overwrite_ids(unwritable / SHARD)
     with pytest.raises(ArtefactError, match="damaged"):
-        verify(copy)
+        verify(unwritable)
     assert looked == [SHARD]
 
 
@@ -135,7 +133,7 @@ def test_what_is_remembered_is_not_trusted(copy: Path, content: str) -> None:
     verify(copy)
     key = json.loads((copy / VERIFIED).read_text())["manifest"]
     (copy / VERIFIED).unlink()
-    overwrite_ids(copy / SHARD, 70)
+    overwrite_ids(copy / SHARD)
     if content == "a FIFO":
         os.mkfifo(copy / VERIFIED)
     else:
@@ -149,7 +147,7 @@ Rows = dict[str, Any]
 
 
 def reseal(directory: Path, change: Callable[[Rows], None], name: str = SHARD) -> None:
-    """Change a shard's rows, and make the manifest fit the file as if it had been written so."""
+    """Change the rows of a shard, and the manifest with them, as if both had been written so."""
     with pa.memory_map(str(directory / name)) as source:
         batch = pa.ipc.open_file(source).get_batch(0)
         rows: Rows = {
@@ -202,7 +200,7 @@ def test_rows_that_are_no_documents_are_refused_though_every_checksum_fits(
 
 
 def edit(directory: Path, path: str, value: object) -> None:
-    """Set a value of the manifest, by its dotted path; without one, drop the key."""
+    """Set the value at a dotted path of the manifest; `...` for a value removes the key."""
     manifest = json.loads((directory / "manifest.json").read_text())
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     place: Any = manifest
@@ -263,7 +261,7 @@ def rename_shard(directory: Path, name: str) -> None:
 
 def test_a_split_that_names_anothers_shards_is_refused(copy: Path) -> None:
     splits = json.loads((copy / "manifest.json").read_text())["splits"]
-    # In this order the shards, and so the fingerprint, are those of the manifest that was written.
+    # In this order the list of shards stays the same, and so does the fingerprint.
     edit(copy, "splits", {"validation": splits["train"], "train": splits["validation"]})
     message = r"manifest\.json: damaged: splits\.validation names 'train-00000-of-00003\.arrow' where validation-"
     for read in (verify, TokenDataset.open, load_manifest):
@@ -275,7 +273,7 @@ def test_prompts_that_the_manifest_denies_are_refused(prompt_data: Path, tmp_pat
     directory = Path(shutil.copytree(prompt_data, tmp_path / "copy"))
     TokenDataset.open(directory)
     edit(directory, "has_prompts", False)
-    for read in (verify, TokenDataset.open):  # though the shards were found whole with the right manifest
+    for read in (verify, TokenDataset.open):  # the shards were found whole before, but with another manifest
         with pytest.raises(ArtefactError, match="a document has a prompt, the manifest says that none has"):
             read(directory)
 
@@ -294,56 +292,43 @@ def test_an_entry_outside_the_directory_is_refused(copy: Path, name: str) -> Non
         TokenDataset.open(copy, "validation")
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "manifest is a fifo", "tokenizer is a device"])
-def test_special_files_are_refused_at_once(copy: Path, kind: str) -> None:
-    name = {"manifest is a fifo": "manifest.json", "tokenizer is a device": "tokenizer.json"}.get(kind, SHARD)
-    (copy / name).unlink()
-    if "fifo" in kind:
-        os.mkfifo(copy / name)
-    elif "device" in kind:
-        (copy / name).symlink_to("/dev/zero")
-    else:
-        (copy / name).mkdir()
-    with pytest.raises(ArtefactError, match=rf"{name}: a .*, not a file"):
-        verify(copy)
-
-
 def test_the_manifest_that_was_written_is_read_as_it_was(copy: Path) -> None:
     edit(copy, "rows", load_manifest(copy).rows)
     assert verify(copy, deep=True) == load_manifest(copy)
 
 
+TRAIN = "train-00001-of-00003.arrow"
 DAMAGE = [
-    ("train-00001-of-00003.arrow", Path.unlink, False, "missing"),
-    ("train-00001-of-00003.arrow", lambda path: os.truncate(path, 100), False, "100 bytes, the manifest says"),
-    ("train-00001-of-00003.arrow", flip_a_bit, True, "damaged"),
-    ("train-00001-of-00003.arrow", flip_a_bit, False, "damaged"),
-    ("tokenizer.json", Path.unlink, False, "missing"),
-    ("tokenizer.json", lambda path: path.write_text("{}"), False, "not a tokenizer.json"),
-    ("manifest.json", Path.unlink, False, "no data set here"),
-    ("manifest.json", lambda path: os.truncate(path, 300), False, "not valid JSON"),
-    ("manifest.json", lambda path: path.write_text("{}"), False, "damaged"),
+    (TRAIN, damage.remove, "missing"),
+    (TRAIN, lambda path: os.truncate(path, 100), "100 bytes, the manifest says"),
+    (TRAIN, damage.flip_a_bit, "damaged"),
+    (SHARD, damage.fifo, "a FIFO, not a file"),
+    (SHARD, damage.linked_to("/dev/zero"), "a device, not a file"),
+    (SHARD, damage.directory, "a directory, not a file"),
+    ("tokenizer.json", damage.remove, "missing"),
+    ("tokenizer.json", damage.replaced_by(b"{}"), "not a tokenizer.json"),
+    ("tokenizer.json", damage.linked_to("/dev/zero"), "a device, not a file"),
+    ("manifest.json", damage.remove, "no data set here"),
+    ("manifest.json", lambda path: os.truncate(path, 300), "not valid JSON"),
+    ("manifest.json", damage.replaced_by(b"{}"), "damaged"),
+    ("manifest.json", damage.fifo, "a FIFO, not a file"),
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "deep", "message"), DAMAGE)
-def test_damage_is_named_with_the_fix(
-    text_data: Path, tmp_path: Path, name: str, damage, deep: bool, message: str
-) -> None:
-    directory = tmp_path / "copy"
-    shutil.copytree(text_data, directory)
-    verify(directory, deep=deep)
-    damage(directory / name)
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize(("name", "damaged", "message"), DAMAGE)
+def test_damage_is_named_with_the_fix(copy: Path, name: str, damaged: damage.Damage, deep: bool, message: str) -> None:
+    verify(copy, deep=deep)
+    damaged(copy / name)
     with pytest.raises(ArtefactError, match=message) as error:
-        verify(directory, deep=deep)
-    assert str(directory) in str(error.value)
+        verify(copy, deep=deep)
+    assert str(copy) in str(error.value)
 
 
-def test_another_tokenizer_in_the_data_set_is_noticed(text_data: Path, prompt_data: Path, tmp_path: Path) -> None:
-    shutil.copytree(text_data, tmp_path / "copy")
-    shutil.copy(prompt_data / "tokenizer.json", tmp_path / "copy")
+def test_another_tokenizer_in_the_data_set_is_noticed(copy: Path, prompt_data: Path) -> None:
+    shutil.copy(prompt_data / "tokenizer.json", copy)
     with pytest.raises(ArtefactError, match="not the tokenizer that encoded this data set"):
-        verify(tmp_path / "copy")
+        verify(copy)
 
 
 def test_changed_sources_make_a_data_set_stale(tmp_path: Path) -> None:
@@ -354,7 +339,7 @@ def test_changed_sources_make_a_data_set_stale(tmp_path: Path) -> None:
     chosen = settings(source)
     manifest = prepare(chosen, tmp_path / "out")
     os.utime(source / "3.txt", (1, 1))
-    assert verify(tmp_path / "out", settings=chosen) == manifest  # only touched
+    assert verify(tmp_path / "out", settings=chosen) == manifest  # it has another time, but the same content
     (source / "3.txt").write_text("text X")
     with pytest.raises(ArtefactError, match=r"stale: .*3\.txt changed since it was prepared"):
         verify(tmp_path / "out")
@@ -369,4 +354,4 @@ def test_changed_sources_make_a_data_set_stale(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"4\.txt was removed"):
         verify(tmp_path / "out")
     shutil.rmtree(source)
-    assert verify(tmp_path / "out") == manifest  # gone altogether: the data set stands alone
+    assert verify(tmp_path / "out") == manifest  # without its sources a data set stands alone

@@ -1,4 +1,4 @@
-"""Batches equal a slow reference built from a list of all documents, and are a pure function of the step."""
+"""Batches equal those that a slow reference makes from a list of all documents, and depend on nothing but the step."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from inl_core.errors import ArtefactError, RecipeError
 
 
 def all_documents(directory: Path, split: str) -> list[tuple[list[int], int]]:
-    """(tokens, prompt_length) of every document in shard order, by plain Arrow."""
+    """(tokens, prompt_length) of every document, read by Arrow, in the order of the shards."""
     found = []
     for shard in load_manifest(directory).splits[split].shards:
         for row in pa.ipc.open_file(directory / shard.file).read_all().to_pylist():
@@ -37,7 +37,7 @@ def all_documents(directory: Path, split: str) -> list[tuple[list[int], int]]:
 
 
 def reference_window(documents: list[tuple[list[int], int]], start: int, length: int) -> dict[str, list[int]]:
-    """One window, token by token."""
+    """The window that begins at `start`, made token by token."""
     stream = [
         (token, number, place, prompt)
         for number, (tokens, prompt) in enumerate(documents)
@@ -138,7 +138,7 @@ def test_an_epoch_is_a_permutation_and_the_next_another(
 
 
 def test_the_shuffle_is_the_same_for_ever() -> None:
-    """A resumed run must meet the old order, whatever numpy it runs on: frozen values."""
+    """A run that is resumed with another numpy must meet the old order, so these values may never change."""
     assert loader._permutation((3, 1, 4), 10).tolist() == [4, 5, 0, 8, 3, 7, 6, 9, 2, 1]
 
 

@@ -1,4 +1,4 @@
-"""A preparation writes over data sets alone, damaged ones too, and of those over its own files alone."""
+"""A preparation writes over nothing but data sets, and in these over nothing but its own files."""
 
 import errno
 import json
@@ -18,6 +18,7 @@ OTHERS = {
     "an unfinished checkpoint": {"training_state/optimizer.safetensors": "moments"},
     "a shard of someone else": {"manifest.json": "{}", "train-00000-of-00001.arrow": "mine"},
     "a web page": {"manifest.json": '{"name": "page", "icons": []}', "index.html": "<p>"},
+    "a thesis": {"thesis.tex": "precious"},
     "a model in a data set": {"manifest.json": '{"tokenizer_fingerprint": ""}', "model.safetensors": "w"},
     "a model beside a stopped preparation": {".prepare/plan.json": "{}", "config.json": "{}"},
     "a manifest that is a directory": {"manifest.json/a": "b"},

@@ -22,7 +22,7 @@ from tests.corpus.texts import contents, random_text, settings
 
 
 class Stopped(BaseException):
-    """Stands for a kill at one moment."""
+    """Raised in the place of a kill."""
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_run_stopped_anywhere_ends_like_one_never_stopped(tmp_path: Path) -> N
                 verify(directory)
         again = []
         prepare(chosen, directory, progress=again.append)
-        if stage in ("tokenise", "shards"):  # neither read nor tokenised again
+        if stage in ("tokenise", "shards"):  # what was read and tokenised before is not done again
             assert not any(event.stage in ("read", "tokenizer") and event.total for event in again)
             assert sum(event.stage == "tokenise" for event in again) <= num_tokenise - stopped_in.count("tokenise") + 1
         assert contents(directory) == expected
@@ -131,7 +131,7 @@ def test_other_settings_after_a_stop_start_over(text_directory: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataSettings, Path, Path]:
-    """Settings, the data set they make, and one that was stopped with chunks of text and of tokens."""
+    """(settings, the data set that they make, the same when it was stopped with chunks of text and of tokens)."""
     root, generator = tmp_path_factory.mktemp("unfinished"), random.Random(3)
     lines = "".join(f"{number} {random_text(generator, 30)}\n" for number in range(60))
     for number in range(12):

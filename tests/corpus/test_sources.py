@@ -1,4 +1,4 @@
-"""What the user names is found, read in order, and told; what is left out is told too."""
+"""The sources that a user names are found and read in a fixed order, and what is left out is told."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def test_a_directory_is_read_in_order_and_says_what_it_leaves_out(tmp_path: Path
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A directory with links of every kind, hidden files, a FIFO and what has no suffix."""
+    """A directory with links of every kind, hidden files, a FIFO, and a file without a suffix."""
     root = tmp_path / "root"
     for name in ("one.txt", "sub/two.TXT", ".hidden/three.txt", "../outside/four.txt", "README"):
         (root / name).parent.mkdir(exist_ok=True, parents=True)
@@ -109,7 +109,7 @@ def test_a_source_that_names_nothing_is_refused(
     with pytest.raises(RecipeError, match=message) as error:
         texts(source)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"."):  # by the settings already, or by the preparation
+    with pytest.raises(ValueError, match=r"."):  # the settings or the preparation refuse it
         prepare(settings(source), tree.parent / "out")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers made elsewhere whose own vocabulary spells special tokens, is random, or is wrong."""
+"""Tokenizers made elsewhere: their text becomes no special tokens, they are not random, and wrong ones are refused."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ TEXT = "ab <s> x</s>x </s>"
 
 
 def spelled(*words: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary and the merges that build these words from the left."""
+    """A vocabulary with these words, and the merges that build each word from its first letter on."""
     vocab = {name: id for id, name in enumerate([*SPECIAL, *CHARACTERS])}
     merges = []
     for word in words:
@@ -41,7 +41,7 @@ def finished(model: Any, *, cut: Any = None, special: list[str | AddedToken] | N
 
 
 def byte_level(*words: str, special: list[str | AddedToken], **options: Any) -> Tokenizer:
-    """Every byte, these words, and the special tokens among them."""
+    """A byte-level tokenizer with every byte and these words, of which those in `special` are special tokens."""
     vocab, merges = spelled(*words)
     for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab.setdefault(byte, len(vocab))
@@ -52,7 +52,7 @@ def byte_level(*words: str, special: list[str | AddedToken], **options: Any) -> 
 
 
 def forging_tokenizers() -> dict[str, Tokenizer]:
-    """One tokenizer of each kind that spells its special tokens in text."""
+    """A tokenizer of each kind that would make special tokens of a text which spells them."""
     words = spelled("<s>", "</s>", "ab")
     pieces = [(name, 0.0 if name in SPECIAL else -1.0) for name in words[0]]
     vocab = words[0]

@@ -1,4 +1,4 @@
-"""Duplicates are found at 8 bytes a document, and no document stands on both sides of the split."""
+"""Duplicates are found with 8 bytes for each document, and no document is in both splits."""
 
 import numpy as np
 import pytest

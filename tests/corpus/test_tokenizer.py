@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, forges nothing, and streams whole characters."""
+"""The tokenizer loses no text, makes no special tokens of it, and streams whole characters."""
 
 import json
 import random
@@ -26,7 +26,7 @@ with_markers = st.lists(utf8_text | st.sampled_from([*SPECIAL_TOKENS, " ", "\n",
 
 @pytest.fixture(scope="module")
 def gpt2_like() -> Tokenizer:
-    """One token for both ends, as in GPT-2's family."""
+    """As GPT-2: one token stands for both ends of a document."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     backend.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
@@ -42,7 +42,7 @@ def gpt2_like() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def sentencepiece_like() -> Tokenizer:
-    """Llama-2's form: byte fallback, a normaliser, tokens that depend on their neighbours."""
+    """As Llama 2: a normaliser, tokens for single bytes, and a spelling that depends on the neighbours."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     vocab |= {token: len(vocab) + i for i, token in enumerate(["\u2581", "a", "b", "\u2581a", "ab"])}
     model = tokenizers.models.BPE(vocab, [("\u2581", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True)

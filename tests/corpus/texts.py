@@ -1,4 +1,4 @@
-"""Random words with awkward characters, short settings, and what a source or a data set holds."""
+"""Helpers: random text with awkward characters, settings, and what sources and data sets hold."""
 
 import gzip
 import json
@@ -74,5 +74,5 @@ def texts_of(directory: Path, split: str) -> list[str]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file of a data set but what is remembered of this copy's own files."""
+    """Every file of a data set, but for the one that remembers the inodes and times of the others."""
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != VERIFIED}

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is said with its line, its path, the value, what is expected and the nearest name."""
+"""What is wrong with a recipe is told: its line, its key, its value, what is expected, and the nearest name."""
 
 import os
 from pathlib import Path
@@ -44,7 +44,7 @@ BAD_FILES = [
         "5 training.cycle.qqqq: unknown key; the keys here are preset, equilibrium, exploration, num_cycles, "
         "warmup_epochs, steps_per_epoch",
     ),
-    # wrong types: nothing is coerced
+    # wrong types: nothing is converted
     (MINIMAL + "  seed: abc\n", "4 training.seed: expected a whole number, got 'abc'"),
     (MINIMAL + '  seed: "2"\n', "4 training.seed: expected a whole number, got '2' (text: remove the quotes)"),
     (MINIMAL + "  seed: true\n", "4 training.seed: expected a whole number, got true"),
@@ -78,7 +78,7 @@ BAD_FILES = [
     ),
     ("name: 1e3\ntraining:\n  steps: 10\n", "1 name: expected text, got 1000 (text goes in quotes)"),
     ("name: a/b\ntraining:\n  steps: 10\n", "1 name: expected text that matches "),
-    # out of range, not a choice
+    # numbers out of range, and words that are not among the choices
     (MINIMAL + "model:\n  d_model: -1\n", "5 model.d_model: expected a number greater than 0, got -1"),
     (
         MINIMAL + "model:\n  preset: v5\n",
@@ -88,10 +88,10 @@ BAD_FILES = [
         MINIMAL + "model:\n  embedding_rank: autoo\n",
         "5 model.embedding_rank: expected a whole number or 'auto', got 'autoo'; did you mean 'auto'?",
     ),
-    # missing
+    # keys that are missing
     ("training:\n  steps: 10\n", "1 name: missing; it is required (Names the run directory, runs/NAME.)"),
     ("name: x\n", "1 training: missing; its keys are steps, "),
-    # sections whose values do not fit together point to the section
+    # values that do not fit together: the message names their section
     (
         "name: x\ntraining:\n  steps: 10\n  batch_tokens: 2000\n",
         "2 training: batch_tokens 2000 is not a multiple of sequence_length 128: 2000 / 128 = 15.62; "
@@ -123,7 +123,7 @@ BAD_FILES = [
         MINIMAL + "  min_iterations: 1\nmodel:\n  preset: transformer\n",
         "1: training.min_iterations: this model has no integrator; remove it",
     ),
-    # not even YAML
+    # text that is not YAML
     (MINIMAL + "  seed: [1\n", "5: not valid YAML: expected ',' or ']'"),
     ("name: x\n\ttraining: 1\n", "2: not valid YAML: found character '\\t' that cannot start any token"),
     ("- a\n- b\n", '1: a recipe is a mapping of keys, got ["a", "b"]'),
@@ -135,7 +135,7 @@ BAD_FILES = [
         MINIMAL + "name2: !!python/object:os.system {}\n",
         "4 name2: tag 'tag:yaml.org,2002:python/object:os.system' means nothing here; write a plain value",
     ),
-    # YAML of any shape
+    # YAML that no recipe would hold
     (MINIMAL + "  seed: !!int abc\n", "4 training.seed: 'abc' is tagged int and is none"),
     (MINIMAL + "  seed: !!float abc\n", "4 training.seed: 'abc' is tagged float and is none"),
     (MINIMAL + "  seed: !!bool abc\n", "4 training.seed: 'abc' is tagged bool and is none"),

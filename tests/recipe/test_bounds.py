@@ -1,4 +1,4 @@
-"""Every number of a recipe is bounded: what is accepted can be built and planned, what is not is a line."""
+"""Every number in a recipe is bounded: what is accepted can be built and planned, all else is refused in one line."""
 
 import math
 import re
@@ -26,7 +26,7 @@ EXTREMES = (
 
 
 def numbers(section: type[BaseModel] = Recipe, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The paths of all keys that may hold a number."""
+    """The paths of all keys whose values may be numbers."""
     found = []
     for name, field in section.model_fields.items():
         if below := section_at(section, (name,)):
@@ -48,7 +48,7 @@ def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
 
 
 def accepted(path: tuple[str, ...]) -> list[Recipe]:
-    """The recipes with an extreme value at `path` that are valid; every other is refused in short lines."""
+    """The valid ones of the recipes with an extreme value at `path`; all others are refused in short lines."""
     found = []
     for value in EXTREMES:
         try:
@@ -63,7 +63,7 @@ def accepted(path: tuple[str, ...]) -> list[Recipe]:
 
 
 def build(recipe: Recipe) -> None:
-    """All of a run that depends on numbers alone; matrices have no memory."""
+    """Build all parts of a run that depend on numbers, without memory for the weights."""
     model = meta_model(recipe.model)
     build_optimizers(model, recipe.training.optimizer, torch.device("meta"))
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Which change of a recipe a run may be resumed across."""
+"""Which keys of a recipe may change when a run is resumed."""
 
 import json
 
