@@ -24,8 +24,6 @@ from inl_core.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from inl_core.corpus.loader import Batch
-    from inl_core.inference.loading import LoadedModel
-    from inl_core.inference.texts import Text
 
 WindowOption = Annotated[
     int | None, typer.Option(help="Tokens the model sees at once; default what it was trained on.")
@@ -58,31 +56,16 @@ def evaluate(
     check_source(data, text)
     loaded = open_model(console, checkpoint, device, iterations=iterations)
     source = open_source(console, loaded, data, text, split)
-    result = _score(console, loaded, source, window, stride, iterations, no_early_stopping, max_tokens, batch_size)
-    console.result(result, lambda: _show(console, result))
 
-
-def _score(
-    console: Console,
-    loaded: "LoadedModel",
-    source: "Text",
-    window: int | None,
-    stride: int | None,
-    iterations: int | None,
-    no_early_stopping: bool,
-    max_tokens: int | None,
-    batch_size: int,
-) -> dict[str, Any]:
     from inl_core.inference import evaluate as evaluation
     from inl_core.inference.texts import default_window
 
     window = default_window(loaded) if window is None else window
     batches = source.windows(window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
-    total = min(source.num_targets, max_tokens or source.num_targets)
     counts = source.byte_counts(max_tokens)
     scores = evaluation.evaluate(
         loaded.model,
-        _counted(console, batches, total),
+        _counted(console, batches, min(source.num_targets, max_tokens or source.num_targets)),
         counts.token_num_bytes,
         num_bytes=counts.num_bytes,
         num_iterations=iterations,
@@ -93,7 +76,7 @@ def _score(
             f"{loaded.path}: its loss on {source.name} is {scores.loss:g}; the model overflows there, so use an "
             "earlier checkpoint"
         )
-    return {
+    result = {
         "checkpoint": loaded.path,
         "step": loaded.step,
         "text": source.name,
@@ -102,6 +85,7 @@ def _score(
         "max_iterations": evaluation.most_iterations(loaded.model, iterations),
         **asdict(scores),
     }
+    console.result(result, lambda: _show(console, result))
 
 
 def _counted(console: Console, batches: "Iterator[Batch]", total: int) -> "Iterator[Batch]":

@@ -20,8 +20,8 @@ def validated(
     """The section made of `values`, without conversions between types.
 
     Args:
-        names: what an argument is called where it is not the section's dotted key; a section's name stands for all
-            keys below it.
+        names: the section's dotted key -> what the caller calls it, where that differs. The key of a section inside
+            stands for all keys below it.
 
     Raises:
         RecipeError: (a ValueError) one line per problem: the argument, the value, the nearest valid name.
@@ -38,7 +38,7 @@ def validated(
 
 
 def check_name(kind: str, name: str, valid: Collection[str]) -> None:
-    """RecipeError (a ValueError) unless `name` is one of `valid`: the nearest of them, and all."""
+    """Refuse a name that is not one of `valid` with a RecipeError (a ValueError), which names the nearest and all."""
     if name not in valid:
         by_lower = {other.lower(): other for other in valid}
         near = get_close_matches(str(name).lower(), by_lower, n=1)
@@ -47,6 +47,7 @@ def check_name(kind: str, name: str, valid: Collection[str]) -> None:
 
 
 def _argument(key: str, names: Mapping[str, str]) -> str:
+    """What the caller calls the section's `key`."""
     if key in names:
         return names[key]
     section, dot, rest = key.rpartition(".")

@@ -1,7 +1,7 @@
 """Memory and start values for a module that was built on the meta device.
 
-- Modules are built there because torch fills a module when it makes it, from the global random generator: work thrown
-  away, and a draw that a caller's own seed would notice.
+Modules are built there since torch would otherwise fill each with random numbers as it is made. These would be
+overwritten at once, and would move the global random generator, which belongs to the caller.
 """
 
 from collections.abc import Callable
@@ -19,5 +19,5 @@ def materialise(module: nn.Module, initialise: Callable[[], None], device: torch
     if device.type == "meta":
         return
     module.to_empty(device=device)
-    with torch.device("cpu"):  # the draws are made there, so that a start does not depend on the device
+    with torch.device("cpu"):  # random numbers are drawn there, so that the start does not depend on the device
         initialise()

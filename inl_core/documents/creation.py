@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from inl_core.documents.language_model import (
     IntegratorLanguageModel,
     OptimizedIntegratorLanguageModel,
@@ -20,8 +18,6 @@ def create_model(
     *,
     preset: Preset = "v2",
     use_gradient_checkpointing: bool | None = None,
-    seed: int = 0,
-    device: torch.device | str | None = None,
     **options: Any,
 ) -> IntegratorLanguageModel:
     """A model of a documented size with all its generation's optimisations on, as document 001 has it.
@@ -30,22 +26,14 @@ def create_model(
         size: small, medium, large, xlarge, 3B, 7B, 13B, 3072x32, or document 001's names 2B, 2.2B, 5B, 10B.
         preset: the generation; document 001 describes v2.
         use_gradient_checkpointing: None turns it on for v2 and v3, whose documents count it among the optimisations.
-        device: "meta" builds shapes without memory: the way to look at a 5B model.
-        options: any other argument of IntegratorLanguageModel.
+        options: any other argument of IntegratorLanguageModel; device="meta" is the way to look at a 5B model.
 
     Raises:
         ValueError: an unknown size or preset, with the nearest name and all names.
     """
     recompute = preset in _CLASSES if use_gradient_checkpointing is None else use_gradient_checkpointing
-    return _CLASSES.get(preset, IntegratorLanguageModel)(
-        vocab_size,
-        size=size,
-        preset=preset,
-        use_gradient_checkpointing=recompute,
-        seed=seed,
-        device=device,
-        **options,
-    )
+    made_of = _CLASSES.get(preset, IntegratorLanguageModel)
+    return made_of(vocab_size, size=size, preset=preset, use_gradient_checkpointing=recompute, **options)
 
 
 def create_optimized_model(

@@ -1,4 +1,4 @@
-"""The documents' cycle scheduler, by epochs, on the cycles that `inl train` runs by steps."""
+"""The documents' cycle scheduler, which counts epochs; its phases are computed as `inl train` does for steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,10 @@ from inl_core.training.cycles import CycleConfig, cycle_config
 
 
 class CycleScheduler:
-    """Which phase an epoch belongs to and what governs it: warm-up, then equilibrium and exploration in turn.
+    """The phase of each epoch, with its weights and excitation: warm-up, then equilibrium and exploration in turn.
 
-    A function of the epoch, not a state machine: epochs may be asked for in any order, and a resumed run needs nothing
-    but its epoch.
+    A phase follows from the number of the epoch alone. Epochs may be asked for in any order, and a resumed run needs to
+    know nothing but its epoch.
     """
 
     def __init__(self, config: CycleConfig) -> None:
@@ -20,7 +20,7 @@ class CycleScheduler:
         self.next_epoch = 0
 
     def step(self, epoch: int | None = None) -> dict[str, Any]:
-        """What governs `epoch`, counted from 0; None is the one after the last that was asked for.
+        """The phase of `epoch`, counted from 0; None is the epoch after the last that was asked for.
 
         Returns:
             phase_name: warmup, equilibrium, exploration, or consolidation after the last cycle.
@@ -58,7 +58,7 @@ def create_cycle_scheduler(
     num_cycles: int | None = None,
     warmup_epochs: int | None = None,
 ) -> CycleScheduler:
-    """The scheduler of a preset, with whatever is given laid over it (docs/model.md, "Cycles").
+    """The scheduler of a preset, with the other arguments laid over it (docs/model.md, "Cycles").
 
     Args:
         preset: conservative, balanced or aggressive.

@@ -1,6 +1,6 @@
-"""Token ids -> longer token ids: the documents' `generate`, with the sampler of `inl generate`.
+"""Token ids -> longer token ids: the documents' `generate`, with the decoder and the sampler of `inl generate`.
 
-- For ids without a tokenizer; inl_core/inference/generate.py is for texts, stop strings and rows of different length.
+This is for ids, which need no tokenizer; inl_core/inference/generate.py is for texts.
 """
 
 import random
@@ -22,11 +22,13 @@ def continue_ids(
     use_cache: bool = True,
     eos: int | None = None,
 ) -> Tensor:
-    """Continue every row of `ids` (B, S): (B, S + n) with n <= max_new_tokens, in eval mode; the mode comes back.
+    """Continue every row of `ids` (B, S): (B, S + n) with n <= max_new_tokens.
+
+    The model runs in eval mode, and is in the mode it was in afterwards.
 
     Args:
         use_cache: False computes the whole text again for every token.
-        eos: the id that ends a row; the row is filled with it until the others end.
+        eos: the id that ends a row; an ended row is filled with it until all others have ended.
 
     Raises:
         ValueError: no ids, or no room for max_new_tokens in the context.

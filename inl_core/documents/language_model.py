@@ -42,8 +42,8 @@ _ARGUMENTS = {
 class IntegratorLanguageModel(nn.Module):
     """ids (B, S) -> logits (B, S, V); by default the first generation, v1.
 
-    An argument that is left out means what the preset says; dimensions that are left out are the documents' smallest
-    model's (d_model 512, 6 layers), with heads 64 wide and a feed-forward of 4 d_model.
+    The preset decides what is not given. Dimensions that are not given are those of the documents' smallest model
+    (d_model 512, 6 layers), with heads 64 wide and a feed-forward of 4 d_model.
 
     Args:
         vocab_size: V.
@@ -59,7 +59,7 @@ class IntegratorLanguageModel(nn.Module):
         mu_adaptation_rate: eta of mu's moving average, taken once a training forward pass; 0 is off.
         preset: another generation: v1, v2, v3, v4 or transformer.
         size: one of the documents' sizes, for the dimensions that are not given.
-        overrides: further keys of a recipe's model section, {"integrator": {"dt": 0.2}}; they win.
+        overrides: further keys of a recipe's model section, {"integrator": {"dt": 0.2}}, laid over everything else.
         seed: of the initial weights; torch's global generator is neither read nor moved.
         device: where to build; "meta" gives shapes without memory. None is torch's default device.
 
@@ -95,36 +95,31 @@ class IntegratorLanguageModel(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        given = {
-            "d_model": d_model,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "feedforward_dim": feedforward_dim,
-            "max_seq_len": max_seq_len,
-            "size": size,
-        }
-        values = _with_dimensions(preset or self.default_preset, {k: v for k, v in given.items() if v is not None})
-        values["vocab_size"] = vocab_size
+        dimensions = _present(
+            d_model=d_model,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            feedforward_dim=feedforward_dim,
+            max_seq_len=max_seq_len,
+            size=size,
+        )
+        values = _with_dimensions(preset or self.default_preset, dimensions) | {"vocab_size": vocab_size}
         values["embedding_rank"] = _rank(values, use_lowrank_embeddings, lowrank_ratio)
-        integrator = {
-            "num_iterations": num_iterations_per_layer,
-            "excitation": _given(amplitude=excitation_amplitude),
-            "mu": _given(adaptation_rate=mu_adaptation_rate),
-            "early_stopping": _stopping(use_adaptive_stopping, convergence_threshold),
-        }
-        if integrator := {key: value for key, value in integrator.items() if value not in (None, {})}:
-            values["integrator"] = integrator
-        self._build(validated(ModelConfig, merge(values, overrides or {}), _ARGUMENTS), seed, device)
+        integrator = _present(
+            num_iterations=num_iterations_per_layer,
+            excitation=_present(amplitude=excitation_amplitude),
+            mu=_present(adaptation_rate=mu_adaptation_rate),
+            early_stopping=_stopping(use_adaptive_stopping, convergence_threshold),
+        )
+        values |= _present(integrator=integrator)
+        with torch.device("meta"):
+            self.model = Model(validated(ModelConfig, merge(values, overrides or {}), _ARGUMENTS))
+        materialise(self, lambda: self.model.initialise(seed), device)
+        self._measured: list[Tensor] = []
         if self.default_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing:
             for block in self.model.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-    def _build(self, config: ModelConfig, seed: int, device: torch.device | str | None) -> None:
-        with torch.device("meta"):
-            self.model = Model(config)
-        materialise(self, lambda: self.model.initialise(seed), device)
-        self._measured: list[Tensor] = []
 
     @property
     def config(self) -> ModelConfig:
@@ -163,20 +158,22 @@ class IntegratorLanguageModel(nn.Module):
             mu: (L, D), or None without an integrator;
             iterations: (B, S), used by each token, the mean over layers.
 
-        In training mode with mu_adaptation_rate above 0, mu takes the step that this pass measured at the start of the
-        next training pass: the backward pass in between may compute blocks again and must find mu as it was.
+        In training mode with mu_adaptation_rate above 0, this pass measures mu's next step, and the next training pass
+        takes it at its start. In between, the backward pass may compute blocks again and must find mu unchanged.
 
         Args:
             ids: (B, S).
-            use_cache: keep keys and values for the tokens that follow. No gradient flows: a cache is for inference.
-            cache: the cache of an earlier call (implies use_cache); `ids` continue it. It is changed in place. None
-                makes one for max_seq_len tokens; `model.model.new_cache(B, slots)` makes a shorter one.
+            use_cache: keep keys and values for the tokens that follow; no gradient is computed then. Without `cache` a
+                new one is made for max_seq_len tokens; `model.model.new_cache(B, slots)` makes a shorter one.
+            cache: the cache of an earlier call, which `ids` continue (implies use_cache). It is changed in place.
 
         Raises:
             ValueError: more tokens than max_seq_len.
         """
         use_cache = use_cache or cache is not None
-        self._check_length((cache.length if cache else 0) + ids.shape[1])
+        length = (cache.length if cache else 0) + ids.shape[1]
+        if length > self.config.max_seq_len:
+            raise ValueError(f"{length} tokens exceed the model's context, max_seq_len {self.config.max_seq_len}")
         if use_cache and cache is None:
             cache = self.model.new_cache(ids.shape[0], self.config.max_seq_len)
         self._adapt_mu()
@@ -188,10 +185,10 @@ class IntegratorLanguageModel(nn.Module):
         return (logits, aux, cache) if cache is not None else (logits, aux)
 
     def _options(self, ids: Tensor, return_aux: bool) -> Options:
-        # Without memory a learned budget has no values to read: every layer then counts with T iterations.
+        # On the meta device a learned budget has no values to read, so each layer runs T iterations there.
         integrator = self.config.integrator
-        total = integrator.num_iterations if ids.is_meta and integrator else None
-        return Options(num_iterations=total, keep_trajectory=return_aux)
+        num_iterations = integrator.num_iterations if ids.is_meta and integrator else None
+        return Options(num_iterations=num_iterations, keep_trajectory=return_aux)
 
     def _aux(self, output: ModelOutput) -> dict[str, Any]:
         paths = [trajectory_dict(layer.trajectory) for layer in output.layers if layer.trajectory]
@@ -199,12 +196,12 @@ class IntegratorLanguageModel(nn.Module):
         return aux | {"mu": self.get_learned_mu(), "iterations": output.iterations()}
 
     def _measure(self, layers: list[IntegratorOutput]) -> None:
-        """Remember the mean final states of a training pass for mu's moving average."""
+        """Keep the mean final states of a training pass, for the step of mu's moving average that follows it."""
         if self.training and self._adaptation_rate > 0:
             self._measured = [layer.state.detach().mean((0, 1)) for layer in layers]
 
     def _adapt_mu(self) -> None:
-        """mu's step towards what the last training pass measured."""
+        """Move mu towards the mean states that the last training pass measured."""
         if self.training and self._measured:
             for integrator, mean_state in zip(self.model.integrators(), self._measured, strict=True):
                 integrator.equilibrium.adapt(mean_state, self._adaptation_rate)
@@ -213,10 +210,6 @@ class IntegratorLanguageModel(nn.Module):
     @property
     def _adaptation_rate(self) -> float:
         return self.config.integrator.mu.adaptation_rate if self.config.integrator else 0.0
-
-    def _check_length(self, length: int) -> None:
-        if length > self.config.max_seq_len:
-            raise ValueError(f"{length} tokens exceed the model's context, max_seq_len {self.config.max_seq_len}")
 
     def generate(
         self,
@@ -259,7 +252,7 @@ class IntegratorLanguageModel(nn.Module):
 
 
 class OptimizedIntegratorLanguageModel(IntegratorLanguageModel):
-    """The second generation, v2: v1's block with all optimisations of documents 001 and 002 but recomputation on."""
+    """The second generation, v2: v1's block with all optimisations of documents 001 and 002 but recomputation."""
 
     default_preset = "v2"
 
@@ -272,7 +265,7 @@ class UltraOptimizedIntegratorLanguageModel(IntegratorLanguageModel):
 
 
 def _with_dimensions(preset: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The dimensions that are neither given nor a size's."""
+    """`values` with a preset and, unless they name a size, the dimensions they lack."""
     check_name("preset", preset, PRESETS)
     values = {"preset": preset, **values}
     if "size" in values:
@@ -287,7 +280,7 @@ def _with_dimensions(preset: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rank(values: dict[str, Any], use_lowrank: bool | None, ratio: float) -> int | None:
-    """R, or None for a full embedding."""
+    """R, the rank of the embedding; None for a full one."""
     if not 0 < ratio <= 1:
         raise ValueError(f"lowrank_ratio {ratio}: must be above 0 and at most 1")
     by_default = PRESETS[values["preset"]]["embedding_rank"] is not None
@@ -297,14 +290,15 @@ def _rank(values: dict[str, Any], use_lowrank: bool | None, ratio: float) -> int
     return max(_LEAST_RANK, int(d_model * ratio))
 
 
-def _stopping(use: bool | None, threshold: float | None) -> dict[str, float]:
-    """early_stopping as far as it is given."""
+def _stopping(use: bool | None, threshold: float | None) -> dict[str, Any]:
+    """The keys of early_stopping that the two arguments call for."""
     if use is False:
         return {"convergence_threshold": 0.0}
     if use and threshold is None:
         return dict(PRESETS["v2"]["integrator"]["early_stopping"])
-    return _given(convergence_threshold=threshold)
+    return _present(convergence_threshold=threshold)
 
 
-def _given(**values: float | None) -> dict[str, float]:
-    return {key: value for key, value in values.items() if value is not None}
+def _present(**values: Any) -> dict[str, Any]:
+    """The values that are neither None nor empty dictionaries."""
+    return {key: value for key, value in values.items() if value is not None and value != {}}

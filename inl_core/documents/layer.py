@@ -4,7 +4,7 @@
     x_{t+1} = x_t + dt velocity_scale gate v_{t+1}
 
 - Source: document 002 (docs/model.md, "One step"); the equations are those of inl_core/model/integrator.py.
-- A forward pass is one iteration, as the documents' layer has no T; a caller may ask for more at once.
+- A forward pass is one iteration, since the documents' layer has no T; a caller may ask for more at once.
 - Legend: B batch, H hidden_dim (context), D output_dim (state), T iterations.
 """
 
@@ -102,7 +102,7 @@ class IntegratorNeuronLayer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Set everything to its start; matrices are drawn as in the language model, each with its own generator."""
+        """Set everything to its start values; each matrix is drawn from a random generator of its own."""
         self.dynamics.initialise()
         self.dynamics.excitation.reset_buffers()
         self.amplitude.fill_(self.config.excitation.amplitude)
@@ -154,9 +154,8 @@ class IntegratorNeuronLayer(nn.Module):
         With `return_trajectory` also every iteration: x and v (..., T+1, D), alpha, beta and gate (..., T, D).
 
         In training mode mu's moving average takes one step after the pass, towards the mean of the final state over
-        everything but D. The iterations used mu as it was, and autograd keeps no reference to its values, so the
-        backward pass is not affected. Under activation checkpointing the pass runs twice and so would the update: set
-        mu_adaptation_rate to 0 there.
+        everything but D. The backward pass is not affected, since autograd keeps no reference to mu's values. Under
+        activation checkpointing the pass runs twice and mu would take two steps: set mu_adaptation_rate to 0 there.
 
         Args:
             context: (..., H).

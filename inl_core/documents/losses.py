@@ -30,15 +30,15 @@ IGNORED = -100
 class IntegratorLoss(nn.Module):
     """`losses = loss_fn(predictions, targets, trajectory, epoch, learned_mu)`; `losses["total"].backward()`.
 
-    lambda_mean is, by `set_exploration_phase`: never called, annealed from lambda_mean_init to a tenth of it over
-    `annealing_epochs`; False, equilibrium_lambda_mean; True, exploration_lambda_mean.
+    lambda_mean is annealed from lambda_mean_init to a tenth of it over `annealing_epochs`. Once
+    `set_exploration_phase` has been called it is equilibrium_lambda_mean (False) or exploration_lambda_mean (True).
 
     Args:
         target_value: mu, where neither `learned_mu` nor the trajectory gives one.
         lambda_mean_init, lambda_speed, lambda_energy: weights.
         annealing_epochs: epochs over which lambda_mean anneals when there are no phases.
-        variance_weighted: w_i as above; False is w_i = 1. (The documents' prose says the opposite of their equation,
-            which is followed: a dimension that varies more weighs less.)
+        variance_weighted: w_i as above, so that a dimension that varies more weighs less; False is w_i = 1. (The prose
+            of the documents says the opposite of their equation. The equation is followed.)
         exploration_lambda_mean, exploration_lambda_energy: weights in exploration.
         equilibrium_lambda_mean: lambda_mean in equilibrium.
         annealing: how lambda_mean anneals.
@@ -93,8 +93,8 @@ class IntegratorLoss(nn.Module):
         """Enter a phase of a cycle.
 
         Args:
-            lambda_mean: the phase's own weight, such as the scheduler's `phase_info["lambda_mean"]`; None takes the
-                one given at construction, which is the balanced preset's.
+            lambda_mean: the phase's own weight, such as the scheduler's `phase_info["lambda_mean"]`; None is the one
+                given at construction, by default the balanced preset's.
         """
         if lambda_mean is not None:
             _check_weight("lambda_mean", lambda_mean)
@@ -146,7 +146,7 @@ class IntegratorLoss(nn.Module):
         return {"total": torch.stack(list(parts.values())).sum(), **parts, **losses, **used}
 
     def _terms(self, trajectory: Mapping[str, Any], mu: Tensor | float, valid: Tensor | None) -> dict[str, Tensor]:
-        """mean, speed and energy, unweighted."""
+        """mean, speed and energy, without their weights."""
         states, velocities = _by_layer(trajectory["x"]), _by_layer(trajectory["v"])
         shape, dim = states[0].shape[:2], states[0].shape[-1]
         places = torch.as_tensor(mu, dtype=states[0].dtype, device=states[0].device).expand(len(states), dim)
@@ -167,7 +167,7 @@ def _check_weight(name: str, value: float) -> None:
 
 
 def _task_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Mean squared error or cross-entropy, and which targets count (None: all)."""
+    """Mean squared error or cross-entropy, and a mask of the targets that count (None: all)."""
     if targets.is_floating_point():
         if predictions.shape != targets.shape and predictions.squeeze(-1).shape != targets.squeeze(-1).shape:
             raise ValueError(
@@ -187,14 +187,14 @@ def _task_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | N
 
 
 def _by_layer(value: Any) -> list[Tensor]:
-    """One (B, S, T+1, D) a layer; a regression's (B, T+1, D) is one layer with S = 1."""
+    """A tensor (B, S, T+1, D) for each layer; a regression's (B, T+1, D) is one layer with S = 1."""
     if isinstance(value, list):
         return value
     return [value.unsqueeze(1) if value.dim() == 3 else value]
 
 
 def _summary(x: Tensor, v: Tensor, mu: Tensor) -> IntegratorOutput:
-    """A layer's trajectory (B, S, T+1, D) as the integrator itself would have reported it in training."""
+    """A layer's trajectory (B, S, T+1, D) as the output that the integrator itself would have given in training."""
     weights = x.new_tensor(speed_weights(x.shape[-2] - 1))
     speed = ((x[..., 1:, :] - mu).abs().mean(-1) * weights).sum(-1)
     energy = v[..., 1:, :].square().mean((-1, -2))

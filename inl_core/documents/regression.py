@@ -5,9 +5,9 @@
     x_T = T iterations of the integrator under h
     y   = readout(x_T)                      starts as the identity
 
-- Source: document 002, its training example and its diagram (docs/model.md, "The three documents"). It does not say
-  where x starts; an x_0 that depends on the input is what gives "steps to equilibrium" a meaning, and what a language
-  model's block does. It starts scattered around target_value.
+- Source: document 002, its training example and its diagram (docs/model.md, "The three documents").
+- The document does not say where x starts. Here x_0 depends on the input, as in a language model's block, and lies
+  around target_value: only then do "steps to equilibrium" tell something about an input.
 - Legend: B batch, I input_dim, H hidden_dim, D output_dim, T iterations.
 """
 

@@ -230,7 +230,7 @@ def test_generation_is_the_same_with_and_without_a_cache(preset, settings):
 
 
 def test_greedy_generation_takes_the_most_probable_token():
-    model, ids = build().double().eval(), some_ids()  # so that no rounding decides
+    model, ids = build().double().eval(), some_ids()  # in float64 no rounding decides between two tokens
     found = model.generate(ids, 6, temperature=0)
     for _ in range(6):
         ids = torch.cat((ids, model(ids)[0][:, -1:].argmax(-1)), dim=1)
@@ -239,7 +239,7 @@ def test_greedy_generation_takes_the_most_probable_token():
 
 
 def test_draws_depend_on_the_seed_and_the_row_alone():
-    model, ids = build().double(), some_ids(3)  # so that no rounding decides a draw
+    model, ids = build().double(), some_ids(3)  # in float64 no rounding decides a draw
     first = model.generate(ids, 12)
     torch.manual_seed(5)
     assert torch.equal(model.generate(ids, 12), first)
@@ -249,7 +249,7 @@ def test_draws_depend_on_the_seed_and_the_row_alone():
 
 
 def test_a_row_ends_with_eos_and_the_text_with_its_last_row():
-    model, ids = build().double(), some_ids(3)  # so that no rounding decides
+    model, ids = build().double(), some_ids(3)  # in float64 no rounding decides between two tokens
     free = model.generate(ids, 12, temperature=0)[:, LENGTH:]
     eos = int(free[0, 2])
     found = model.generate(ids, 12, temperature=0, eos_token_id=eos)[:, LENGTH:]

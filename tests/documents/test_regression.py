@@ -19,7 +19,8 @@ def some_inputs() -> torch.Tensor:
 def test_the_prediction_is_the_readout_of_the_last_state():
     model = build().eval()
     outputs, trajectory = model(some_inputs(), return_trajectory=True)
-    torch.testing.assert_close(model(some_inputs()), outputs)  # by another backend
+    # A pass that keeps no trajectory may compute the same in another order.
+    torch.testing.assert_close(model(some_inputs()), outputs, rtol=1e-5, atol=1e-5)
     assert trajectory["x"].shape == trajectory["v"].shape == (BATCH, STEPS + 1, 2)
     assert trajectory["alpha"].shape == (BATCH, STEPS, 2)
     context = model.backbone(some_inputs())

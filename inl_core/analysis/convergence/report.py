@@ -7,9 +7,10 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from inl_core.analysis.convergence.markdown import to_markdown
 from inl_core.analysis.convergence.sample import TokenSample, portrait_dims
 from inl_core.analysis.convergence.stability import BETA_FLOOR
 from inl_core.analysis.convergence.verdict import Evidence, Thresholds, Verdict, gather, judge
+from inl_core.corpus.loader import Batch
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
@@ -35,7 +37,7 @@ from inl_core.inference.texts import Text, default_window
 FEWEST_FOLLOWED = 8
 """Iterations followed by default, unless twice the model's own are more."""
 FEWEST_BATCHES = 16
-"""Where the text has as many windows: a standard error over few batches says little."""
+"""A standard error over fewer batches says little."""
 _BATCH_ELEMENTS = 2**21
 """About how many numbers one tensor of a layer's path may have: iterations x tokens x dimensions."""
 
@@ -109,7 +111,7 @@ def report_convergence(
         num_iterations: iterations to follow each layer for; default twice the model's own, at least FEWEST_FOLLOWED.
         epsilon: tolerance of the convergence metrics, in units of the state.
         sample_tokens: about how many tokens' trajectories are kept.
-        progress: is called with how many passes over the text are done, and how many there are.
+        progress: called with how many passes over the text are done, and how many there are.
 
     Raises:
         ArtefactError: the model has no integrator.
@@ -121,20 +123,11 @@ def report_convergence(
     _check(model.config.num_iterations, followed, epsilon)
     if window is None:
         window = min(default_window(loaded), max(1, text.num_targets))
-    text.check_window(window)
-    num_targets = min(max_tokens, text.num_targets)
-    most_rows = _BATCH_ELEMENTS // (followed * window * model.config.d_model)
-    rows = max(1, min(most_rows, -(-num_targets // window) // FEWEST_BATCHES))
-    windows = partial(text.windows, window=window, batch_size=rows, max_tokens=max_tokens)
-    total, done = 1 + num_passes(model), 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
+    windows = _windows(text, window, max_tokens, numbers_per_token=followed * model.config.d_model)
+    passes, num_done = 1 + num_passes(model), count(1)
+    advance = lambda: progress(next(num_done), passes)  # noqa: E731
     model.eval()
-    sample = TokenSample(loaded.tokenizer, size=sample_tokens, num_tokens=num_targets)
+    sample = TokenSample(loaded.tokenizer, size=sample_tokens, num_tokens=min(max_tokens, text.num_targets))
     statistics = trace(model, windows(), num_iterations=followed, epsilon=epsilon, sample=sample)
     if not statistics:
         raise ArtefactError(f"{text.name}: holds no target token; give it more text")
@@ -167,6 +160,14 @@ def _check(own: int, followed: int, epsilon: float) -> None:
         raise RecipeError(f"iterations {followed}: must be at least 2 and the model's own {own}")
     if not epsilon > 0:
         raise RecipeError(f"epsilon {epsilon}: must be above 0")
+
+
+def _windows(text: Text, window: int, max_tokens: int, *, numbers_per_token: int) -> Callable[[], Iterator[Batch]]:
+    """A function that begins the text anew, in at least FEWEST_BATCHES batches where it has as many windows."""
+    text.check_window(window)
+    num_windows = -(-min(max_tokens, text.num_targets) // window)
+    rows = max(1, min(_BATCH_ELEMENTS // (numbers_per_token * window), num_windows // FEWEST_BATCHES))
+    return partial(text.windows, window=window, batch_size=rows, max_tokens=max_tokens)
 
 
 def _layer(index: int, statistics: LayerStatistics, bits: IterationReport, thresholds: Thresholds) -> LayerReport:
