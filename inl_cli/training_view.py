@@ -1,22 +1,35 @@
 """What a person sees of a run: the plan before it, a live view on a terminal, plain lines elsewhere."""
 
+import os
+import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inl_cli.console import Console
 from inl_cli.progress import amount
-
-if TYPE_CHECKING:
-    from inl_core.analysis.planning import Plan
-    from inl_core.inference.evaluate import Evaluation
-    from inl_core.training.optimizers import Assignment
+from inl_core.analysis.planning import plan_recipe
+from inl_core.analysis.planning.plan import describe_operations, plans_backend
+from inl_core.inference.evaluate import Evaluation
+from inl_core.training.observer import Observer
+from inl_core.training.run_data import RunData
+from inl_core.training.trainer import Trainer
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def show_plan(console: Console, plan: "Plan", assignments: "list[Assignment]", facts: dict[str, str]) -> None:
-    """Parameters by part and the run's figures, on stderr, before the first step."""
+def show_plan(console: Console, trainer: Trainer, data: RunData) -> None:
+    """Parameters by part and the run's figures, on stderr, before the first step; a warning when the disk is small.
+
+    The ETA comes from a timed pass over the first batch.
+    """
+    recipe, directory = trainer.run.recipe, trainer.run.path
+    plan = plan_recipe(
+        recipe,
+        vocab_size=data.tokenizer.vocab_size,
+        num_windows=trainer.loader.num_windows,
+        world_size=trainer.world.size,
+    )
     total = plan.total_parameters
     rows = [(part, count, f"{count / total:.1%}") for part, count in plan.parameters.items()]
     console.table("parameters", ("part", "number", "share"), [*rows, ("total", total, "100%")], is_data=False)
@@ -27,16 +40,39 @@ def show_plan(console: Console, plan: "Plan", assignments: "list[Assignment]", f
         f"about {amount(plan.activation_bytes, 'B')} activations",
         "disk": f"{amount(plan.checkpoint_bytes, 'B')} a checkpoint, at most {amount(plan.disk_bytes, 'B')} kept",
     }
-    for entry in assignments:
+    for entry in trainer.optimizers.assignments:
         schedule[f"{entry.optimizer}, {entry.group}"] = f"{entry.num_parameters:,} in {entry.num_tensors} tensors"
-    console.table("plan", ("", ""), list((schedule | facts).items()), is_data=False)
+    rows = [*schedule.items(), *_run_facts(trainer, data).items()]
+    console.table("plan", ("", ""), rows, is_data=False)
+    free = shutil.disk_usage(directory).free
+    if free < plan.disk_bytes:
+        console.warn(
+            f"{directory}: the plan keeps up to {amount(plan.disk_bytes, 'B')} of checkpoints, {amount(free, 'B')} are "
+            "free; lower training.checkpoint.keep_last or keep_every, or make room"
+        )
 
 
-class TrainingView:
-    """Hears the trainer (training.trainer.Observer) and shows it; enter it around the run."""
+def _run_facts(trainer: Trainer, data: RunData) -> dict[str, str]:
+    """What the plan says of this session: data, processes, directory, time, and what computes."""
+    recipe, device, step = trainer.run.recipe, trainer.world.device, trainer.state.step
+    left = recipe.training.num_steps - step
+    seconds = trainer.stepper.time_gradient() if left else 0.0
+    threads = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
+    facts = {
+        "data": f"{data.directory}: {data.train.num_tokens:,} tokens, vocabulary {data.tokenizer.vocab_size:,}",
+        "processes": f"{trainer.world.size} on {device.type}{threads}",
+        "run": f"{trainer.run.path}, from step {step:,}" if step else str(trainer.run.path),
+        "eta": f"{left * seconds / 60:.1f} minutes at {seconds:.3f} s a step, evaluations not counted",
+    }
+    chosen = {"integrator": plans_backend(recipe, device), "operations": describe_operations(recipe, device)}
+    return facts | {name: text for name, text in chosen.items() if text}
 
-    def __init__(self, console: Console, *, num_steps: int, first_step: int = 0) -> None:
-        self.console, self.num_steps, self.first_step = console, num_steps, first_step
+
+class TrainingView(Observer):
+    """Hears a run and shows it; enter it around the training loop."""
+
+    def __init__(self, console: Console, *, num_steps: int) -> None:
+        self.console, self.num_steps, self.first_step = console, num_steps, 0
         self.start = self.last_line = time.monotonic()
         self.row: dict[str, Any] = {}
         self.evaluation, self.alpha = "", None
@@ -68,7 +104,7 @@ class TrainingView:
             self.last_line = now
             self.console.info("  ".join(f"{name} {value}" for name, value in self._figures().items()))
 
-    def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
+    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """One line for each evaluation."""
         self.evaluation = f"{evaluation.bits_per_byte_text} bits per byte at step {step}"
         self._line(
@@ -80,9 +116,13 @@ class TrainingView:
         """One line for each checkpoint."""
         self._line(f"saved {path} in {seconds:.2f} s")
 
-    def on_message(self, text: str, warning: bool = False) -> None:
-        """Anything else."""
-        (self.console.warn if warning else self._line)(text)
+    def on_message(self, text: str) -> None:
+        """One line."""
+        self._line(text)
+
+    def on_warning(self, text: str) -> None:
+        """One line that begins with `warning:`."""
+        self.console.warn(text)
 
     def _line(self, text: str) -> None:
         if self.live is not None:

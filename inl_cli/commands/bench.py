@@ -175,7 +175,7 @@ def _prepare(
 
     from inl_core.analysis.bench import BenchSettings, first_candidate, other_candidate
     from inl_core.training.distributed import choose_device
-    from inl_core.training.trainer import uses_bf16
+    from inl_core.training.precision import uses_bf16
 
     wanted = BenchSettings("train" if task in ("data", "startup") else task, **given)
     is_decode = task == "decode"

@@ -1,13 +1,21 @@
 """`inl train` and `inl resume`: one flow, from a recipe or from a run's newest intact checkpoint."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inl_cli.commands.data import prepare_with_progress
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.memory import explains_memory
 from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, given_path
+
+if TYPE_CHECKING:
+    from inl_core.recipe import Recipe
+    from inl_core.training.interruption import StopSignal
+    from inl_core.training.session import Resumption
 
 RunDirOption = Annotated[
     Path | None,
@@ -41,10 +49,9 @@ def train(
 
     console = Console(json=json, quiet=quiet)
     with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
-        from inl_cli.training_flow import run_training
         from inl_core.recipe.load import load_recipe
 
-        result = run_training(console, load_recipe(recipe, overrides or ()), run_dir=run_dir, stop=stop)
+        result = run_training(console, load_recipe(recipe, overrides or ()), run_dir, stop=stop)
     _report(console, result)
 
 
@@ -63,8 +70,8 @@ def resume(
     console, allowed = Console(json=json, quiet=quiet), tuple(allow_change or ())
     given = [*(overrides or ()), *([f"training.steps={steps}", "training.tokens=null"] if steps else ())]
     with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
-        from inl_cli.training_flow import Resumption, run_training
         from inl_core.training.resuming import changed_recipe
+        from inl_core.training.session import Resumption
 
         recipe = changed_recipe(
             run,
@@ -74,8 +81,44 @@ def resume(
             warn=console.warn,
         )
         resumption = Resumption(allowed, must_advance=steps is not None)
-        result = run_training(console, recipe, run_dir=run, resumption=resumption, stop=stop)
+        result = run_training(console, recipe, run, resumption=resumption, stop=stop)
     _report(console, result)
+
+
+@explains_memory
+def run_training(
+    console: Console,
+    recipe: "Recipe",
+    run_dir: Path | None,
+    *,
+    stop: "StopSignal",
+    resumption: "Resumption | None" = None,
+) -> dict[str, Any]:
+    """Train as inl_core/training/session.py does, with views around it; the outcome as a JSON-able dictionary."""
+    from inl_cli.training_view import TrainingView, show_plan
+    from inl_core.training.session import open_session
+
+    def prepare(settings, directory):
+        return prepare_with_progress(settings, directory, console, wait=True)
+
+    view = TrainingView(console, num_steps=recipe.training.num_steps)
+    with open_session(recipe, run_dir, resumption=resumption, observer=view, stop=stop) as session:
+        data = session.open_data(prepare)
+        trainer = session.build_trainer(data)
+        view.first_step = trainer.state.step
+        show_plan(console, trainer, data)
+        with view:
+            evaluation = trainer.fit(stop)
+    state = trainer.state
+    saved = trainer.run.checkpoints / f"step-{state.step:08d}"
+    return {
+        "run": str(trainer.run.path),
+        "checkpoint": str(saved) if saved.is_dir() else None,
+        "step": state.step,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 2),
+        "evaluation": asdict(evaluation) if evaluation else None,
+    }
 
 
 def _report(console: Console, result: dict[str, Any]) -> None:

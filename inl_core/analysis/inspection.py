@@ -33,8 +33,8 @@ from inl_core.inference.loading import fitting_model, read_model_config
 from inl_core.recipe import IntegratorConfig, ModelConfig
 from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import read_progress
-from inl_core.training.launch import data_directory
 from inl_core.training.metrics import stream_metrics
+from inl_core.training.run_data import data_directory
 
 Facts = dict[str, Any]
 Rows = list[dict[str, Any]]

@@ -1,30 +1,26 @@
 """Checkpoints: written aside, fsynced, checksummed, renamed; read only when every byte is what the manifest says.
 
-    step-00000500/  config.json  tokenizer.json  model.safetensors  training_state/{*.safetensors, progress.json}
+    step-00000500/  config.json  tokenizer.json  recipe.yaml  model.safetensors
+                    training_state/{optimizer.safetensors, progress.json}
                     manifest.json, written last: a directory without one is no checkpoint
 
-- Tensors go through torch.distributed.checkpoint's Hugging Face storage, so a checkpoint is safetensors and can be read
-  by another world size; everything else is JSON. There is no pickle.
-- Weights alone are all that evaluation, generation and inspection read (inference/loading.py).
+- Tensors are whole, in safetensors, so a checkpoint can be read by any number of processes; everything else is JSON.
+  There is no pickle.
+- Evaluation, generation and inspection read the weights alone (inference/artefacts.py).
 """
 
-import errno
 import json
 import os
-import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from inl_core.errors import ArtefactError
@@ -33,7 +29,6 @@ from inl_core.inference.checkpoint_files import (
     MANIFEST,
     OPTIMIZER,
     PROGRESS,
-    TRAINING_STATE,
     WEIGHTS,
     Count,
     checkpoint_step,
@@ -42,13 +37,13 @@ from inl_core.inference.checkpoint_files import (
     read_manifest,
     verify_checkpoint,
 )
-from inl_core.inference.tensor_files import check_tensors, first_nonfinite
+from inl_core.inference.tensor_files import check_tensors, first_nonfinite, open_tensors, read_tensor
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import remove_checkpoint
 
 START_ANEW = "start a new run with another --run-dir"
-"""What is left to do with a directory that neither `inl resume` nor `inl train` can use."""
+"""The advice for a directory that neither `inl resume` nor `inl train` can use."""
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -56,7 +51,7 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class TrainState(BaseModel):
-    """What a run must remember beyond its tensors. Data order, schedule and cycle are functions of `step`."""
+    """What a run must remember besides its tensors. Data order, schedule and cycle are functions of `step`."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -72,7 +67,7 @@ class TrainState(BaseModel):
     """The data set's fingerprint; a resumed run refuses another."""
     world_size: Annotated[int, Field(gt=0, lt=2**31)] = 1
     rng: dict[str, list[Byte]] = {}
-    """States of torch's generators, as bytes. Nothing of ours draws from them, but a user's own code might."""
+    """States of torch's generators, as bytes. None of our code draws from them, but a user's own code might."""
 
 
 def read_progress(path: Path) -> TrainState:
@@ -93,7 +88,7 @@ def capture_rng() -> dict[str, list[int]]:
 
 
 def restore_rng(states: dict[str, list[int]]) -> None:
-    """Set the global generators; ArtefactError when a state is none of this version of torch."""
+    """Set the global generators; ArtefactError when this version of torch cannot use such a state."""
     try:
         if "cpu" in states:
             torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
@@ -121,9 +116,9 @@ def save_checkpoint(
     """
     final = parent / f"step-{state.step:08d}"
     with _written_whole(final, parent / f"{final.name}.tmp", state.step) as aside:
-        (aside / "training_state").mkdir()
+        (aside / OPTIMIZER).parent.mkdir()
         _write_weights(aside, model, documents)
-        _write_tensors(aside / "training_state", _on_cpu(_tensors(_optimizer_state(model, optimizers))))
+        _write_tensors(aside / OPTIMIZER, _tensors(_optimizer_state(model, optimizers)))
         _write_text(aside / PROGRESS, state.model_dump_json())
     return final
 
@@ -155,12 +150,12 @@ def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Opti
         raise ArtefactError(f"{path / PROGRESS}: is of step {state.step:,}, the checkpoint of step {step:,}")
     state_dict = model.state_dict()
     check_tensors(path / WEIGHTS, state_dict, "the recipe's model")
-    _read_tensors(path, state_dict)
+    _read_into(state_dict, path / WEIGHTS)
     model.load_state_dict(state_dict)
     # Asking for the state of a fresh optimizer makes it allocate its moments; they are then read in place.
     optimizer_state = _optimizer_state(model, optimizers)
     check_tensors(path / OPTIMIZER, _tensors(optimizer_state), "the recipe's optimizer")
-    _read_tensors(path / TRAINING_STATE, _tensors(optimizer_state))
+    _read_into(_tensors(optimizer_state), path / OPTIMIZER)
     set_optimizer_state_dict(model, optimizers.parts, optim_state_dict=optimizer_state, options=_FLAT)
     return state
 
@@ -191,7 +186,7 @@ def training_bytes(model: IntegratorLanguageModel) -> int:
 
 @contextmanager
 def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
-    """A new directory `aside` to fill, which is then sealed and renamed to `final`, or removed if anything fails."""
+    """Make the directory `aside`, to be filled; then seal it and rename it to `final`. If anything fails, remove it."""
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
@@ -207,7 +202,7 @@ def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
 
 
 def _write_weights(directory: Path, model: IntegratorLanguageModel, documents: dict[str, str]) -> None:
-    _write_tensors(directory, _on_cpu(model.state_dict()), name="model.safetensors")
+    _write_tensors(directory / WEIGHTS, model.state_dict())
     for name, text in documents.items():
         _write_text(directory / name, text)
 
@@ -217,82 +212,25 @@ def _optimizer_state(model: IntegratorLanguageModel, optimizers: Optimizers) -> 
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The optimizer's tensors; learning rates and the like are the recipe's, not the checkpoint's."""
+    """The optimizer's tensors; learning rates and the like come from the recipe, not from the checkpoint."""
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and key.startswith("state.")}
 
 
-def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
-
-
-def _write_tensors(directory: Path, tensors: dict[str, Tensor], name: str = "optimizer.safetensors") -> None:
-    writer = dcp.HuggingFaceStorageWriter(str(directory))
-    with _alone(), _disk_errors(directory / name):
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
-    (directory / "model-00001-of-00001.safetensors").replace(directory / name)
-    (directory / "model.safetensors.index.json").unlink()  # one file needs no index
-    with named_errors(directory / name):
-        _sort_header(directory / name)
-
-
-def _sort_header(path: Path) -> None:
-    """Put the header's keys in order, so that the same tensors give the same bytes: the library's order is random."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def _read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        with _alone():
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
-    except (CheckpointException, RuntimeError, ValueError) as error:
-        raise ArtefactError(f"{directory}: does not fit this model or optimizer: {_reason(error)}") from error
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One process reads and writes whole tensors here, on purpose: the library need not warn of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*in a single process.*")
-        yield
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the libraries raise when they cannot write into the OSError underneath, which then names `path`."""
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; the same tensors give the same bytes."""
     with named_errors(path):
-        try:
-            yield
-        except CheckpointException as error:
-            raise _os_error(_root_cause(error)) from error
-        except SafetensorError as error:
-            raise _os_error(error) from error
+        path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    failures = getattr(error, "failures", None)
-    return next(iter(failures.values()))[0] if failures else error
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(_root_cause(error)).split())
-
-
-def _os_error(error: BaseException) -> OSError:
-    """An error of the disk as the system numbers it; safetensors writes the number into its message."""
-    if isinstance(error, OSError) and error.errno:
-        return error
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(errno.EIO, str(error))
+def _read_into(tensors: dict[str, Tensor], path: Path) -> None:
+    """Fill the tensors, in place, from the file's tensors of the same names."""
+    with open_tensors(path) as file:
+        for name, tensor in tensors.items():
+            tensor.copy_(read_tensor(path, name, file))
 
 
 def _seal(directory: Path, step: int) -> None:
-    """Write the manifest: the size and checksum of every file, all of them on disk before it."""
+    """Write the manifest, with the size and checksum of every file, once all of these files are on the disk."""
     entries = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():

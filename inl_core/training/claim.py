@@ -1,10 +1,10 @@
 """One run, one owner: the lock that a training process holds on its run's directory.
 
-- `run.lock` is locked by rank 0 with flock, which the kernel drops when the process ends, however it ends. It says who
-  holds it, so that a refusal can, and its time of change is renewed every few seconds.
-- `ranks.lock` is held by every other rank. While one of them lives, nobody else gets the run.
-- A file left by a process on another machine is not trusted to the lock alone, since some network file systems lock
-  within one machine only: the holder counts as gone when the file's time stands still.
+- Rank 0 locks `run.lock` with flock, which the kernel drops when the process ends, however it ends. The file says who
+  holds it, so that a refusal can say it too, and its modification time is renewed every few seconds.
+- Every other rank holds `ranks.lock`. While one of them lives, nobody else gets the run.
+- Some network file systems lock within one machine only. So a holder on another machine counts as gone only when the
+  modification time of its file stands still.
 """
 
 import json
@@ -24,7 +24,7 @@ from inl_core.locking import lock, open_lock, try_lock
 
 OWNER, RANKS = "run.lock", "ranks.lock"
 _RETRIES = 1.0
-"""Seconds in which a lock may still be let go by a process that is just ending."""
+"""Seconds that a process which is just ending is given to release its lock."""
 _HEARTBEAT = 10.0
 _SILENCE = 30.0
 """Seconds without a sign of life after which a holder on another machine counts as gone."""
@@ -35,7 +35,7 @@ def claim(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Own a run's directory, which is made if need be, until the end of the context.
 
     Args:
-        say: hears of a holder that ended without a word, or that must be waited for.
+        say: hears of a holder that ended without releasing the run, or that must be waited for.
 
     Raises:
         ArtefactError: another process owns it, and the message says which; or a lock file is no regular file.
@@ -61,24 +61,12 @@ def claim_new(base: Path, is_free: Callable[[Path], bool], say: Callable[[str], 
 
 @contextmanager
 def join(directory: Path) -> Iterator[None]:
-    """What every rank but the first holds while it lives; nothing where the directory is not on this machine."""
+    """Hold the lock of every rank but the first; there is none where this machine does not see the directory."""
     with ExitStack() as held:
         if directory.is_dir():
             file = held.enter_context(open_lock(directory / RANKS))
             try_lock(file, is_shared=True, patience=_RETRIES)
         yield
-
-
-def holder(directory: Path) -> str | None:
-    """Who owns a run now, in words; None when nobody does."""
-    for name in (OWNER, RANKS):
-        with suppress(FileNotFoundError), open_lock(directory / name, make=False) as file:
-            if try_lock(file, is_shared=True, patience=_RETRIES) is False:
-                return _holder_text(directory)
-    who = _read_holder(directory)
-    if who.get("host", _host()) != _host() and _age(directory / OWNER) < _SILENCE:
-        return _holder_text(directory)
-    return None
 
 
 def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> bool:
@@ -100,7 +88,7 @@ def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> 
         owner.truncate(0)
         owner.write(json.dumps(text).encode())
     if not is_locked:
-        time.sleep(_RETRIES)  # another may have begun at the same moment: the last to write owns it
+        time.sleep(_RETRIES)  # without locks: of two that began at the same moment, the last to write owns the run
         if _read_holder(directory) != text:
             return False
     held.callback(_release, directory)
@@ -119,7 +107,7 @@ def _rank_lives(directory: Path) -> bool:
 
 
 def _is_silent(directory: Path, say: Callable[[str], None]) -> bool:
-    """Whether the holder gives no sign of life; this waits for one where the last is recent."""
+    """Whether the holder gives no sign of life; where the last sign is recent, wait for another one."""
     path = directory / OWNER
     last, wait = path.stat().st_mtime_ns, _SILENCE - _age(path)
     if wait > 0:
@@ -133,7 +121,7 @@ def _is_silent(directory: Path, say: Callable[[str], None]) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file changed, by the clock of its file system where it can be asked."""
+    """Seconds since a file was modified, by the clock of its file system where a file can be made to read it."""
     try:
         probe = path.with_name(f".{path.name}.{os.getpid()}")
         probe.touch()
@@ -146,7 +134,7 @@ def _age(path: Path) -> float:
 
 @contextmanager
 def _heartbeat(file: FileIO) -> Iterator[None]:
-    """Renew the file's time of change every few seconds, in a thread that does nothing else."""
+    """Renew the file's modification time every few seconds, in a thread that does nothing else."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -164,7 +152,7 @@ def _heartbeat(file: FileIO) -> Iterator[None]:
 
 
 def _release(directory: Path) -> None:
-    """Remove the lock files while the run is still ours, and a directory that nothing was put into."""
+    """Remove the lock files while the run is still ours, and the directory too if it is empty."""
     with suppress(OSError, ArtefactError):
         _rank_lives(directory)
     with suppress(OSError):
@@ -177,7 +165,7 @@ def _host() -> str:
 
 
 def _read_holder(directory: Path) -> dict[str, Any]:
-    """What the lock file says; empty when it says nothing."""
+    """What the lock file says; empty when it says nothing that can be read."""
     try:
         return read_json(directory / OWNER, limit=10_000)
     except ArtefactError:

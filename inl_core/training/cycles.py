@@ -2,9 +2,10 @@
 
     warm-up | cycle 1: equilibrium, exploration | cycle 2: equilibrium, exploration | ... | consolidation
 
-- Equilibrium consolidates (high lambda_mean, no excitation); exploration discovers (low lambda_mean, excitation A).
-- The documents leave two ends open: the warm-up uses the equilibrium phase's values, and after the last cycle the run
-  stays in equilibrium ("consolidation").
+- In equilibrium the states are drawn towards mu (high lambda_mean, no excitation); in exploration they are driven away
+  from it (low lambda_mean, excitation of amplitude A).
+- The documents do not say what happens at the two ends. Here the warm-up uses the equilibrium phase's values, and after
+  the last cycle the run stays in equilibrium, which is called "consolidation".
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class CycleConfig:
         return "equilibrium" if inside < self.equilibrium.duration_epochs else "exploration"
 
     def regime(self, epoch: float) -> "Regime":
-        """What governs an epoch counted from 0; fractions of an epoch are allowed."""
+        """What governs the training at an epoch, counted from 0; it may be a fraction."""
         name = self.phase_name(epoch)
         kind = "exploration" if name == "exploration" else "equilibrium"
         phase: PhaseConfig = getattr(self, kind)
@@ -84,7 +85,7 @@ def cycle_config(settings: CycleSettings) -> CycleConfig:
 
 @dataclass(frozen=True)
 class Regime:
-    """What governs one step: the phase's name, the auxiliary weights, and the amplitude A (None leaves the model's)."""
+    """What governs one step: the phase's name, two weights of losses, and the amplitude A (None leaves the model's)."""
 
     phase: str
     lambda_mean: float

@@ -7,7 +7,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch._functorch.config as compiler_config
@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from inl_core.errors import InlError, RecipeError
 from inl_core.launcher import read_place, refuse_separate_tasks
 from inl_core.recipe import TrainingSettings
+
+Result = TypeVar("Result")
 
 # Every reducer of this process, held to its end. Freeing one frees the process group it holds, which waits for gloo's
 # worker threads while it keeps Python's lock; a worker that still has to let go of its last tensor waits for that lock,
@@ -69,10 +71,18 @@ class World:
             box[0].is_shared = True
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.barrier()
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, on every rank; an error too, or the other ranks would wait for ever."""
+        found: Any = None
+        if self.is_main:
+            try:
+                found = work()
+            except Exception as error:
+                found = error
+        found = self.broadcast(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
 def choose_device(setting: str, local_rank: int = 0) -> torch.device:

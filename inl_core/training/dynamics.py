@@ -1,8 +1,9 @@
-"""What the integrator does during a run: per layer and logged step, one Parquet file a record in dynamics/.
+"""Records of what the integrator does during a run: a Parquet file in dynamics/ for each recorded step.
 
-- Measured on a fixed small batch by an extra forward pass without gradients, so that the training pass keeps no
-  trajectory and records of different steps can be compared.
-- Quantities: mu (with its drift from the start), gamma, phi, alpha, beta, gate, velocity, residual per iteration.
+- A record is measured by an extra forward pass without gradients, on the first rows of the step's batch, so that the
+  training pass need not keep the trajectory.
+- It describes, for each layer, mu (with its drift from the start), gamma, phi, alpha, beta, gate, velocity, and the
+  residual of each iteration.
 """
 
 from pathlib import Path
@@ -30,7 +31,7 @@ def summarise(values: Tensor) -> dict[str, float]:
 
 
 def saturation(name: str, values: Tensor, beta_max: float | None) -> float:
-    """Share of values within 1% of a bound: 0 and 1 for alpha and gate, 0 and beta_max (if any) for beta."""
+    """The share of values within 1% of a bound: 0 and 1 for alpha and gate, 0 and beta_max, if any, for beta."""
     top = beta_max if name == "beta" else 1.0
     if top is None:
         return (values < SATURATION).float().mean().item()
@@ -43,7 +44,7 @@ def record_layers(
 ) -> list[dict[str, Any]]:
     """One row per layer and quantity: layer, quantity, mean, std, min, max, percentiles, saturated, drift.
 
-    The model runs all T iterations (early stopping is an evaluation device, not a property of the parameters).
+    The model runs all T iterations, as in training: no token stops early.
     """
     rows = []
     for index, (integrator, trajectory) in enumerate(_trajectories(model, ids, positions, document_ids)):
@@ -55,7 +56,7 @@ def record_layers(
 def last_residuals(
     model: IntegratorLanguageModel, ids: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None
 ) -> list[float]:
-    """Mean over tokens of the rms state change of each layer's last iteration, (L,)."""
+    """The root mean square change of the state in each layer's last iteration, averaged over tokens, (L,)."""
     found = _trajectories(model, ids, positions, document_ids)
     return [_residuals(trajectory)[-1].mean().item() for _, trajectory in found]
 
@@ -93,10 +94,10 @@ def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str
 
 
 def write_record(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """dynamics/step-N.parquet, replaced whole.
+    """Write dynamics/step-N.parquet whole, over an older one.
 
     Raises:
-        OSError: it could not be written; nothing of it is left.
+        OSError: it could not be written; no part of it is left.
     """
     directory = run / "dynamics"
     directory.mkdir(exist_ok=True)
@@ -111,7 +112,7 @@ def write_record(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
 
 
 def cut_records(run: Path, step: int) -> None:
-    """Drop the records after `step`."""
+    """Remove the records of steps after `step`."""
     for path in (run / "dynamics").glob("step-*.parquet"):
         digits = path.stem.removeprefix("step-")
         if digits.isdecimal() and int(digits) > step:
@@ -119,7 +120,7 @@ def cut_records(run: Path, step: int) -> None:
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over layers for the live view: alpha_mean, beta_mean, gate_mean, velocity_rms."""
+    """The means over layers that go into the row of metrics: alpha_mean, beta_mean, gate_mean, velocity_rms."""
     names = {"alpha": "alpha_mean", "beta": "beta_mean", "gate": "gate_mean", "velocity": "velocity_rms"}
     found = {label: [row["mean"] for row in rows if row["quantity"] == name] for name, label in names.items()}
     return {label: sum(values) / len(values) for label, values in found.items() if values}

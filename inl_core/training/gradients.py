@@ -1,4 +1,4 @@
-"""The gradient of one global batch: micro-batches, ranks, auxiliary weights and drawn iterations of a step."""
+"""The gradient of one global batch, which may be split into micro-batches and over ranks."""
 
 from contextlib import nullcontext
 
@@ -9,13 +9,13 @@ from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import TrainingSettings
 from inl_core.training.cycles import Regime
 from inl_core.training.distributed import World, parallelize
+from inl_core.training.loss_module import LossModule, MicroBatch
 from inl_core.training.losses import AuxiliaryWeights
-from inl_core.training.schedules import drawn_iterations
-from inl_core.training.step import LossModule, MicroBatch
+from inl_core.training.schedules import iterations_of_step
 
 
 class Gradients:
-    """Runs forward and backward passes of `model`; leaves the global batch's gradient in its parameters."""
+    """Runs the forward and backward passes of a model's training."""
 
     def __init__(
         self, model: IntegratorLanguageModel, settings: TrainingSettings, autocast: torch.autocast, world: World
@@ -26,12 +26,16 @@ class Gradients:
     def backward(
         self, parts: list[MicroBatch], now: Regime, step: int, count: float, *, special_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Gradients of the whole global batch of `count` target tokens.
+        """Add the gradient of a whole global batch to the parameters; the loss terms come back.
 
-        The loss terms come back as they are on the device, summed over micro-batches and ranks; with `special_ids`,
-        also the part of the task loss that falls on these targets.
+        The terms (LossModule.forward lists them) are summed over micro-batches and ranks, and still on the device.
+
+        Args:
+            parts: this rank's micro-batches.
+            count: target tokens of the global batch.
+            special_ids: with them, the part of the task loss that falls on these targets comes back too.
         """
-        weights, drawn = self._weights(now), self.drawn_iterations(step)
+        weights, drawn = self._weights(now), iterations_of_step(self.settings, self.config, step)
         divisor = torch.full((), count, device=self.world.device)
         is_split = len(parts) > 1 or self.world.size > 1
         whole = self._whole_batch(parts, weights, divisor, drawn) if weights.needs_whole_batch and is_split else None
@@ -45,13 +49,6 @@ class Gradients:
             for name, value in terms.items():
                 totals[name] = value.detach() + totals[name] if name in totals else value.detach()
         return {name: self.world.sum(value) for name, value in totals.items()}
-
-    def drawn_iterations(self, step: int) -> tuple[int, ...] | None:
-        """The iterations of each layer in a step, where the recipe has them drawn."""
-        fewest = self.settings.min_iterations
-        if fewest is None:
-            return None
-        return drawn_iterations(self.config.layer_iterations, fewest, self.settings.seed, step)
 
     def _weights(self, now: Regime) -> AuxiliaryWeights:
         losses, integrator = self.settings.losses, self.config.integrator
@@ -69,7 +66,7 @@ class Gradients:
     def _whole_batch(
         self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor, drawn: tuple[int, ...] | None
     ) -> dict[str, Tensor]:
-        """Sums over the whole batch, from a pass without gradients (losses.py says why)."""
+        """The sums over the whole batch that some losses need, from a pass without gradients (losses.py says why)."""
         module = self.loss_module.module if self.world.size > 1 else self.loss_module
         found = [module(part, weights, count, None, drawn) for part in parts]  # type: ignore[operator]
         names = [name for name in ("moments", "loads") if name in found[0]]

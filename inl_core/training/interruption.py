@@ -1,12 +1,13 @@
 """Signals that ask a run to end, and what it does about them.
 
-- All of SIGNALS ask the same: save and leave. One that was ignored when the process started (nohup does that to SIGHUP)
-  stays ignored.
-- In the training loop the first signal is a request, honoured between two steps; elsewhere nothing needs saving, and it
-  interrupts at once.
-- A second signal does not wait for the saving. A command hands in how its process ends there and then, with 128 + the
-  signal's number; in a process that is somebody else's (a notebook, say) it is a KeyboardInterrupt.
-- A worker whose torchrun is gone is asked to leave too: nobody else would end it, and a resume must not meet it.
+- Every one of SIGNALS asks for the same: save and leave. A signal that was ignored when the process started (nohup
+  ignores SIGHUP) stays ignored.
+- In the training loop the first signal is a request, which is honoured between two steps. Elsewhere nothing needs to be
+  saved, and the signal interrupts at once.
+- A second signal does not wait for the saving. A command's process ends there and then, with 128 + the signal's number;
+  a process that is not ours to end (a notebook, say) gets a KeyboardInterrupt.
+- A worker whose torchrun is gone is asked to leave too, because nobody else would end it, and a resumed run would find
+  the directory still in use.
 """
 
 import os
@@ -22,38 +23,38 @@ from typing import Self
 from inl_core.errors import Interrupted
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR")
-"""What is listened to, where the system has it. SIGXCPU says that the time on the processor is used up, SIGPWR that the
-power fails."""
+"""The signals that are listened to, where the system has them. SIGXCPU says that the processor time is used up, SIGPWR
+that the power fails."""
 _REPEATED = "SIGXCPU"
 """The system sends this one again every second, so it never counts as a second signal."""
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 """What torchrun puts into the environment of each worker."""
 _PATIENCE = 10.0
-"""Seconds that the work outside the training loop may take to be interrupted: a long call into a library may not be."""
+"""Seconds that the work outside the training loop is given to be interrupted; a long call into a library cannot be."""
 _ORPHAN_PATIENCE = 60.0
-"""Seconds that a worker without its launcher has to save; it may wait for a peer that is gone."""
+"""Seconds that a worker without its launcher is given to save; it may be waiting for another worker that is gone."""
 
 
 class StopSignal:
-    """While entered, the process leaves in good order when it is asked to.
+    """While this is entered, the process leaves in good order when a signal asks it to.
 
-    The first signal sets `requested`, and raises KeyboardInterrupt unless the loop is `deferred`. On leaving, a
-    KeyboardInterrupt that came of a first signal becomes Interrupted.
+    The first signal sets `requested`, and raises KeyboardInterrupt unless it is `deferred`. On leaving, a
+    KeyboardInterrupt that a first signal raised becomes Interrupted.
 
     Args:
-        end: ends the process at once with an exit code, for a command whose process this is. Signals that come after
-            such a command was stopped are ignored, so that it still ends with the exit code that says so. None leaves
-            the process alive.
+        end: ends the process at once with an exit code, where the process is a command's own. Signals that come after
+            such a command was stopped are ignored, so that it still ends with the exit code that says so. With None
+            the process is never ended.
     """
 
     def __init__(self, end: Callable[[int], object] | None = None) -> None:
         self.requested, self.name = False, "another process"
         self.leave_word: Callable[[], None] | None = None
-        """Called before the process is ended for being busy too long outside of the loop."""
+        """Is called before the process is ended because it was busy for too long outside of the loop."""
         self._end = end
         self._defers = self._is_second = False
         self._first = 0.0
-        # The same request may come twice: `timeout` and cluster managers signal a process and its group, torchrun too.
+        # One request may come as two signals: `timeout`, cluster managers and torchrun signal a process and its group.
         self._same_request = 5.0 if _LAUNCHED in os.environ else 0.5
         self._previous: dict[int, object] = {}
         self._pipe: tuple[int, int] | None = None
@@ -92,7 +93,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals are requests in here: look at `requested`. One that came is not forgotten on leaving."""
+        """In this context a signal only sets `requested`. Once one came, later ones are requests after it too."""
         self._defers = True
         try:
             yield
@@ -110,13 +111,13 @@ class StopSignal:
             self.requested, self.name, self._first = True, name, now
             if not self._defers:
                 raise KeyboardInterrupt
-        # Where the process may be ended, the watching thread does it: this here waits for the main thread.
+        # Where the process may be ended, the watching thread does that: this handler waits for the main thread.
         elif self._end is None and name != _REPEATED and now - self._first > self._same_request:
             self._is_second = True
             raise KeyboardInterrupt
 
     def _watch(self, descriptor: int) -> None:
-        """What must happen even while the main thread is busy; a thread of its own."""
+        """The watching thread: it does what must happen even while the main thread is busy."""
         launcher = os.getppid() if _LAUNCHED in os.environ else None
         first = orphaned = 0.0
         while True:

@@ -1,11 +1,12 @@
-"""The four losses: task, mean, speed, energy, each a mean over the GLOBAL number of target tokens.
+"""The auxiliary losses: mean, speed, energy and load balancing; all are means over the global batch's target tokens.
 
-- A micro-batch contributes its share: 8 sequences at once, 2 x 4 accumulated and 2 ranks x 4 give the same gradient.
-- Task, speed and energy are sums over tokens, so their shares simply add up. The mean loss is not: it needs mean and
-  variance of the final states over the whole batch. `mean_loss_share` therefore takes the global moments (gathered in a
-  pass without gradients when the batch is split) and gives each part exactly its share of the gradient. Load balancing
-  likewise: which experts were chosen is counted over the whole batch, the probabilities' share is this part's.
-- Source: docs/model.md, "Losses"; averaged over layers and dimensions.
+- A micro-batch contributes its share of each loss. So 8 sequences at once, 2 x 4 accumulated, and 4 on each of 2 ranks
+  give the same gradient.
+- Speed and energy are sums over tokens, whose shares add up. The mean loss is not such a sum: it needs the mean and the
+  variance of the final states over the whole batch. `mean_loss_share` takes these from a pass without gradients when
+  the batch is split, and gives each part exactly its share of the gradient. Load balancing needs such a pass too,
+  because the experts' loads are counted over the whole batch.
+- The equations are those of docs/model.md, "Losses", averaged over layers and dimensions.
 - Legend: B batch, S sequence, D d_model, L layers, E experts, k experts per token.
 """
 
@@ -28,7 +29,7 @@ class AuxiliaryWeights:
     energy_power: float = 2.0
     variance_weighted: bool = True
     adapts_mu: bool = False
-    """The state moments are wanted for mu's moving average, whatever the losses."""
+    """The moments of the states are needed for the moving average of mu, even if no loss needs them."""
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -53,14 +54,14 @@ def state_moments(layers: list[IntegratorOutput], mask: Tensor) -> Tensor:
 def mean_loss_share(
     local: Tensor, total: Tensor, local_count: Tensor, count: Tensor, mu: Tensor, variance_weighted: bool
 ) -> Tensor:
-    """This part's share of mean_{l,i} w_i (xbar_i - mu_i)^2, w_i = 1 / (1 + Var_i).
+    """This part's share of the mean over layers l and dimensions i of w_i (xbar_i - mu_i)^2, w_i = 1 / (1 + Var_i).
 
-    Value: the loss times local_count / count, so shares add up to the loss. Gradient: exactly this part's term of the
-    gradient of the whole loss, with respect to its states and to mu.
+    Its value is the loss times local_count / count, so that the shares add up to the loss. Its gradient is exactly this
+    part's term of the gradient of the whole loss, with respect to its states and to mu.
 
     Args:
         local: moments (2, L, D) of this part, with gradient.
-        total: moments (2, L, D) of the whole batch, without.
+        total: moments (2, L, D) of the whole batch, without gradient.
         mu: (L, D).
     """
     moments = (total + local - local.detach()) / count
@@ -80,7 +81,7 @@ def token_term(layers: list[IntegratorOutput], name: str, mask: Tensor, count: T
 
 
 def expert_loads(layers: list[IntegratorOutput], mask: Tensor) -> Tensor:
-    """How often each expert was one of a target token's k, (L, E), without gradient."""
+    """For how many target tokens each expert was one of the k that were chosen, (L, E), without gradient."""
     return torch.stack([(layer.routing.chosen * mask[..., None]).sum((0, 1)) for layer in layers if layer.routing])
 
 

@@ -30,7 +30,7 @@ class MetricsWriter:
         self.mirrors = open_mirrors(run, recipe)
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Append one row; it comes back as it was written: NaN and infinity are null, as JSON has no word for them."""
+        """Append one row and return it as it was written: with null for NaN and infinity, which JSON cannot express."""
         row = _finite(row)
         try:
             append_line(self.path, json.dumps(row))
@@ -45,33 +45,16 @@ class MetricsWriter:
         for name, mirror in list(self.mirrors.items()):
             try:
                 mirror(row["step"], _numbers(row))
-            except Exception as error:  # whatever somebody else's service raises, it must not end the run
+            except Exception as error:  # whatever another company's service raises, it must not end the run
                 self.warn(f"training.logging.{name}: stopped, metrics.jsonl goes on: {one_line(error)}")
                 del self.mirrors[name]
         return row
 
 
-class Interval:
-    """Tokens and seconds of the steps since the last log row."""
-
-    def __init__(self) -> None:
-        self.tokens = self.seconds = 0.0
-
-    def add(self, tokens: float, seconds: float) -> None:
-        """One step more."""
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-
-    def restart(self) -> float:
-        """Tokens a second since the last call."""
-        speed = self.tokens / self.seconds
-        self.tokens = self.seconds = 0.0
-        return speed
-
-
 def read_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
     """All whole rows of a run, in the file's order; none when there is no file.
 
-    What is no row (a line cut short by a crash, say) is left out, and `note` hears once how many there were.
+    Lines that are not rows (one cut short by a crash, say) are left out, and `note` hears once how many there were.
 
     Raises:
         ArtefactError: metrics.jsonl is not a regular file, too large, or hardly holds a row.
@@ -80,7 +63,7 @@ def read_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -> 
 
 
 def stream_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[dict[str, Any]]:
-    """The rows of `read_metrics` one by one, in memory that does not grow."""
+    """The rows of `read_metrics` one by one, so that memory does not grow with the file; raises as it does."""
     path, skipped = run / "metrics.jsonl", 0
     if not os.path.lexists(path):
         return
@@ -100,7 +83,7 @@ def stream_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:
-    """A row whose step is a step, and whose figures are numbers where they are read; None for anything else."""
+    """The row, if it has a step and every figure that is read elsewhere is a number; None for anything else."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -113,7 +96,7 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_shallow(value: Any, *, depth: int) -> bool:
-    """Whether lists and objects are nested at most so deep: a value a layer, an expert."""
+    """Whether lists and objects are nested at most `depth` deep; a list of lists has a value per layer and expert."""
     if not isinstance(value, list | dict):
         return True
     items = value.values() if isinstance(value, dict) else value
@@ -127,10 +110,11 @@ def _is_number(value: object) -> bool:
 def cut_metrics(
     run: Path, step: int, *, keep_evaluation: bool = True, note: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Drop the rows after `step`, and what is left of a torn one.
+    """Drop the rows after `step`, and whatever is not a row.
 
-    `keep_evaluation` False also drops the evaluation at `step`: a finished run that is resumed makes it again.
-    `note` hears as in `read_metrics`.
+    Args:
+        keep_evaluation: False also drops the evaluation at `step`, because a finished run that is resumed repeats it.
+        note: hears as in `read_metrics`.
     """
     path = run / "metrics.jsonl"
     if not os.path.lexists(path):
@@ -164,7 +148,7 @@ def _is_scored(row: dict[str, Any], scored_on: str) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for every NaN and infinity in it."""
+    """The value with None in the place of every NaN and infinity."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -173,7 +157,7 @@ def _finite(value: Any) -> Any:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The row's figures; lists (a value a layer, an expert) become name/0, name/0/1 and so on."""
+    """The row's figures; the values of a list get the names name/0, name/1, of a list of lists name/0/0 and so on."""
     found: dict[str, float] = {}
 
     def add(name: str, value: Any) -> None:

@@ -1,6 +1,6 @@
-"""Where the rows of metrics.jsonl are shown as well: TensorBoard and Weights & Biases.
+"""Two services that show the rows of metrics.jsonl too: TensorBoard and Weights & Biases.
 
-Both come with `pip install "inl[logging]"`. `check_mirrors` says what is missing before a model is built.
+Both come with `pip install "inl[logging]"`. `check_mirrors` finds what is missing before anything is prepared.
 """
 
 import netrc
@@ -15,14 +15,14 @@ from inl_core.errors import RecipeError
 from inl_core.recipe import Recipe
 
 Mirror = Callable[[int, dict[str, float]], None]
-"""Takes a step and its figures by name."""
+"""Is called with a step and its figures by name."""
 
 _OFFLINE = ("offline", "disabled", "dryrun")
 _HOST = "https://api.wandb.ai"
 
 
 def check_mirrors(recipe: Recipe) -> None:
-    """Cheap look at what the recipe's mirrors need.
+    """Check, at next to no cost, that the recipe's mirrors have what they need.
 
     Raises:
         RecipeError: a package is not installed, or Weights & Biases has no key and is not offline.
@@ -52,7 +52,7 @@ def open_mirrors(run: Path, recipe: Recipe) -> dict[str, Mirror]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of somebody else's code in one line."""
+    """The message of an error that may have several lines, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -90,7 +90,7 @@ def _import_wandb() -> Any:
 
 
 def _wandb_can_log() -> bool:
-    """Whether W&B is offline, or finds a key where it looks for one; nobody is asked, and nothing is sent."""
+    """Whether W&B is offline, or finds a key where it looks for one; the user is not asked, and nothing is sent."""
     settings = _wandb_settings(_import_wandb())
     if os.environ.get("WANDB_MODE") in _OFFLINE or getattr(settings, "mode", None) in _OFFLINE:
         return True
@@ -101,10 +101,10 @@ def _wandb_can_log() -> bool:
 
 
 def _wandb_settings(wandb: Any) -> Any:
-    """What its files and the environment tell W&B, or None when it cannot say."""
+    """The settings that W&B reads from its files and the environment, or None when it cannot read them."""
     try:
         return wandb.setup().settings
-    except Exception:  # `wandb.init` meets it again, and says it
+    except Exception:  # `wandb.init` meets the same error, and its message is shown then
         return None
 
 

@@ -1,8 +1,8 @@
-"""A loss or a gradient that is not finite: seen before the update, whenever the host looks; and the report it leaves.
+"""The watch for a loss or a gradient that is NaN or infinite, and the report that such a step leaves.
 
-- On a GPU a look costs a wait, so there the device remembers: from the first bad step on, fused AdamW skips its update
-  (`found_inf`, which gradient scalers use), and the host looks at log points. The weights then still are those the bad
-  step met, as if the run had stopped at once.
+- On a GPU the host would have to wait for the device at every step. There the device remembers instead: from the first
+  bad step on, fused AdamW skips its updates (by `found_inf`, which torch's gradient scaler uses too), and the host
+  looks at log points. The weights are then still those that the bad step met, as if the run had stopped at once.
 """
 
 import json
@@ -20,7 +20,7 @@ from inl_core.training.optimizers import Optimizers
 class FiniteWatch:
     """Remembers the first step whose loss or gradient norm is not finite.
 
-    deferred: only the device knows, until `first_bad` asks; every later update is skipped there.
+    deferred: the device skips every update from that step on, until the host asks by `first_bad`.
     """
 
     def __init__(self, optimizers: Optimizers, device: torch.device, *, deferred: bool) -> None:
@@ -32,14 +32,14 @@ class FiniteWatch:
             optimizers.skip_while(self._skip)
 
     def observe(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Look at one step, before its update; no wait for the device."""
+        """Look at one step before its update, without waiting for the device."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
         found = torch.stack([torch.full_like(loss, step), loss, norm]).double()
         self._record.copy_(torch.where(bad & (self._record[0] < 0), found, self._record))
         self._skip.copy_((self._record[0] >= 0).float())
 
     def first_bad(self) -> tuple[int, float, float] | None:
-        """(step, loss, gradient norm) of the first bad step, or None; waits for the device."""
+        """(step, loss, gradient norm) of the first bad step, or None; this waits for the device."""
         step, loss, norm = self._record.tolist()
         return None if step < 0 else (int(step), loss, norm)
 
@@ -47,10 +47,10 @@ class FiniteWatch:
 def write_nonfinite_report(
     path: Path, model: nn.Module, step: int, terms: dict[str, Tensor], norm: float, batch: Batch, tokenizer: Tokenizer
 ) -> None:
-    """The step, the losses, every parameter whose value or gradient is not finite, and this rank's batch as text.
+    """Write the step, its losses, every parameter whose value or gradient is not finite, and this rank's batch as text.
 
     Raises:
-        OSError: it could not be written; nothing of it is left.
+        OSError: it could not be written; no part of it is left.
     """
     parameters = {}
     for name, parameter in model.named_parameters():

@@ -1,22 +1,54 @@
-"""What a run tells whoever shows it (inl_cli/training_view.py): the training itself prints nothing."""
+"""What a run tells whoever shows it. The training itself prints nothing."""
 
+import logging
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from inl_core.inference.evaluate import Evaluation
+if TYPE_CHECKING:
+    from inl_core.inference.evaluate import Evaluation
 
 
-class Observer(Protocol):
-    """Hears what a run does, on rank 0."""
+class Observer:
+    """Hears what a run does, on rank 0, and ignores it; a subclass shows what it wants to show."""
 
     def on_metrics(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl was written."""
 
-    def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
+    def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
         """The validation split was scored."""
 
     def on_checkpoint(self, path: Path, seconds: float) -> None:
         """A checkpoint was saved."""
 
-    def on_message(self, text: str, warning: bool = False) -> None:
-        """Anything else worth a line."""
+    def on_message(self, text: str) -> None:
+        """Something else happened that is worth a line."""
+
+    def on_warning(self, text: str) -> None:
+        """Something went wrong, and the run goes on."""
+
+
+class LogObserver(Observer):
+    """Passes everything on to Python's `logging`, under the name "inl": warnings as such, the rest as information."""
+
+    def __init__(self) -> None:
+        self.logger = logging.getLogger("inl")
+
+    def on_metrics(self, row: dict[str, Any]) -> None:
+        """Log the row."""
+        self.logger.info("%s", row)
+
+    def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
+        """Log the scores."""
+        self.logger.info("step %d: %s", step, evaluation)
+
+    def on_checkpoint(self, path: Path, seconds: float) -> None:
+        """Log where it is."""
+        self.logger.info("saved %s in %.2f s", path, seconds)
+
+    def on_message(self, text: str) -> None:
+        """Log the line."""
+        self.logger.info("%s", text)
+
+    def on_warning(self, text: str) -> None:
+        """Log the warning."""
+        self.logger.warning("%s", text)

@@ -1,7 +1,8 @@
 """AdamW with decay groups, or Muon for the blocks' matrices with AdamW for the rest.
 
-- Decay on matrices only: norms, biases, mu, gamma, phi, gains and modulations are places and scales, not weights.
-- Learning rates are set from outside at every step (schedules.py): `initial_lr` holds each group's peak.
+- Only matrices decay. Norms, biases, mu, gamma, phi, gains and modulations are positions and scales, for which zero
+  means nothing.
+- Learning rates are set from outside at every step (schedules.py); `initial_lr` holds each group's peak.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Assignment:
 
 
 class Optimizers:
-    """One or two torch optimizers behind the four calls the trainer makes."""
+    """One or two torch optimizers, which are always used together."""
 
     def __init__(self, parts: list[Optimizer], assignments: list[Assignment]) -> None:
         self.parts, self.assignments = parts, assignments
@@ -47,12 +48,12 @@ class Optimizers:
         return all(isinstance(part, torch.optim.AdamW) and part.defaults["fused"] for part in self.parts)
 
     def skip_while(self, flag: torch.Tensor) -> None:
-        """Skip every update from here on at which `flag`, a 0-dim float tensor on the device, is 1."""
+        """From here on, skip each update at which `flag`, a float tensor () on the device, is 1."""
         for part in self.parts:
             part.found_inf = flag  # type: ignore[attr-defined]  # what torch's own gradient scaler sets
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """What the optimizers remember of past gradients, by kind and parameter."""
+        """What the optimizers remember of past gradients, named by kind and parameter."""
         return {
             f"{kind} of {name}": value
             for part in self.parts

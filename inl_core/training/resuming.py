@@ -24,11 +24,14 @@ def changed_recipe(
 ) -> Recipe:
     """The run's recipe with `overrides`; `show` hears of each change.
 
-    A recipe.yaml that is missing or damaged is replaced by the newest intact checkpoint's copy, with a warning.
+    Where recipe.yaml is missing or damaged, the newest intact checkpoint's copy is read instead, with a warning.
+
+    Args:
+        allowed: keys whose change is accepted although it makes another experiment.
 
     Raises:
-        RecipeError: a change would make this another experiment and is not `allowed`, or the run cannot take it at all.
-        ArtefactError: the directory is no run.
+        RecipeError: a change would make this another experiment and is not `allowed`, or no run can change that key.
+        ArtefactError: the directory is not a run.
     """
     path = _recipe_file(run, warn)
     old, new = (load_recipe(path, given, allow_pipe=False) for given in ((), overrides))
@@ -96,7 +99,7 @@ def _recipe_file(run: Path, warn: Say) -> Path:
 
 
 def _check_none_was_saved(run: Path, recipe: Recipe) -> None:
-    """ArtefactError when the metrics go on beyond a step at which a checkpoint was saved: it was removed since."""
+    """ArtefactError when the metrics go beyond a step at which a checkpoint was saved: that one was lost since."""
     every = recipe.training.checkpoint.every
     last = max((row["step"] for row in read_metrics(run)), default=0)
     if last > (every or recipe.training.num_steps - 1):
@@ -124,7 +127,7 @@ def _check_recipe(run: Path, checkpoint: Path, recipe: Recipe, allowed: Collecti
 
 
 def _refused(changes: Sequence[Difference], allowed: Collection[str]) -> list[Difference]:
-    """Changes that need leave and have none; those that no leave would help are not among them."""
+    """The changes that --allow-change would permit and does not; changes that nothing permits are not among them."""
     return [c for c in changes if c.kind == "identity" and not c.is_fixed and c.path not in allowed]
 
 

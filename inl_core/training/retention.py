@@ -1,8 +1,9 @@
-"""Which checkpoints of a run stay: the last ones, every n-th, the best; and what a killed save left is cleared away.
+"""Which checkpoints of a run stay: the last ones, every n-th, and the best; and what a killed save left is removed.
 
-- Only intact checkpoints are counted, and only those up to the run's current step: a run that went back to an earlier
-  checkpoint has found the later ones damaged. Damaged and later ones are left as they are, never removed.
-- Intact here means that every file is there in its size: checksums of gigabytes are for a resume, not for every save.
+- Only intact checkpoints count, and only those up to the run's current step: a run that went back to an earlier
+  checkpoint did so because the later ones are damaged. Damaged and later ones are left as they are.
+- Intact means here that every file is there and has its size. Checksums of gigabytes are for a resume, not for every
+  save.
 """
 
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from inl_core.errors import ArtefactError
 from inl_core.files import ASIDE
 from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, verify_checkpoint
+from inl_core.recipe.training import CheckpointSettings
 
 TRIAL = "checkpoints.trial"
 """Where a run tries to save before its first step."""
@@ -32,29 +34,27 @@ def best_checkpoint(saved: Mapping[int, Path], scores: Mapping[int, float]) -> i
     return min((step for step in sorted(saved) if step in scores), key=lambda step: scores[step], default=None)
 
 
-def retain(
-    parent: Path, *, step: int, every: int, keep_last: int, keep_every: int | None, scores: Mapping[int, float]
-) -> list[Path]:
-    """Delete the intact checkpoints that no rule keeps; they come back.
+def retain(parent: Path, step: int, rules: CheckpointSettings, scores: Mapping[int, float]) -> None:
+    """Remove the intact checkpoints that no rule of the recipe keeps.
+
+    A checkpoint that was saved for its score, at a step where none was due, counts among the last ones only where too
+    few others are left.
 
     Args:
         step: the run's current step, whose own checkpoint always stays.
-        every: steps between the checkpoints that are due. One that was saved between them for its score counts among
-            the last only where too few others are left.
-        scores: of steps that were evaluated on the same text, lower is better; the best one that is saved stays.
+        scores: by step, all on the same text, lower is better; the best one that is saved stays.
     """
     saved = complete_checkpoints(parent, step)
-    for_score = {at for at in saved if at in scores and every and at % every}
-    last = sorted(saved, key=lambda at: (at not in for_score, at))[-keep_last:]
+    for_score = {at for at in saved if at in scores and rules.every and at % rules.every}
+    last = sorted(saved, key=lambda at: (at not in for_score, at))[-rules.keep_last :]
     kept = {step, best_checkpoint(saved, scores), *last}
-    removed = [path for at, path in saved.items() if at not in kept and not (keep_every and at % keep_every == 0)]
-    for path in removed:
-        remove_checkpoint(path)
-    return removed
+    for at, path in saved.items():
+        if at not in kept and not (rules.keep_every and at % rules.keep_every == 0):
+            remove_checkpoint(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint; a kill meanwhile leaves a directory that nobody takes for one. It may stay if it must."""
+    """Remove a checkpoint as far as the disk allows; after a kill, what is left has no checkpoint's name any more."""
     doomed = path.with_name(f"{path.name}.old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     with suppress(OSError):
@@ -63,7 +63,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Clear away what a killed process had half written below a run's directory; nobody else may be training there."""
+    """Remove what a killed process had half written in a run's directory, where nobody else may be training."""
     for path in (*run.glob("checkpoints/step-*.tmp"), run / TRIAL):
         shutil.rmtree(path, ignore_errors=True)
     for pattern in ("dynamics/step-*.tmp", f".*{ASIDE}", f"reports/.*{ASIDE}"):

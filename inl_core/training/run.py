@@ -6,11 +6,9 @@ runs/NAME/recipe.yaml  environment.json  metrics.jsonl  dynamics/*.parquet  repo
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,20 +18,16 @@ import torch
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
-from inl_core.files import describe_os_error, read_json, write_whole
-from inl_core.inference.checkpoint_files import verify_checkpoint
+from inl_core.files import read_json, write_whole
 from inl_core.inference.data_location import record_location
-from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
 from inl_core.recipe.load import dump_recipe, load_recipe
-from inl_core.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, training_bytes
+from inl_core.training.checkpoint import TrainState
 from inl_core.training.claim import OWNER, RANKS
-from inl_core.training.optimizers import Optimizers
-from inl_core.training.retention import TRIAL
 
 PREEMPTED = "preempted.json"
-"""What a session that a signal stopped leaves for a scheduler; the next session removes it as soon as it owns the run,
-so that one that fails is not taken for one that was stopped."""
+"""The file that a session which a signal stopped leaves for a scheduler. The next session removes it as soon as it owns
+the run, so that a session that fails is not taken for one that was stopped."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class RunFiles:
         return self.path / "checkpoints"
 
     def create(self) -> None:
-        """Make the directory, with the recipe and the environment in it; what is there already is left as it is.
+        """Make the directory, with the recipe and the environment in it; a file that says the same is left alone.
 
         Raises:
             OSError: a file could not be written; the one before it is untouched.
@@ -98,58 +92,14 @@ class RunFiles:
             "recipe.yaml": dump_recipe(self.recipe),
         }
 
-    def try_checkpoint(
-        self,
-        state: TrainState,
-        model: IntegratorLanguageModel,
-        optimizers: Optimizers,
-        say: Callable[[str], None],
-    ) -> None:
-        """Save, read back, compare and time a real checkpoint, then remove it; better now than after a night.
-
-        Raises:
-            InlError: the disk has no room.
-            ArtefactError: what is read back is not what was written.
-        """
-        needed, free = training_bytes(model), shutil.disk_usage(self.path).free
-        if free < needed:
-            raise InlError(
-                f"{self.path}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; "
-                "make room or choose another --run-dir"
-            )
-        trial = self.path / TRIAL
-        start = time.perf_counter()
-        try:
-            saved = save_checkpoint(trial, state, model, optimizers, self.documents(state))
-            seconds = time.perf_counter() - start
-            verify_checkpoint(saved)
-            before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            load_checkpoint(saved, model, optimizers)
-            if not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()):
-                raise ArtefactError(f"{self.path}: a checkpoint read back differs from the one written; check the disk")
-            size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
-            say(f"checkpoint tried: {size / 1e6:.1f} MB written in {seconds:.2f} s and read back intact")
-        except InlError:
-            raise
-        except OSError as error:
-            error.filename = error.filename or str(self.path)
-            raise InlError(
-                f"{describe_os_error(error)}: a checkpoint cannot be saved here; make room or choose another --run-dir"
-            ) from error
-        finally:
-            # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.
-            optimizers.forget()
-            shutil.rmtree(trial, ignore_errors=True)
-
 
 def write_preempted(run: Path, step: int, signal_name: str) -> None:
-    """Leave word that a signal stopped the run, which can go on from `step`; OSError when it cannot be written."""
-    word = {"step": step, "signal": signal_name, "time": time.time()}
-    write_whole(run / PREEMPTED, json.dumps(word))
+    """Write that a signal stopped the run, which can go on from `step`; OSError when it cannot be written."""
+    write_whole(run / PREEMPTED, json.dumps({"step": step, "signal": signal_name, "time": time.time()}))
 
 
 def is_taken(path: Path) -> bool:
-    """Whether a directory holds anything worth keeping; a run that ended before its first step leaves nothing."""
+    """Whether a directory holds anything worth keeping; what a run that ended before its first step left is not."""
     if not path.exists():
         return False
     names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
@@ -174,7 +124,7 @@ def _read_environment(path: Path) -> dict[str, Any]:
 
 
 def _lasting(environment: dict[str, Any]) -> dict[str, Any]:
-    """What of an environment one session has in common with the next."""
+    """The part of an environment that does not change from one session to the next on the same machine."""
     return {name: value for name, value in environment.items() if name not in ("time", "command")}
 
 

@@ -1,10 +1,10 @@
-"""The learning rate, the drawn iterations and what is due, as functions of the step; nothing here has state."""
+"""The learning rate, the drawn iterations and what is due, as functions of the step. Nothing here has state."""
 
 import hashlib
 import math
 from collections.abc import Sequence
 
-from inl_core.recipe import ScheduleSettings
+from inl_core.recipe import ModelConfig, ScheduleSettings, TrainingSettings
 
 
 def learning_rate_factor(settings: ScheduleSettings, step: int, num_steps: int) -> float:
@@ -33,11 +33,30 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def drawn_iterations(configured: Sequence[int], fewest: int, seed: int, step: int) -> tuple[int, ...]:
-    """Each layer's iterations t in optimizer step `step`: fewest .. configured, with odds in proportion to 1/t.
+def logs_after(settings: TrainingSettings, step: int) -> bool:
+    """Whether a row of metrics is written when `step` steps are done."""
+    return step in (1, settings.num_steps) or is_due(step, settings.logging.every)
 
-    - One draw a layer and step; a hash stands for the random numbers: nothing to save, and the same on every rank.
-    - Few iterations are drawn more often, since they are what a token that is stopped early gets.
+
+def writes_after(settings: TrainingSettings, step: int) -> bool:
+    """Whether anything is written or scored when `step` steps are done."""
+    regular = (settings.checkpoint.every, settings.evaluation.every)
+    return logs_after(settings, step) or any(is_due(step, every) for every in regular)
+
+
+def iterations_of_step(settings: TrainingSettings, config: ModelConfig, step: int) -> tuple[int, ...] | None:
+    """Each layer's iterations in optimizer step `step`, where the recipe has them drawn; None where it does not."""
+    if settings.min_iterations is None:
+        return None
+    return drawn_iterations(config.layer_iterations, settings.min_iterations, settings.seed, step)
+
+
+def drawn_iterations(configured: Sequence[int], fewest: int, seed: int, step: int) -> tuple[int, ...]:
+    """Draw each layer's number of iterations t, from `fewest` to the configured one, with odds in proportion to 1/t.
+
+    - Every layer and step has a draw of its own. A hash takes the place of random numbers, so that there is no state to
+      save and every rank draws the same.
+    - Few iterations are drawn more often, because a token that stops early gets few of them.
     """
 
     def draw(layer: int, most: int) -> int:

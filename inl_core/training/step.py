@@ -1,119 +1,176 @@
-"""One forward pass of one micro-batch, from token arrays to shares of the losses; the module that DDP wraps."""
+"""One optimizer step: a batch, its gradient, a look at whether that is finite, and the update.
 
+- The batch, the learning rate and the regime are functions of the step, so a step can be taken again from a checkpoint.
+- A batch without a target token teaches nothing, so its step updates nothing: no decay, no momentum.
+- The host waits for the device only where something is written: at log points, evaluations and checkpoints.
+"""
+
+import math
+import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from inl_core.corpus.loader import Batch
-from inl_core.model import IntegratorLanguageModel, ModelOutput, Options
-from inl_core.training.losses import (
-    AuxiliaryWeights,
-    balance_share,
-    expert_loads,
-    mean_loss_share,
-    state_moments,
-    token_term,
-)
+from inl_core.corpus.loader import Batch, BatchLoader
+from inl_core.errors import NonFiniteError
+from inl_core.model import IntegratorLanguageModel
+from inl_core.training.adaptation import adapt_equilibrium, mu_adaptation_rate, reallocate_budget
+from inl_core.training.cycles import Regime, regime
+from inl_core.training.distributed import World
+from inl_core.training.gradients import Gradients
+from inl_core.training.interruption import StopSignal
+from inl_core.training.loss_module import MicroBatch
+from inl_core.training.nonfinite import FiniteWatch, write_nonfinite_report
+from inl_core.training.observer import Observer
+from inl_core.training.optimizers import Optimizers
+from inl_core.training.precision import autocast_of
+from inl_core.training.prefetch import Prefetcher
+from inl_core.training.run import RunFiles
+from inl_core.training.saving import advice_after_nonfinite
+from inl_core.training.schedules import is_due, learning_rate_factor, logs_after, writes_after
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """A Batch's arrays as tensors on the device: tokens, targets (B, S); documents and positions where needed."""
+class StepResult:
+    """What one optimizer step did."""
 
-    tokens: Tensor
-    targets: Tensor
-    document_ids: Tensor | None
-    positions: Tensor | None
-
-    @property
-    def mask(self) -> Tensor:
-        """1.0 on target tokens, (B, S)."""
-        return (self.targets != -100).float()
-
-
-def micro_batches(batch: Batch, size: int, device: torch.device) -> list[MicroBatch]:
-    """Split a batch into parts of `size` rows, on the device."""
-
-    def part(array, start: int) -> Tensor | None:
-        if array is None:
-            return None
-        tensor = torch.from_numpy(array[start : start + size])
-        # Only from pinned memory is a copy to the GPU one that nobody waits for.
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    names = ("tokens", "targets", "document_ids", "positions")
-    starts = range(0, batch.tokens.shape[0], size)
-    return [MicroBatch(*(part(getattr(batch, name), start) for name in names)) for start in starts]  # type: ignore[arg-type]
+    regime: Regime
+    first_part: MicroBatch
+    learning_rate: float
+    num_targets: float
+    """Target tokens of the global batch."""
+    num_bytes: float
+    """Bytes of text behind them."""
+    losses: dict[str, Tensor]
+    """The loss terms, still on the device; none when the batch holds no target token."""
+    gradient_norm: Tensor | None
+    is_stopping: bool
+    """Whether a signal asked any rank to stop."""
+    seconds: float
 
 
-class LossModule(nn.Module):
-    """The model together with its losses."""
+class Stepper:
+    """Takes the optimizer steps of one run."""
 
-    def __init__(self, model: IntegratorLanguageModel, autocast: torch.autocast) -> None:
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def run(
-        self, batch: MicroBatch, weights: AuxiliaryWeights, num_iterations: tuple[int, ...] | None = None
-    ) -> ModelOutput:
-        """The forward pass alone."""
-        power = weights.energy_power if weights.needs_terms else None
-        options = Options(num_iterations=num_iterations, energy_power=power)
-        with self.autocast:
-            return self.model(batch.tokens, positions=batch.positions, document_ids=batch.document_ids, options=options)
-
-    def forward(
+    def __init__(
         self,
-        batch: MicroBatch,
-        weights: AuxiliaryWeights,
-        count: Tensor,
-        whole: dict[str, Tensor] | None,
-        num_iterations: tuple[int, ...] | None = None,
-        special_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Shares of every loss in the global mean over `count` target tokens.
+        model: IntegratorLanguageModel,
+        loader: BatchLoader,
+        optimizers: Optimizers,
+        run: RunFiles,
+        world: World,
+        observer: Observer,
+    ) -> None:
+        self.model, self.optimizers, self.run, self.world, self.observer = model, optimizers, run, world, observer
+        self.settings = run.recipe.training
+        self.autocast = autocast_of(run.recipe, world.device)
+        self.gradients = Gradients(model, self.settings, self.autocast, world)
+        self.batches = Prefetcher(loader, self.settings.micro_batch(world.size), world.device)
+        # A bad step can be skipped by the device alone where nothing but AdamW's update follows from it.
+        may_defer = world.device.type == "cuda" and optimizers.can_skip and mu_adaptation_rate(model) == 0
+        self.watch = FiniteWatch(optimizers, world.device, deferred=may_defer)
+        self.token_num_bytes = run.tokenizer.token_num_bytes
+        self.special_ids = torch.tensor(sorted(run.tokenizer.special_ids.values()), device=world.device)
+        self.num_empty = 0
+        """Steps whose batch held no target token."""
 
-        `task`, and where their weight is not zero `mean`, `speed`, `energy`, `balance`, unweighted; `total` is the
-        weighted sum to differentiate; without gradient, `moments` (2, L, D) are this part's sums of the final states
-        and `loads` (L, E) its experts' loads.
+    def take(self, step: int, stop: StopSignal) -> StepResult:
+        """Take optimizer step `step`, counted from 0.
 
-        Args:
-            whole: `moments` and `loads` of the whole batch when this is only a part of it; None when it is all of it.
-            num_iterations: each layer's iterations in this step; None is the configured ones.
-            special_ids: where given, `special` is the part of `task`, without gradient, that falls on these targets.
+        Raises:
+            NonFiniteError: this step's loss or gradient, or an earlier one's that is only noticed now, is NaN or
+                infinite; the weights are those that the bad step met.
         """
-        output, mask = self.run(batch, weights, num_iterations), batch.mask
-        with self.autocast:
-            task = self.model.loss_sum(output.hidden, batch.targets, output.table) / count
-        terms = {"task": task}
-        if special_ids is not None:
-            terms["special"] = self._loss_on(special_ids, output, batch.targets) / count
-        local = state_moments(output.layers, mask) if weights.mean > 0 or weights.adapts_mu else None
-        if local is not None:
-            terms["moments"] = local.detach()
-        if local is not None and weights.mean > 0:
-            total = local.detach() if whole is None else whole["moments"]
-            mu = torch.stack([integrator.equilibrium() for integrator in self.model.integrators()])
-            terms["mean"] = mean_loss_share(local, total, mask.sum(), count, mu, weights.variance_weighted)
-        if weights.balance > 0:
-            terms["loads"] = expert_loads(output.layers, mask)
-            loads = terms["loads"] if whole is None else whole["loads"]
-            terms["balance"] = balance_share(output.layers, loads, mask, count)
-        for name in ("speed", "energy"):
-            if getattr(weights, name) > 0:
-                terms[name] = token_term(output.layers, name, mask, count)
-        loss = task
-        for name in ("mean", "speed", "energy", "balance"):
-            if name in terms:
-                loss = loss + getattr(weights, name) * terms[name]
-        return {**terms, "total": loss}
+        start, now = time.perf_counter(), self._enter_regime(step)
+        batch, parts = self.batches.get(step)
+        # An evaluation came before this step. A run that is resumed here, or on other processes, does the same.
+        if step and is_due(step, self.settings.evaluation.every):
+            reallocate_budget(self.model, parts, self.autocast, self.world)
+        # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
+        count, num_bytes, stopping = self.world.sum_numbers(*self._count(batch), float(stop.requested))
+        factor = learning_rate_factor(self.settings.schedule, step, self.settings.num_steps)
+        rate = self.optimizers.set_learning_rate_factor(factor)
+        losses, norm = self._gradient(parts, now, step, count) if count else ({}, None)
+        if not self.watch.deferred or stopping or writes_after(self.settings, step + 1):
+            self._check_finite(step, losses, batch)
+        if count:
+            self.optimizers.step()
+            self.optimizers.zero_grad()
+            adapt_equilibrium(self.model, losses, count)
+        else:
+            self._warn_of_empty_batch(step)
+        seconds = time.perf_counter() - start
+        return StepResult(now, parts[0], rate, count, num_bytes, losses, norm, stopping > 0, seconds)
 
-    @torch.no_grad()
-    def _loss_on(self, ids: Tensor, output: ModelOutput, targets: Tensor) -> Tensor:
-        """The cross-entropy in nats of the targets among `ids`: few rows, so it costs next to nothing."""
-        chosen = torch.isin(targets, ids)
-        if not chosen.any():
-            return torch.zeros((), device=targets.device)
-        with self.autocast:
-            return self.model.loss_sum(output.hidden[chosen], targets[chosen])
+    def time_gradient(self) -> float:
+        """Seconds that the first batch's forward and backward passes take; nothing is updated."""
+        parts, now, seconds = self.batches.load(0)[1], self._regime(0), 0.0
+        for _ in range(2):  # the first pass warms up, and compiles
+            start = time.perf_counter()
+            self.gradients.backward(parts, now, 0, 1.0)["task"].item()  # waits for the device
+            seconds = time.perf_counter() - start
+            self.optimizers.zero_grad()
+        return seconds
+
+    def close(self) -> None:
+        """Stop loading batches ahead."""
+        self.batches.close()
+
+    def _regime(self, step: int) -> Regime:
+        return regime(self.settings.losses, self.settings.cycle, step, self.settings.num_steps)
+
+    def _enter_regime(self, step: int) -> Regime:
+        """The regime of a step; the excitation's amplitude A is set in the model."""
+        now = self._regime(step)
+        if now.excitation_amplitude is not None:
+            self.model.excitation_amplitude.fill_(now.excitation_amplitude)
+        return now
+
+    def _count(self, batch: Batch) -> tuple[float, float]:
+        """Target tokens of this rank's part of the batch, and the bytes of text behind them."""
+        valid = batch.targets != -100
+        return float(valid.sum()), float(self.token_num_bytes[batch.targets[valid]].sum())
+
+    def _gradient(
+        self, parts: list[MicroBatch], now: Regime, step: int, count: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss terms and the gradient's norm; the gradient itself is left, clipped, in the parameters."""
+        # Bits per byte leave special tokens out (inference/evaluate.py), so a row that is written needs their share.
+        special_ids = self.special_ids if logs_after(self.settings, step + 1) else None
+        losses = self.gradients.backward(parts, now, step, count, special_ids=special_ids)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
+        self.watch.observe(step, losses["task"], norm)
+        return losses, norm
+
+    def _check_finite(self, step: int, losses: dict[str, Tensor], batch: Batch) -> None:
+        """Wait for the device; stop the run when `step`, or a step since the last look, was not finite."""
+        found = self.watch.first_bad()
+        if found is None:
+            return
+        bad_step, loss, norm = found
+        if bad_step != step:  # the weights are still those that it met, so its gradients can be computed again
+            self.optimizers.zero_grad()
+            batch, parts = self.batches.get(bad_step)
+            count = self.world.sum_numbers(*self._count(batch))[0]
+            losses = self.gradients.backward(parts, self._enter_regime(bad_step), bad_step, max(1.0, count))
+        where = self.run.path / "reports" / f"nonfinite-step-{bad_step + 1}-rank-{self.world.rank}.json"
+        try:
+            write_nonfinite_report(where, self.model, bad_step, losses, norm, batch, self.run.tokenizer)
+            report = f"{where} has the batch and the tensors"
+        except OSError as error:
+            report = f"{where}, the report, could not be written ({error.strerror or error})"
+        raise NonFiniteError(
+            f"step {bad_step + 1}: loss {loss:g}, gradient norm {norm:g}; stopped before the update. {report}; "
+            f"{advice_after_nonfinite(self.run, bad_step)}"
+        )
+
+    def _warn_of_empty_batch(self, step: int) -> None:
+        """Warn of the first batch without a target token, the tenth, the hundredth and so on."""
+        self.num_empty += 1
+        if math.log10(self.num_empty).is_integer():
+            before = f" ({self.num_empty} such steps so far)" if self.num_empty > 1 else ""
+            self.observer.on_warning(
+                f"step {step + 1}: prompts fill every window of the batch, so it holds no target token and updates "
+                f"nothing{before}; raise training.sequence_length or training.batch_tokens, or shorten the prompts"
+            )

@@ -12,7 +12,7 @@ from inl_cli import sizes_page
 from inl_cli.app import app
 from inl_core.corpus.preparation import prepare
 from inl_core.recipe.load import load_recipe, shipped_recipes
-from inl_core.training.launch import data_directory
+from inl_core.training.run_data import data_directory
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--set", "model.d_model=64", "--set", "model.num_layers=2", "--set", "model.max_seq_len=64")

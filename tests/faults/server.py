@@ -28,7 +28,13 @@ from tests.faults.inject import Fault, Faults
 
 IMPORTED = (
     *("jinja2", "pandas", "pyarrow.parquet", "rich.console", "tokenizers", "torch._dynamo"),
-    *("torch.distributed.checkpoint", "inl_cli.app", "inl_cli.training_flow", "inl_core.analysis.inspection"),
+    *(
+        "torch.distributed.checkpoint",
+        "inl_cli.app",
+        "inl_cli.training_view",
+        "inl_core.training.session",
+        "inl_core.analysis.inspection",
+    ),
     *("inl_core.analysis.parameters", "inl_core.inference.generate", "inl_core.inference.texts"),
 )
 _ADDRESS_SPACE = 12 << 30  # far above what is allowed: a bomb dies here, before it takes the machine down

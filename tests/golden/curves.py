@@ -21,8 +21,10 @@ from inl_core.model import plain_operations
 from inl_core.recipe import recipe_from_mapping
 from inl_core.recipe.presets import PRESETS, merge
 from inl_core.training.distributed import start_world
-from inl_core.training.launch import build_model, open_data
+from inl_core.training.observer import Observer
 from inl_core.training.run import RunFiles
+from inl_core.training.run_data import open_data
+from inl_core.training.session import build_model
 from inl_core.training.trainer import Trainer
 
 __all__ = ["NUM_STEPS", "PRESETS", "TOLERANCE", "Curve", "curve_files", "merge", "read_curve", "train"]
@@ -85,7 +87,7 @@ class _Enough(Exception):
     """The steps that were wanted are done."""
 
 
-class _Listener:
+class _Listener(Observer):
     """Keeps the losses that the trainer reports, and ends the run after `last_step`."""
 
     def __init__(self, curve: Curve, last_step: int) -> None:
@@ -98,10 +100,6 @@ class _Listener:
         self.curve.validation_loss[str(step)] = evaluation.loss
         if step == self.last_step:
             raise _Enough
-
-    def on_checkpoint(self, path: Path, seconds: float) -> None: ...
-
-    def on_message(self, text: str, warning: bool = False) -> None: ...
 
 
 def train(
@@ -126,7 +124,7 @@ def train(
         model = build_model(settings, data.tokenizer, world).to(getattr(torch, dtype))
         run = RunFiles(Path(place) / "run", settings, data.tokenizer, data.directory)
         run.create()
-        Trainer(settings, model, data.train, data.validation, run, world, _Listener(curve, last_step)).fit()
+        Trainer(model, data, run, world, _Listener(curve, last_step)).fit()
     return curve
 
 

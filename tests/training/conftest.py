@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from inl_core.corpus.loader import TokenDataset
 from inl_core.corpus.preparation import prepare
-from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.inference.evaluate import Evaluation
-from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import DataSettings, Recipe
 from inl_core.recipe.presets import merge
 from inl_core.training.distributed import World
+from inl_core.training.observer import Observer
 from inl_core.training.run import RunFiles
+from inl_core.training.run_data import RunData
+from inl_core.training.session import build_model
 from inl_core.training.trainer import Trainer
 
 MODEL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 64}
@@ -53,7 +53,7 @@ def data_directory(tmp_path_factory) -> Path:
     return base
 
 
-class Listener:
+class Listener(Observer):
     """An observer that keeps what it hears."""
 
     def __init__(self) -> None:
@@ -71,8 +71,10 @@ class Listener:
     def on_checkpoint(self, path, seconds):
         self.saved.append(path)
 
-    def on_message(self, text, warning=False):
+    def on_message(self, text):
         self.messages.append(text)
+
+    on_warning = on_message
 
 
 def small_recipe(data_directory: Path, **changes: Any) -> Recipe:
@@ -100,18 +102,12 @@ def make_trainer(data_directory, tmp_path):
     import torch
 
     def make(recipe: Recipe, name: str = "run", data: Path | None = None) -> tuple[Trainer, Listener]:
-        directory = data or data_directory / "set"
-        tokenizer = Tokenizer.load(directory / "tokenizer.json")
-        model = IntegratorLanguageModel(recipe.model.with_vocab_size(tokenizer.vocab_size))
-        model.initialise(recipe.training.seed)
-        run = RunFiles(tmp_path / name, recipe, tokenizer, directory)
-        run.create()
         world, listener = World(0, 1, torch.device("cpu")), Listener()
-        train, validation = (
-            TokenDataset.open(directory, split, document_mask=recipe.data.document_mask)
-            for split in ("train", "validation")
-        )
-        return Trainer(recipe, model, train, validation, run, world, listener), listener
+        opened = RunData.load(data or data_directory / "set", recipe)
+        model = build_model(recipe, opened.tokenizer, world)
+        run = RunFiles(tmp_path / name, recipe, opened.tokenizer, opened.directory)
+        run.create()
+        return Trainer(model, opened, run, world, listener), listener
 
     return make
 

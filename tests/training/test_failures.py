@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from inl_cli.console import Console
-from inl_cli.training_flow import run_training
 from inl_core.errors import NonFiniteError
 from inl_core.inference.checkpoint_files import list_checkpoints, verify_checkpoint
-from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import read_metrics
 from inl_core.training.nonfinite import FiniteWatch
+from inl_core.training.session import open_session
 from tests.training.conftest import run_python, small_recipe
 
 
@@ -25,7 +23,7 @@ from tests.training.conftest import run_python, small_recipe
 def test_a_non_finite_loss_stops_before_the_update(make_recipe, make_trainer, poison, deferred):
     trainer, _ = make_trainer(make_recipe(training={"logging": {"every": 10}}))
     if deferred:  # what a GPU does, so that the host need not wait for each step
-        trainer.watch = FiniteWatch(trainer.optimizers, trainer.world.device, deferred=True)
+        trainer.stepper.watch = FiniteWatch(trainer.optimizers, trainer.world.device, deferred=True)
     original, seen = trainer._train_step, []
 
     def train_step(stop):
@@ -139,8 +137,8 @@ def finished_once(data_directory, tmp_path_factory):
     """What `finished` copies."""
     recipe = small_recipe(data_directory, training={"checkpoint": {"every": 4, "keep_last": 3}})
     path = tmp_path_factory.mktemp("finished") / "run"
-    with StopSignal() as stop:
-        run_training(Console(quiet=True), recipe, stop=stop, run_dir=path)
+    with open_session(recipe, path) as session:
+        session.build_trainer(session.open_data()).fit()
     return path
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from inl_core.errors import InlError, Interrupted, NonFiniteError
 from inl_core.files import append_line
@@ -80,8 +78,8 @@ def test_a_line_after_a_torn_one_begins_anew(tmp_path):
 def test_rows_hold_no_word_that_json_does_not_know(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe())
     row = {"step": 1, "loss": float("nan"), "budget": [1.0, float("inf")], "word": "NaN"}
-    trainer.metrics.write(row)
-    text = trainer.metrics.path.read_text()
+    trainer.log.metrics.write(row)
+    text = trainer.log.metrics.path.read_text()
     assert text == '{"step": 1, "loss": null, "budget": [1.0, null], "word": "NaN"}\n'
 
 
@@ -153,17 +151,3 @@ def test_a_disk_too_small_for_one_checkpoint_is_said_before_the_first_step(make_
     assert re.fullmatch(message + "saved here; make room or choose another --run-dir", str(told.value))
     assert type(told.value) is InlError  # exit code 1
     assert not list(trainer.run.path.glob("checkpoints*/*"))
-
-
-@pytest.mark.parametrize(
-    ("error", "number", "text"),
-    [
-        (CheckpointException("write", {0: (OSError(errno.ENOSPC, "full"), None)}), errno.ENOSPC, "full"),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), 28, "No space left on device"),
-        (CheckpointException("write", {0: (ValueError("odd"), None)}), errno.EIO, "odd"),
-    ],
-)
-def test_what_the_libraries_say_of_a_disk_becomes_the_systems_error_and_names_the_file(error, number, text):
-    with pytest.raises(OSError, match=text) as told, checkpoint_module._disk_errors(Path("a/model.safetensors")):
-        raise error
-    assert (told.value.errno, told.value.strerror, told.value.filename) == (number, text, "a/model.safetensors")

@@ -6,8 +6,8 @@ import torch
 from inl_core.corpus.loader import Batch
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
+from inl_core.training.loss_module import LossModule, micro_batches
 from inl_core.training.losses import AuxiliaryWeights, mean_loss_share
-from inl_core.training.step import LossModule, micro_batches
 
 VOCAB = 61
 

@@ -5,13 +5,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from inl_cli import training_flow
-from inl_cli.console import Console
 from inl_core.errors import RecipeError
 from inl_core.training import mirrors
-from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import MetricsWriter, read_metrics
 from inl_core.training.mirrors import check_mirrors, open_mirrors
+from inl_core.training.session import open_session
 
 
 @pytest.fixture
@@ -99,7 +97,7 @@ def test_a_mirror_that_fails_is_left_and_the_rows_go_on(wandb, recipe, tmp_path)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_training_says_it_before_it_prepares_anything(wandb, recipe, monkeypatch):
-    monkeypatch.setattr(training_flow, "open_data", lambda *arguments: pytest.fail("data opened"))
-    with pytest.raises(RecipeError, match="no API key"):
-        training_flow.run_training(Console(quiet=True), recipe, stop=StopSignal(), run_dir=None)
+def test_a_session_says_it_before_it_takes_a_directory(wandb, recipe, tmp_path):
+    with pytest.raises(RecipeError, match="no API key"), open_session(recipe, tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ def losses(make_recipe, make_trainer, name: str, **training) -> list[float]:
 @pytest.mark.parametrize("batch_tokens", [256, 512])
 def test_bits_per_byte_of_a_step_are_what_an_evaluation_of_its_batch_gives(make_recipe, make_trainer, batch_tokens):
     trainer, listener = make_trainer(make_recipe(training={"steps": 1, "batch_tokens": batch_tokens}))
-    batch, table = trainer.loader.batch(0), trainer.token_num_bytes
+    batch, table = trainer.loader.batch(0), trainer.stepper.token_num_bytes
     assert (table[batch.targets[batch.targets != -100]] == 0).any()  # special tokens, which do not count
     wanted = evaluate(trainer.model, [batch], table)
     trainer.fit()

@@ -12,9 +12,10 @@ from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import newest_valid
 from inl_core.training.distributed import World
-from inl_core.training.launch import build_model, open_data
 from inl_core.training.metrics import read_metrics
 from inl_core.training.run import RunFiles
+from inl_core.training.run_data import open_data
+from inl_core.training.session import build_model
 from inl_core.training.trainer import Trainer
 from tests.training.conftest import Listener
 
@@ -101,7 +102,7 @@ def test_the_trial_checkpoint_leaves_no_trace_in_the_training(make_recipe, make_
     tried, _ = make_trainer(make_recipe(training={"steps": 3}), "tried")
     tried.fit()
     untried, _ = make_trainer(make_recipe(training={"steps": 3}), "untried")
-    untried._try_checkpoint = lambda: None
+    untried.saver.try_before_first_step = lambda state: None
     untried.fit()
     for name, value in tried.model.state_dict().items():
         assert torch.equal(value, untried.model.state_dict()[name]), name
@@ -165,7 +166,7 @@ def test_a_run_finds_its_data_from_another_directory(make_recipe, data_directory
     assert found(run_path) == tmp_path / "project/set"  # though it has no checkpoint yet
     monkeypatch.chdir(tmp_path / "project")
     model = build_model(recipe, opened.tokenizer, world)
-    Trainer(recipe, model, opened.train, opened.validation, run, world, Listener()).fit()
+    Trainer(model, opened, run, world, Listener()).fit()
     assert found(Path("runs/first")) == tmp_path / "project/set"
     monkeypatch.chdir(tmp_path)
     assert found(run_path) == tmp_path / "project/set"

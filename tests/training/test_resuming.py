@@ -9,8 +9,8 @@ from inl_core import files
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.recipe.load import dump_recipe
-from inl_core.training.launch import _is_unchanged
 from inl_core.training.resuming import changed_recipe, choose_checkpoint
+from inl_core.training.run_data import _describes_same_data
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_fifo_in_the_place_of_a_recipe_is_not_waited_for(trained, monkeypatch)
     said = []
     assert choose_checkpoint(run.path, recipe, (), warn=said.append)
     assert "recipe.yaml" in said[-1]
-    assert _is_unchanged(recipe, run.path)
+    assert _describes_same_data(recipe, run.path)
     run.create()
     assert (run.path / "recipe.yaml").read_text() == dump_recipe(recipe)
 

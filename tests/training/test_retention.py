@@ -101,18 +101,18 @@ def test_metrics_that_cannot_be_read_end_no_run(make_recipe, make_trainer):
     evaluation = {"every": 2, "tokens": 512, "final_tokens": None}
     recipe = make_recipe(training={"steps": 6, "evaluation": evaluation, "checkpoint": {"every": 4, "keep_last": 1}})
     trainer, heard = make_trainer(recipe)
-    trainer.metrics.path.mkdir()
+    trainer.log.metrics.path.mkdir()
     scored(trainer, {2: 1.0, 4: 2.0}, final=0.5)
     trainer.fit()
     assert steps_of(trainer) == [2, 6]
-    assert sum(str(trainer.metrics.path) in text and "keep_best" in text for text in heard.messages) == 1
+    assert sum(str(trainer.log.metrics.path) in text and "keep_best" in text for text in heard.messages) == 1
 
 
 def test_of_the_saved_steps_the_best_stays_though_a_better_one_was_never_saved(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe(training={"checkpoint": {"keep_last": 1}}))
     rows = [(1, 2.0), (2, 1.5), (3, 1.0), (4, 1.7), (5, 1.9)]
     written = [{"step": step, "scored_on": trainer.saver.scored_on, "validation_bits_per_byte": x} for step, x in rows]
-    trainer.metrics.path.write_text("".join(json.dumps(row) + "\n" for row in written))
+    trainer.log.metrics.path.write_text("".join(json.dumps(row) + "\n" for row in written))
     for step in (1, 2, 4, 5):
         save_at(trainer, step)
     assert steps_of(trainer) == [2, 5]

@@ -31,7 +31,7 @@ from inl_core.model.language_model import Embedding
 from inl_core.training.cycles import regime
 from inl_core.training.distributed import World, prepare_blocks
 from inl_core.training.gradients import Gradients
-from inl_core.training.step import micro_batches
+from inl_core.training.loss_module import micro_batches
 
 _PARTS = {Attention: "attention", Integrator: "integrator", FeedForward: "feed-forward", Embedding: "embedding"}
 # Generation decodes with functions of its own instead of the modules.

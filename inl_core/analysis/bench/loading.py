@@ -17,8 +17,8 @@ from inl_core.corpus.loader import BatchLoader, TokenDataset
 from inl_core.corpus.manifest import MANIFEST
 from inl_core.corpus.preparation import prepare, verify
 from inl_core.recipe import DataSettings, Recipe, TokenizerSettings
-from inl_core.training.launch import data_directory
-from inl_core.training.step import micro_batches
+from inl_core.training.loss_module import micro_batches
+from inl_core.training.run_data import data_directory
 
 _SYNTHETIC_DOCUMENTS, _WORDS = 1_200, 200
 _TURN_SECONDS = 0.3

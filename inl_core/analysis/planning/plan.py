@@ -25,8 +25,8 @@ from inl_core.corpus.manifest import MANIFEST, load_manifest
 from inl_core.model.backends.select import describe_backend
 from inl_core.recipe import ModelConfig, Recipe
 from inl_core.recipe.load import recipe_from_mapping
-from inl_core.training.launch import data_directory
-from inl_core.training.trainer import uses_bf16
+from inl_core.training.precision import uses_bf16
+from inl_core.training.run_data import data_directory
 
 if TYPE_CHECKING:
     import torch

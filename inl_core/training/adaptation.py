@@ -1,0 +1,45 @@
+"""What a run changes in the model besides its gradients: the moving average of mu, and the layers' budgets."""
+
+import torch
+from torch import Tensor
+
+from inl_core.model import IntegratorLanguageModel
+from inl_core.training.distributed import World
+from inl_core.training.dynamics import last_residuals
+from inl_core.training.loss_module import MicroBatch
+
+
+def mu_adaptation_rate(model: IntegratorLanguageModel) -> float:
+    """How far mu moves towards the mean state in a step; 0 where gradients alone move it."""
+    integrator = model.config.integrator
+    return integrator.mu.adaptation_rate if integrator else 0.0
+
+
+def adapt_equilibrium(model: IntegratorLanguageModel, losses: dict[str, Tensor], num_targets: float) -> None:
+    """Move each layer's mu towards the mean final state of the global batch (docs/model.md, "The equilibrium").
+
+    This does nothing unless the recipe asks for it.
+
+    Args:
+        losses: of the step; its `moments` (2, L, D) hold the sums of the final states over all target tokens.
+    """
+    rate = mu_adaptation_rate(model)
+    if rate > 0:
+        for integrator, total in zip(model.integrators(), losses["moments"][0], strict=True):
+            integrator.equilibrium.adapt(total / num_targets, rate)
+
+
+def reallocate_budget(
+    model: IntegratorLanguageModel, parts: list[MicroBatch], autocast: torch.autocast, world: World
+) -> None:
+    """Divide the iterations anew among the layers by their residuals on a whole batch, where the strategy does so."""
+    budget = model.budget
+    if budget is None or not budget.follows_residuals:
+        return
+    with autocast:
+        found = [
+            last_residuals(model, part.tokens, positions=part.positions, document_ids=part.document_ids)
+            for part in parts
+        ]
+    total = torch.tensor(found, dtype=torch.float64, device=world.device).sum(0)
+    budget.reallocate(world.sum(total) / (len(parts) * world.size))

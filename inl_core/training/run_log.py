@@ -1,0 +1,128 @@
+"""What a run writes about itself: rows of metrics for steps and evaluations, and records of the dynamics."""
+
+import math
+from dataclasses import asdict, fields
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inl_core.inference.evaluate import Evaluation
+from inl_core.model import IntegratorLanguageModel
+from inl_core.training.checkpoint import TrainState
+from inl_core.training.distributed import World
+from inl_core.training.dynamics import headline, record_layers, write_record
+from inl_core.training.loss_module import MicroBatch
+from inl_core.training.metrics import MetricsWriter
+from inl_core.training.observer import Observer
+from inl_core.training.precision import autocast_of
+from inl_core.training.run import RunFiles
+from inl_core.training.schedules import is_due, iterations_of_step, logs_after
+from inl_core.training.step import StepResult
+
+
+class RunLog:
+    """Writes the rows of a run; only rank 0's log writes anything."""
+
+    def __init__(
+        self, model: IntegratorLanguageModel, run: RunFiles, world: World, observer: Observer, num_windows: int
+    ) -> None:
+        self.model, self.run, self.observer, self.num_windows = model, run, observer, num_windows
+        self.settings, self.device = run.recipe.training, world.device
+        self.autocast = autocast_of(run.recipe, world.device)
+        self.metrics = MetricsWriter(run.path, run.recipe, observer.on_warning) if world.is_main else None
+        self._tokens = self._seconds = 0.0  # of the steps since the last row
+
+    def add_step(self, state: TrainState, result: StepResult) -> None:
+        """Take note of a step, and write a row where one is due. `state` is the run's after the step."""
+        self._tokens += result.num_targets
+        self._seconds += result.seconds
+        if not logs_after(self.settings, state.step):
+            return
+        if self.metrics is not None:
+            every = self.settings.logging.dynamics_every
+            is_recorded = bool(self.model.config.integrator and every)
+            is_recorded = is_recorded and (state.step == 1 or is_due(state.step, every))
+            means = self._record_dynamics(state.step, result.first_part) if is_recorded else {}
+            row = self._step_row(state, result) | self._model_row(state, result) | means
+            self.observer.on_metrics(self.metrics.write(row))
+        self._tokens = self._seconds = 0.0
+
+    def add_evaluation(self, state: TrainState, evaluation: Evaluation | None, scored_on: str) -> dict[str, Any] | None:
+        """Write the row of an evaluation, whose scores are all null where there was nothing to score; return it.
+
+        Args:
+            scored_on: the name of the text that was scored.
+        """
+        if self.metrics is None:
+            return None
+        scores = asdict(evaluation) if evaluation else dict.fromkeys(field.name for field in fields(Evaluation))
+        row = {"step": state.step, "tokens": state.tokens, "scored_on": scored_on}
+        return self.metrics.write(row | {f"validation_{name}": value for name, value in scores.items()})
+
+    def _step_row(self, state: TrainState, result: StepResult) -> dict[str, Any]:
+        """What the row of any model's step says; a step that learned nothing has no loss."""
+        losses = result.losses
+        task = losses["task"].item() if losses else math.nan
+        row: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "loss": task}
+        for name in ("mean", "speed", "energy", "balance"):
+            if name in losses:
+                row[f"loss_{name}"] = losses[name].item()
+        return row | {
+            "bits_per_byte": _bits_per_byte(task - losses["special"].item(), result) if losses else None,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": math.nan if result.gradient_norm is None else result.gradient_norm.item(),
+            "tokens_per_second": self._tokens / self._seconds,
+            "memory_bytes": _memory_in_use(self.device),
+            "epoch": state.samples / self.num_windows,
+        }
+
+    def _model_row(self, state: TrainState, result: StepResult) -> dict[str, Any]:
+        """What the row says of the integrator, the layers' budgets and the experts, where the model has them."""
+        row: dict[str, Any] = {}
+        config, regime, loads = self.model.config, result.regime, result.losses.get("loads")
+        if config.integrator:
+            drawn = iterations_of_step(self.settings, config, state.step - 1)
+            row |= {"phase": regime.phase, "lambda_mean": regime.lambda_mean}
+            row |= {"A": self.model.excitation_amplitude.item()}
+            row |= {"iterations": config.mean_iterations if drawn is None else fmean(drawn)}
+        if self.model.budget is not None:
+            row["budget"] = self.model.budget.shares().tolist()
+        if loads is not None:
+            row["expert_load"] = (loads / loads.sum(-1, keepdim=True)).tolist()
+        return row
+
+    def _record_dynamics(self, step: int, part: MicroBatch) -> dict[str, float]:
+        """Write a record of the dynamics on about a thousand tokens of the batch; its means over layers come back."""
+        chosen = slice(0, max(1, 1024 // part.tokens.shape[1]))
+
+        def rows_of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[chosen]
+
+        with self.autocast:
+            rows = record_layers(
+                self.model,
+                part.tokens[chosen],
+                positions=rows_of(part.positions),
+                document_ids=rows_of(part.document_ids),
+            )
+        try:
+            write_record(self.run.path, step, rows)
+        except OSError as error:
+            self.observer.on_warning(f"dynamics of step {step} not written: {error.strerror or error}")
+        return headline(rows)
+
+
+def _bits_per_byte(nats: float, result: StepResult) -> float | None:
+    """Bits per byte of text at `nats` a token; None where there is no byte, or nobody can tell how many (NaN)."""
+    return nats * result.num_targets / math.log(2) / result.num_bytes if result.num_bytes > 0 else None
+
+
+def _memory_in_use(device: torch.device) -> int:
+    """The most bytes that were in use so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

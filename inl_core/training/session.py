@@ -1,0 +1,234 @@
+"""One session of a run, from a recipe to a trainer that is ready to fit: `inl train`, `inl resume` and Python alike.
+
+    recipe = load_recipe(Path("recipes/tiny.yaml"))
+    with open_session(recipe, Path("runs/mine")) as session:
+        data = session.open_data()
+        trainer = session.build_trainer(data)
+        trainer.fit()
+
+- Every process of a distributed run executes the same lines. Rank 0 reads and writes files, and the others learn what
+  it found, an error included.
+- A session that is refused changes nothing in the run's directory but `preempted.json`, which it removes.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, read_config
+from inl_core.model import IntegratorLanguageModel
+from inl_core.model.native.build import is_to_be_compiled
+from inl_core.recipe import Recipe
+from inl_core.training.checkpoint import START_ANEW
+from inl_core.training.claim import claim, claim_new, join
+from inl_core.training.distributed import World, start_world
+from inl_core.training.dynamics import cut_records
+from inl_core.training.interruption import StopSignal
+from inl_core.training.metrics import cut_metrics
+from inl_core.training.mirrors import check_mirrors
+from inl_core.training.observer import LogObserver, Observer
+from inl_core.training.resuming import choose_checkpoint
+from inl_core.training.run import PREEMPTED, RunFiles, is_taken, write_preempted
+from inl_core.training.run_data import Prepare, RunData, open_data, prepare_or_wait
+from inl_core.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """How a run is to be resumed."""
+
+    allowed: tuple[str, ...] = ()
+    """Keys of the recipe whose change is accepted although it makes another experiment."""
+    must_advance: bool = False
+    """Whether a run that has reached its last step already is refused."""
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe,
+    run_dir: Path | None = None,
+    *,
+    resumption: Resumption | None = None,
+    observer: Observer | None = None,
+    stop: StopSignal | None = None,
+) -> Iterator["Session"]:
+    """Join the other processes, if there are any, and own the run's directory until the end of the context.
+
+    Args:
+        run_dir: where the run is or goes; None takes runs/NAME, or NAME-2, NAME-3, ... if that is taken.
+        resumption: continues the run in `run_dir` instead of starting a new one.
+        observer: hears what happens, on rank 0; by default Python's `logging` does, under the name "inl".
+        stop: who listens for signals outside of the training loop, if anybody does.
+
+    Raises:
+        RecipeError: the recipe does not fit the number of processes, the machine or the run.
+        ArtefactError: the run is damaged or not empty, or another process is at work on it.
+    """
+    with start_world(recipe.training.device) as world, ExitStack() as held:
+        _check_batch(recipe, world)
+        check_mirrors(recipe)
+        observer = (observer or LogObserver()) if world.is_main else Observer()
+        directory = world.on_main(lambda: _own(recipe, run_dir, held, observer, is_new=resumption is None))
+        if not world.is_main:
+            held.enter_context(join(directory))
+        elif stop is not None:
+            held.enter_context(_leaves_word(directory, stop))
+        session = Session(recipe, world, directory, resumption, observer)
+        # Before the data is prepared, which may take hours: a run that cannot be resumed is refused at once.
+        session.checkpoint = world.on_main(session.choose_checkpoint)
+        yield session
+
+
+@dataclass
+class Session:
+    """The run's directory is ours; what it trains on and who trains is made here."""
+
+    recipe: Recipe
+    world: World
+    directory: Path
+    resumption: Resumption | None
+    observer: Observer
+    checkpoint: Path | None = None
+    """The checkpoint that the run goes on from; None starts at step 0."""
+
+    def open_data(self, prepare: Prepare = prepare_or_wait) -> RunData:
+        """The run's data, which rank 0 prepares by `prepare` if it is not there.
+
+        Raises:
+            ArtefactError: the data is damaged, or is not what the recipe describes.
+        """
+        resumed = self.directory if self.resumption else None
+        return open_data(self.recipe, self.world, prepare, run=resumed, note=self.observer.on_message)
+
+    def build_trainer(self, data: RunData) -> Trainer:
+        """A trainer at the checkpoint's step; a checkpoint that was damaged since it was chosen is passed over.
+
+        Raises:
+            ArtefactError: no checkpoint can be read, or `data` is not the data that the run was trained on.
+        """
+        if self.world.is_main and self.world.device.type == "cpu" and is_to_be_compiled():
+            self.observer.on_message("compiling the operations in C++ for this machine: some seconds, once")
+        trainer = None
+        while trainer is None and self.checkpoint is not None:
+            trainer = self._try_to_resume(data, self.checkpoint)
+        trainer = trainer or self._new_trainer(data)
+        self.world.on_main(lambda: self._accept(trainer))
+        return trainer
+
+    def choose_checkpoint(self) -> Path | None:
+        """The checkpoint that the run goes on from, verified; None at step 0. Raises as resuming.py's function does."""
+        if self.resumption is None:
+            return None
+        return choose_checkpoint(
+            self.directory,
+            self.recipe,
+            self.resumption.allowed,
+            must_advance=self.resumption.must_advance,
+            warn=self.observer.on_warning,
+        )
+
+    def _try_to_resume(self, data: RunData, checkpoint: Path) -> Trainer | None:
+        """A trainer at `checkpoint`; None when that cannot be read any more, and another one is chosen."""
+        trainer, problem = None, ""
+        try:
+            trainer = self._resumed_trainer(data, checkpoint)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        if not self.world.sum_numbers(float(trainer is None))[0]:
+            return trainer
+        self.checkpoint = self.world.on_main(self.choose_checkpoint)
+        if self.checkpoint in (checkpoint, None):
+            self.world.on_main(partial(_refuse, problem))  # one message, where all ranks met the same
+            raise ArtefactError(problem or f"{checkpoint}: could not be read by another process")
+        self.observer.on_warning(f"skipped: {checkpoint} changed while it was opened: {problem}")
+        return None
+
+    def _resumed_trainer(self, data: RunData, checkpoint: Path) -> Trainer:
+        provenance = self.world.on_main(lambda: tuple(read_config(checkpoint).provenance))
+        trainer = self._new_trainer(data, provenance)
+        trainer.resume(checkpoint)
+        before, now = trainer.state.data_fingerprint, data.train.fingerprint
+        if before != now:
+            raise ArtefactError(
+                f"{checkpoint}: was trained on data with fingerprint {before[:12]}, this is {now[:12]}; put back the "
+                "data set, or start a new run"
+            )
+        return trainer
+
+    def _new_trainer(self, data: RunData, provenance: tuple[dict[str, Any], ...] = ()) -> Trainer:
+        model = build_model(self.recipe, data.tokenizer, self.world)
+        # What is applied to the model from outside (operations of our own, say) belongs between these two lines.
+        run = RunFiles(self.directory, self.recipe, data.tokenizer, data.directory, provenance)
+        return Trainer(model, data, run, self.world, self.observer)
+
+    def _accept(self, trainer: Trainer) -> None:
+        """Write what a new session changes in the run; not earlier, since a refused session changes nothing."""
+        is_finished = trainer.state.step == trainer.settings.num_steps
+        # First, because this refuses a metrics.jsonl that is not a regular file.
+        cut_metrics(self.directory, trainer.state.step, keep_evaluation=not is_finished, note=self.observer.on_warning)
+        trainer.run.create()
+        cut_records(self.directory, trainer.state.step)
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, world: World) -> IntegratorLanguageModel:
+    """The recipe's model on the device, with its starting weights; no memory is touched before `to_empty`."""
+    with torch.device("meta"):
+        model = IntegratorLanguageModel(recipe.model.with_vocab_size(tokenizer.vocab_size))
+    model.to_empty(device=world.device)
+    model.initialise(recipe.training.seed)
+    return model
+
+
+def _check_batch(recipe: Recipe, world: World) -> None:
+    try:
+        recipe.training.micro_batch(world.size)
+    except ValueError as error:
+        raise RecipeError(f"training.batch_tokens: {error}") from error
+
+
+def _own(recipe: Recipe, run_dir: Path | None, held: ExitStack, observer: Observer, *, is_new: bool) -> Path:
+    """The run's directory, which is ours for as long as `held` lasts."""
+    if run_dir is None:
+        first = Path("runs") / recipe.name
+        path = held.enter_context(claim_new(first, lambda path: not is_taken(path), observer.on_warning))
+    else:
+        path = run_dir
+        held.enter_context(claim(path, observer.on_warning))
+    # Before anything is refused: a scheduler that finds this file would start the run again and again.
+    (path / PREEMPTED).unlink(missing_ok=True)
+    if is_new and is_taken(path):
+        is_run = (path / "recipe.yaml").is_file() or list_checkpoints(path / "checkpoints")
+        advice = f"`inl resume {path}` continues it, another --run-dir starts anew" if is_run else START_ANEW
+        raise ArtefactError(f"{path}: not empty; {advice}")
+    return path
+
+
+@contextmanager
+def _leaves_word(directory: Path, stop: StopSignal) -> Iterator[None]:
+    """Write preempted.json when a signal comes outside of the training loop, where the trainer does not write it."""
+
+    def leave_word() -> None:
+        newest = list_checkpoints(directory / "checkpoints")[-1:]
+        with suppress(OSError):
+            write_preempted(directory, max(map(checkpoint_step, newest), default=0), stop.name)
+
+    stop.leave_word = leave_word
+    try:
+        yield
+    except KeyboardInterrupt:
+        leave_word()
+        raise
+    finally:
+        stop.leave_word = None
+
+
+def _refuse(problem: str) -> None:
+    if problem:
+        raise ArtefactError(problem)
