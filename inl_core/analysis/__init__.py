@@ -1,1 +1,5 @@
-"""Plans and inspections: numbers about a recipe, a data set, a run or a checkpoint."""
+"""Numbers about a recipe, a data set, a run or a checkpoint: what it will cost, what it holds, how fast it is.
+
+In reading order: planning/ `inl plan` and the figures a run starts with; inspection.py `inl inspect`; parameters.py
+`inl inspect-params`; convergence/ `inl convergence-report`; bench/ `inl bench`.
+"""

@@ -1,1 +1,1 @@
-"""Other formats and tools: the released reference weights."""
+"""Other programs' files: reference/ brings in released weights. Only the command line imports this package."""

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from inl_core import compute_convergence_metrics
 from inl_core.analysis.convergence.sketch import Distribution
 from inl_core.analysis.convergence.stability import BETA_FLOOR, KINDS, fixed_point, frozen_stability
-from inl_core.documents import compute_convergence_metrics
 from inl_core.documents.convergence import METRICS, ConvergenceMetrics
 
 

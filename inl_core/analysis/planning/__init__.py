@@ -1,4 +1,9 @@
-"""Plans: parameters, FLOPs, memory and schedule of a recipe before anything is allocated."""
+"""`inl plan`: parameters, FLOPs, memory and schedule of a recipe before anything is allocated.
+
+In reading order: plan.py the plan as a whole; parameters.py and flops.py what is counted; memory.py bytes by kind, and
+activations.py those that wait for the backward pass; optimisations.py what the documents' optimisations save;
+documents.py the documents' own figures about sizes.
+"""
 
 from inl_core.analysis.planning.flops import flops_by_part, forward_flops, training_flops
 from inl_core.analysis.planning.parameters import count_parameters, meta_model

@@ -1,15 +1,15 @@
 """Memory that autograd keeps between the forward and the backward pass, found by running the real forward pass.
 
-- The chunked loss computes its gradients on the way and holds them where no hook sees them: they are added.
-- The model runs on fake tensors: shapes and types without values, as on the meta device, but with a CPU's kernels and
-  autocast. Whatever autograd saves is seen by a hook; each storage counts once, parameters not at all. A formula would
-  have to be kept true to every switch of the model by hand.
-- One block is like the next from the second on, and one iteration like the next from the second on: two and three of
-  each are run, and the rest is extrapolated, which is exact.
-- Many experts are extrapolated from few in the same way: together they always keep k copies of each token.
-- Iterations differ between layers or are divided by a budget: what is kept depends on their sum alone, so each layer
-  gets the mean. Experts get equal shares of the tokens, for the same reason.
-- The batch is a large prime: a storage whose size it divides grows with the batch, any other does not.
+- The model runs on fake tensors, which have shapes and types but no values, as on the meta device; but they follow a
+  CPU's kernels and autocast. A hook sees whatever autograd saves. Each storage counts once, parameters do not count.
+  A formula instead would have to be kept true to every switch of the model by hand.
+- The chunked loss computes its gradients in the forward pass and keeps them where no hook sees them; they are added.
+- From the second on, all blocks keep the same, and so do all iterations. Two and three of each are run, and the rest is
+  extrapolated, which is exact. Many experts are extrapolated from few in the same way: together they keep k copies of
+  each token, however many they are.
+- Where layers differ in their iterations, or a budget divides them, each layer gets the mean: what is kept depends on
+  their sum alone. Experts get equal shares of the tokens, for the same reason.
+- The number of rows is a large prime number. A storage whose size it divides grows with the batch; others do not.
 - Kernels of a GPU save the same tensors; its autocast keeps a few operations in float32 that a CPU's does not, and
   without autocast it keeps the outputs of norms too, D or 2 D numbers a token and block.
   `training.compile` saves less than counted here, and so do a CPU's operations in C++, which keep no document mask, and
@@ -45,7 +45,7 @@ _FEW_EXPERTS = 4
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that autograd keeps: for every row (window) of the micro-batch, and whatever its size."""
+    """Bytes that autograd keeps: some for every row (window) of the micro-batch, some for a batch of any size."""
 
     per_row: float
     fixed: float
@@ -138,7 +138,7 @@ def _num_experts(config: ModelConfig) -> int:
 
 
 def _fewer_experts(config: ModelConfig) -> tuple[ModelConfig, ModelConfig] | None:
-    """The model with few and with twice as many experts, which stand for many: tracing one takes a second."""
+    """The model with few and with twice as many experts, from which many are extrapolated; None where there are few."""
     integrator = config.integrator
     first = max(_FEW_EXPERTS, integrator.controller.top_k) if integrator else 0
     if integrator is None or integrator.controller.experts <= 2 * first:

@@ -4,10 +4,10 @@
   where a token sees (S + 1) / 2 on average; a document mask makes it less.
 - The backward pass does every product twice (for the input and for the weight): training is 3 times forward.
   Recomputation does a part of the forward pass once more; that is work of the machine, not of the model.
-- Counted to the product: the low-rank embedding's look-up, and W_v only where the velocity is not zero by definition.
-- Left out, as everywhere in the literature: what is not a matrix product. Norms, softmax, activations and the
-  dynamics themselves come to some 30 operations a dimension and iteration; the sines and the folding of a layer's
-  modulation into W_out are done once a step, not once a token.
+- The product of a low-rank embedding counts. W_v does not count in a step whose velocity is zero by definition.
+- What is not a matrix product is left out, as everywhere in the literature. Norms, softmax, activations and the
+  dynamics themselves come to some 30 operations for each dimension and iteration. The sines, and the folding of a
+  layer's modulation into W_out, are done once a step, not once a token.
 - Legend: S window, D d_model, C controller width, T iterations, V vocabulary, R embedding rank.
 """
 
@@ -55,9 +55,10 @@ def training_flops(
 
 
 def _controller_products(config: ModelConfig, iterations: float) -> int:
-    """Multiply-adds of all layers' controllers: W_h once, then W_x, W_v and W_out in each iteration; k experts a token.
+    """Multiply-adds of all layers' controllers for one token, k of them in a mixture of experts.
 
-    `iterations` is the mean over layers; a learned budget adds at most one step a layer to it.
+    W_h is applied once, W_x, W_v and W_out in each iteration. `iterations` is the mean over layers; a learned budget
+    runs at most one step a layer more.
     """
     integrator = config.integrator
     if integrator is None:

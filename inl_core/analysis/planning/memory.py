@@ -1,4 +1,4 @@
-"""Bytes: weights, gradients, optimizer, activations, key-value cache, checkpoint; by recomputation and sharding degree.
+"""Bytes of weights, gradients, optimizer, activations, cache and checkpoint, by recomputation and sharding degree.
 
 - Weights and gradients are float32 (bf16 is autocast). The optimizer's tensors are counted on the optimizers that
   training builds: AdamW keeps two values a parameter, Muon one.
@@ -29,7 +29,7 @@ _GATHERED_BLOCKS = 2
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of what is there from the first step to the last."""
+    """Bytes of what stays in memory from the first step to the last."""
 
     weights: int
     gradients: int
@@ -59,7 +59,7 @@ class Memory:
     activations: int
     """Kept from the forward to the backward pass."""
     working: int
-    """At most this much more: what is recomputed or gathered, or the weights as autocast converted them."""
+    """At most this much more: what is recomputed or gathered, or autocast's copies of the weights."""
 
     @property
     def total(self) -> int:
@@ -68,7 +68,7 @@ class Memory:
 
 
 def count_states(model: IntegratorLanguageModel, settings: OptimizerSettings) -> States:
-    """The states of a model that may be on the meta device."""
+    """The weights, gradients and optimizer state of a model, which may be on the meta device."""
     weights = FLOAT32_BYTES * sum(parameter.numel() for parameter in model.parameters())
     entries = build_optimizers(model, settings, torch.device("meta")).assignments
     moments = sum(_MOMENTS[entry.optimizer] * entry.num_parameters for entry in entries)
@@ -76,7 +76,7 @@ def count_states(model: IntegratorLanguageModel, settings: OptimizerSettings) ->
 
 
 def cache_bytes(config: ModelConfig, value_bytes: int) -> int:
-    """Key-value cache of one token: keys and values of every layer, whatever T is."""
+    """Key-value cache of one token: keys and values of every layer, however many iterations it has."""
     return 2 * config.num_layers * config.key_value_heads * config.head_dim * value_bytes
 
 

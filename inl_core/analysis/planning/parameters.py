@@ -1,4 +1,4 @@
-"""Parameters by part, counted on the real module tree without memory, so that the count cannot drift from the model."""
+"""Parameters by part, counted on the real modules on the meta device, so that they are always those of the model."""
 
 from functools import lru_cache
 from typing import Any
@@ -33,8 +33,8 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 
 def meta_model(config: ModelConfig) -> IntegratorLanguageModel:
-    """The model without memory; the same object for the same configuration, not to be changed."""
-    key: Any = config  # frozen, so it has a hash; pyright does not see it
+    """The model on the meta device. It may be handed out again for the same configuration, so do not change it."""
+    key: Any = config  # it is frozen and so has a hash, which pyright does not see
     return _built(key)
 
 

@@ -5,8 +5,8 @@
     v_{t+1} = alpha v_t - beta (s_t - mu);  s_{t+1} = s_t + 0.1 gate v_{t+1}
     x = x + s_T;  x = x + feed_forward(norm2(x))
 
-- Everything the reference lacks is switched off: the candidate velocity, dynamic alpha, excitation (A = 0), the bound
-  on beta, early stopping; so the configuration is spelt out and takes nothing from a preset's dynamics.
+- What the reference does not have is switched off: the candidate velocity, dynamic alpha, excitation (A = 0), the
+  bound on beta, early stopping. So every key of the dynamics is written out here, and none comes from a preset.
 - Legend: as in layout.py.
 """
 
@@ -43,7 +43,7 @@ _EARLIER: dict[str, Any] = {
 def build_config(
     layout: Layout, *, num_heads: int, num_kv_heads: int, iterations: tuple[int, ...], max_seq_len: int
 ) -> ModelConfig:
-    """The configuration of the function that the file's model computes; `iterations` has one entry for each layer."""
+    """The configuration of the file's model; `iterations` has one entry for each layer."""
     is_uniform = len(set(iterations)) == 1
     integrator = IntegratorConfig(
         num_iterations=max(iterations),
@@ -95,7 +95,7 @@ def convert(layout: Layout, read: Read) -> Iterator[tuple[str, Tensor]]:
 
 
 def _copies(layout: Layout, read: Read, modules: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Modules whose weight, and in the earlier generation bias, are the same here and there."""
+    """Modules (our name -> theirs) whose weight, and in the earlier generation bias, are taken over as they are."""
     parts = ("weight",) if layout.generation == "released" else ("weight", "bias")
     for ours, theirs in modules.items():
         for part in parts:
@@ -103,10 +103,10 @@ def _copies(layout: Layout, read: Read, modules: dict[str, str]) -> Iterator[tup
 
 
 def _integrator(layout: Layout, read: Read, source: str, target: str) -> Iterator[tuple[str, Tensor]]:
-    """mu, and the controller: its first matrix (C, 3D) is [W_h, W_x, W_v] side by side."""
+    """mu and the controller, whose first matrix (C, 3D) is W_h, W_x and W_v side by side."""
     dim = layout.d_model
     mu_global, offsets = read(source + "mu_global").reshape(1), read(source + "mu_local_offsets")
-    if dim % GROUP_SIZE:  # the last group is cut short, which group means cannot say
+    if dim % GROUP_SIZE:  # our groups are all of one size, but the last one here has fewer dimensions
         yield target + "equilibrium.mu", mu_global + offsets.repeat_interleave(GROUP_SIZE)[:dim]
     else:
         yield target + "equilibrium.mu_global", mu_global

@@ -1,8 +1,8 @@
 """A reference safetensors file -> a checkpoint directory that every command reads.
 
-- Names, shapes and arguments are judged before a single weight is read; nothing is written before all of it is right.
-- The file does not hold everything: iterations, and often heads and context, are arguments. What is taken on trust is
-  said in `Imported.warnings`.
+- Names, shapes and arguments are checked before any weight is read, and nothing is written before all of it is right.
+- Not everything is in the file: iterations, and often heads and context, are arguments. `Imported.warnings` says which
+  of them could not be checked.
 """
 
 import json
@@ -99,13 +99,17 @@ def import_reference(
         model, used = load_reference(file, layout, config, tensors)
     warnings = (*_taken_on_trust(layout, config, max_seq_len), *remark)
     imported = Imported(output, file, digest, layout.generation, config, used, layout.skipped, warnings)
-    save_weights(output, model, _documents(imported, words))
+    save_weights(output, model, _files(imported, words))
     return imported
 
 
 @contextmanager
 def _within_bounds(file: Path, *, is_asked: bool) -> Iterator[None]:
-    """A model that no recipe could describe is one line: of the options where they asked for it, else of the file."""
+    """A model outside the limits of recipes is one line: about an option where it caused it, else about the file.
+
+    Args:
+        is_asked: whether the context's length was given as an option.
+    """
     try:
         yield
     except ValidationError as error:
@@ -116,7 +120,7 @@ def _within_bounds(file: Path, *, is_asked: bool) -> Iterator[None]:
 
 
 def choose_heads(file: Path, layout: Layout, *, num_heads: int | None, num_kv_heads: int | None) -> tuple[int, int]:
-    """Query and key-value heads from the arguments, the rotary tables and the rows of the key projection."""
+    """Numbers of query and key-value heads, from the arguments, the rotary tables and the key projection's rows."""
     dim, rows = layout.d_model, layout.key_value_dim
     told = dim // layout.head_dim if layout.head_dim else None
     heads = num_heads or told
@@ -159,7 +163,7 @@ def spread_iterations(iterations: tuple[int, ...], num_layers: int) -> tuple[int
 
 
 def load_tokenizer(path: Path | None, vocab_size: int) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer and what to say of it; unused tokens are added where the embedding has rows to spare."""
+    """The tokenizer, filled up with unused tokens to the embedding's number of rows, and warnings about it."""
     if path is None:
         return None, ["no tokenizer: inl inspect works, but generate, eval and inspect-params need --tokenizer FILE"]
     tokenizer = Tokenizer.load(path)
@@ -183,7 +187,7 @@ def load_tokenizer(path: Path | None, vocab_size: int) -> tuple[Tokenizer | None
 def load_reference(
     file: Path, layout: Layout, config: ModelConfig, tensors: Any
 ) -> tuple[IntegratorLanguageModel, tuple[str, ...]]:
-    """The model on the CPU in float32, and the names of the tensors it was filled from: all that were expected."""
+    """The model on the CPU in float32, and the names of the tensors it was filled from."""
     with torch.device("meta"):
         model = IntegratorLanguageModel(config)
     check_tables(file, model)
@@ -202,8 +206,8 @@ def load_reference(
             assert place.shape == tensor.shape, name
             place.copy_(tensor)
         model.excitation_amplitude.zero_()
-        for integrator in model.integrators():  # at A = 0 gamma and phi act on nothing
-            integrator.excitation.initialise()
+        for integrator in model.integrators():
+            integrator.excitation.initialise()  # gamma and phi, which have no effect at A = 0
     assert all("excitation" in name for name in missing), f"not filled: {missing.keys()}"
     assert sorted(used) == sorted(layout.expected), "a tensor was expected and not used"
     return model.eval(), tuple(used)
@@ -214,14 +218,14 @@ def _read_finite(file: Path, name: str, tensors: Any) -> Tensor:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ArtefactError(f"{file}: {name} is {kind}, quantised; give the weights in a floating-point type")
-    tensor = tensor.float()  # first, for what float64 holds may be infinite here
+    tensor = tensor.float()  # before the check, since a large float64 becomes infinite here
     if not bool(torch.isfinite(tensor).all()):
         raise ArtefactError(f"{file}: {name} holds values that are not finite; the model is broken")
     return tensor
 
 
 def _check_rotary_base(file: Path, layout: Layout, tensors: Any) -> None:
-    """Refuse rotary tables of another base: the reference's is a constant, but its code could be told otherwise."""
+    """Refuse rotary tables of another base: the reference's code can be given one, and ours would ignore it."""
     for name in layout.skipped:
         if not name.endswith(".rope.inv_freq"):
             continue
@@ -235,7 +239,7 @@ def _check_rotary_base(file: Path, layout: Layout, tensors: Any) -> None:
 
 
 def _taken_on_trust(layout: Layout, config: ModelConfig, max_seq_len: int | None) -> list[str]:
-    """What the file does not hold."""
+    """Warnings about what the file does not hold and was therefore not checked."""
     assert config.integrator
     each = config.integrator.iterations_per_layer or (config.integrator.num_iterations,)
     given = [] if layout.head_dim else [f"heads ({config.num_heads})"]
@@ -248,8 +252,8 @@ def _taken_on_trust(layout: Layout, config: ModelConfig, max_seq_len: int | None
     return found
 
 
-def _documents(imported: Imported, words: Tokenizer | None) -> dict[str, str]:
-    """config.json, and tokenizer.json where there is one."""
+def _files(imported: Imported, words: Tokenizer | None) -> dict[str, str]:
+    """The texts of config.json and, with a tokenizer, tokenizer.json."""
     event = {
         "event": "import",
         "source": str(imported.source),
@@ -267,5 +271,5 @@ def _documents(imported: Imported, words: Tokenizer | None) -> dict[str, str]:
         "tokenizer": words.fingerprint if words else None,
         "provenance": [event],
     }
-    documents = {"config.json": json.dumps(config, indent=1)}
-    return documents | ({"tokenizer.json": words.to_json()} if words else {})
+    files = {"config.json": json.dumps(config, indent=1)}
+    return files | ({"tokenizer.json": words.to_json()} if words else {})

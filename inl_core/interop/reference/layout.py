@@ -1,9 +1,9 @@
-"""What a reference file holds, judged from the names, shapes and types of its tensors alone.
+"""What a reference file holds, found out from the names and shapes of its tensors alone.
 
 - Two generations: `released` (RMSNorm, rotary positions, grouped queries, SwiGLU, no biases) and `earlier` (LayerNorm,
   sinusoidal positions, one fused attention matrix, GELU, biases). They share embedding, head, controller and mu.
-- Every tensor is expected, or skipped for a reason; anything else is refused, for it would be part of a function that
-  is not ours.
+- Every tensor of the file must be one that the model is made of, or one that is known not to matter. A file with any
+  other tensor is refused, since its model would compute something that ours does not.
 - Legend: V vocabulary, R embedding rank, D d_model, L layers, C controller width, H hidden width of the feed-forward.
 """
 
@@ -57,9 +57,9 @@ class Layout:
     hidden_dim: int
     controller_width: int
     integrator: str
-    """Where a layer keeps its integrator: `inl.inl`, or `inl` where it is not wrapped for early stopping."""
+    """The name of a layer's integrator: `inl.inl`, or `inl` where it is not wrapped for early stopping."""
     expected: dict[str, Shape]
-    """Every tensor that the model is made of."""
+    """Every tensor that the model is made of, and its shape."""
     skipped: dict[str, str]
     """Every other tensor of the file, and why it is not needed."""
     head_dim: int | None
@@ -103,7 +103,7 @@ def read_layout(path: Path, shapes: Mapping[str, Shape]) -> Layout:
         tensors = {f"layers.{layer}.{name}": shape for name, shape in tensors.items()}
         expected |= tensors
         if not tensors.keys() <= shapes.keys():
-            break  # the file may speak of a million layers and hold none of them
+            break  # one missing tensor is enough to refuse the file, whose names may count to a million layers
     file.compare(expected, skipped)
     return Layout(
         generation=generation,
@@ -124,13 +124,13 @@ def read_layout(path: Path, shapes: Mapping[str, Shape]) -> Layout:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """The file's tensors, and what is wrong with them."""
+    """The shapes of the file's tensors, and the messages about what is wrong with them."""
 
     path: Path
     shapes: Mapping[str, Shape]
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """Rows and columns of a matrix that the dimensions are read from."""
+        """Rows and columns of a matrix; ArtefactError where the file has none of this name."""
         if name not in self.shapes:
             raise ArtefactError(self._missing(name))
         shape = self.shapes[name]
@@ -142,7 +142,7 @@ class _Shapes:
         return shape[0], shape[1]
 
     def size(self, name: str, axis: int) -> int | None:
-        """Length of an axis of a tensor that may or may not be there."""
+        """Length of an axis of a tensor, None where the file does not have it."""
         shape = self.shapes.get(name, ())
         return shape[axis] if len(shape) >= abs(axis) else None
 
@@ -181,7 +181,7 @@ class _Shapes:
 
 
 def _integrator_shapes(place: str, dim: int, width: int) -> dict[str, Shape]:
-    """The controller is Linear(3D -> C), ReLU, Linear(C -> 3D); the last group of mu may be an incomplete one."""
+    """The controller is Linear(3D -> C), ReLU, Linear(C -> 3D). The last group of mu may have fewer dimensions."""
     return {
         f"{place}.mu_global": (),
         f"{place}.mu_local_offsets": (-(-dim // GROUP_SIZE),),
@@ -218,7 +218,7 @@ def _earlier_shapes(dim: int, hidden: int) -> dict[str, Shape]:
 
 
 def _fits(name: str, shape: Shape, expected: Shape) -> bool:
-    """mu_global is a single number, which may be stored with or without a dimension."""
+    """Whether a shape is the expected one; mu_global, a single number, may be stored as () or as (1,)."""
     return shape == expected or (name.endswith(".mu_global") and shape == (1,))
 
 
