@@ -38,7 +38,7 @@ def describe_out_of_memory(error: BaseException, command: Callable[..., Any]) ->
     The advice is the error's own note where `explains_memory` has added one, else the options of `command` that matter.
     """
     found = _ASKED_FOR.search(str(error))
-    asked = f" ({_readable(*found.groups())} more could not be had)" if found else ""
+    asked = f" ({_readable(*found.groups())} more could not be allocated)" if found else ""
     notes = getattr(error, "__notes__", ())
     return f"out of memory{asked}: {notes[0] if notes else _advice(command)}"
 

@@ -126,18 +126,24 @@ def _show_report(console: Console, report: "ParameterReport", name: str) -> None
         console.write("\nThis model has no integrator: no mu, gamma, phi, alpha, beta or gate to show.\n")
         return
     spread = ("mean", "std", "min", "max")
-    for title, columns, rows in (
-        ("mu, the learned equilibrium", (*spread, "distance from start"), _cells(report, "mu", (*spread, "drift"))),
-        (f"gamma, radians an iteration (A = {report.amplitude:.4g})", (*spread, "period, iterations"), _gamma(report)),
-        ("phi, radians", spread, _cells(report, "phi", spread)),
+    gamma = _cells(report, "gamma", spread)
+    periods = (row["mean"] for row in report.of("period"))
+    for title, column, rows in (
+        ("mu, the learned equilibrium", ("distance from start",), _cells(report, "mu", (*spread, "drift"))),
+        (
+            f"gamma, radians an iteration (A = {report.amplitude:.4g})",
+            ("period, iterations",),
+            [(*row, period) for row, period in zip(gamma, periods, strict=True)],
+        ),
+        ("phi, radians", (), _cells(report, "phi", spread)),
     ):
         console.write("\n")
-        console.table(title, ("layer", *columns), rows)
+        console.table(title, ("layer", *spread, *column), rows)
     console.write(f"\nMeasured on {report.tokens:,} tokens of {report.text}:\n\n")
     columns = ("mean", "std", "p5", "p50", "p95", "saturated")
     gains = [(row["layer"], row["quantity"], *_values(row, columns)) for row in report.layers if "saturated" in row]
     console.table("alpha, beta, gate", ("layer", "", *columns), gains)
-    motion: dict[int, dict[str, float]] = {}  # layers may differ in their iterations
+    motion: dict[int, dict[str, float]] = {}  # by layer; the layers may differ in their iterations
     for row in report.layers:
         if row["quantity"] == "velocity" or "residual" in row["quantity"]:
             motion.setdefault(row["layer"], {})[row["quantity"]] = row["mean"]
@@ -146,11 +152,6 @@ def _show_report(console: Console, report: "ParameterReport", name: str) -> None
     console.write("\n")
     titles = [name.replace("residual_", "step ") for name in names]
     console.table("rms velocity, and rms change of the state in each iteration", ("layer", *titles), rows)
-
-
-def _gamma(report: "ParameterReport") -> list[tuple[Any, ...]]:
-    rows = _cells(report, "gamma", ("mean", "std", "min", "max"))
-    return [(*row, period["mean"]) for row, period in zip(rows, report.of("period"), strict=True)]
 
 
 def _cells(report: "ParameterReport", quantity: str, names: tuple[str, ...]) -> list[tuple[Any, ...]]:

@@ -70,22 +70,20 @@ class IntegratorLoss(nn.Module):
             "annealing": annealing,
             "annealing_fraction": 1.0,
         }
-        for name, value in (
-            ("lambda_mean_init", lambda_mean_init),
-            ("annealing_epochs", annealing_epochs),
-            ("exploration_lambda_mean", exploration_lambda_mean),
-            ("exploration_lambda_energy", exploration_lambda_energy),
-            ("equilibrium_lambda_mean", equilibrium_lambda_mean),
-        ):
+        checked = {
+            "lambda_mean_init": lambda_mean_init,
+            "annealing_epochs": annealing_epochs,
+            "exploration_lambda_mean": exploration_lambda_mean,
+            "exploration_lambda_energy": exploration_lambda_energy,
+            "equilibrium_lambda_mean": equilibrium_lambda_mean,
+        }
+        for name, value in checked.items():
             _check_weight(name, value)
         self.settings = validated(LossSettings, values)
         self.target_value, self.annealing_epochs = target_value, annealing_epochs
-        self.variance_weighted = variance_weighted
-        self.exploration_lambda_mean, self.exploration_lambda_energy = (
-            exploration_lambda_mean,
-            exploration_lambda_energy,
-        )
-        self.equilibrium_lambda_mean = equilibrium_lambda_mean
+        self.variance_weighted, self.equilibrium_lambda_mean = variance_weighted, equilibrium_lambda_mean
+        self.exploration_lambda_mean = exploration_lambda_mean
+        self.exploration_lambda_energy = exploration_lambda_energy
         self.is_exploration: bool | None = None
         self._phase_lambda_mean: float | None = None
 

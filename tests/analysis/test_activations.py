@@ -1,4 +1,4 @@
-"""The planned activation memory against the storages that autograd really keeps, on real tensors."""
+"""The planned activation memory is compared with the storages that autograd keeps when a real model runs."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ PRESETS = ("v1", "v2", "v3", "v4", "transformer")
 def real_bytes(
     config: ModelConfig, mode: str, *, bf16: bool = False, documents: bool = False, energy_power: float | None = None
 ) -> int:
-    """Every storage that a real forward pass and its loss save, but for the parameters."""
+    """Bytes of all storages that a real forward pass and its loss save, without the parameters."""
     model = IntegratorLanguageModel(config)
     model.initialise(0)
     recompute(model.train().blocks, mode)
@@ -38,7 +38,7 @@ def real_bytes(
     with saved_tensors_hooks(save, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         hidden = model(ids, options=options, **extra).hidden
         loss = model.loss_sum(hidden, ids)
-    # The chunked loss holds its two gradients on its node, out of the hook's sight.
+    # The chunked loss keeps its two gradients as attributes of its node, where the hook does not see them.
     held = [value.nbytes for value in vars(loss.grad_fn).values() if isinstance(value, torch.Tensor)]
     assert len(held) == 2
     return sum(storage.nbytes() for storage in kept.values()) + sum(held)
@@ -58,7 +58,7 @@ def cases() -> Iterator[tuple[str, str, dict]]:
 
 @pytest.mark.parametrize(("preset", "mode", "circumstances"), list(cases()))
 def test_the_plan_is_what_autograd_keeps(preset: str, mode: str, circumstances: dict) -> None:
-    """Without the operations in C++; with them it is some percent less."""
+    """The plan is for torch's own operations; those in C++ keep some percent less."""
     config = ModelConfig.model_validate({"preset": preset, "num_layers": 3} | KEYS)
     named = {"document_mask" if key == "documents" else key: value for key, value in circumstances.items()}
     planned = saved_activations(config, LENGTH, recomputation=mode, **named).bytes(ROWS)

@@ -46,7 +46,7 @@ def first(preset: str = "v4", **changes: Any) -> Candidate:
 
 
 class LocalWorker:
-    """A worker without its process; `turns` gives the seconds of its turns where they shall be known."""
+    """A worker that has no process of its own; `turns` gives it the seconds of its turns, where a test needs them."""
 
     turns: ClassVar[dict[str, list[float]]] = {}
     calls: ClassVar[list[str]] = []
@@ -81,7 +81,7 @@ class LocalWorker:
 
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> type[LocalWorker]:
-    """Everything in this process."""
+    """The workers run in this process."""
     monkeypatch.setattr(comparison, "Worker", LocalWorker)
     monkeypatch.setattr(startup, "Worker", LocalWorker)
     monkeypatch.setattr(worker, "_PROFILED_REPETITIONS", 1)
@@ -108,8 +108,8 @@ def test_flops_equal_the_closed_formulas() -> None:
     attention = L * (D * D + 2 * D * (K * D // H) + D * D)
     scores = L * D * (S + 1)  # half of the window on average, two products
     head, width = V * D, 64
-    # v4: W_h once and W_x, W_v and three output groups in each of two iterations, but W_v of the very first; hidden
-    # 2/3 of 192 is 128.
+    # v4 applies W_h once, and W_x, W_v and three groups of outputs in each of two iterations; but no W_v in the first
+    # iteration of the first layer, where the velocity is zero. The hidden width 128 is 2/3 of 192.
     controller = D * width * (L * (1 + 2 * 5) - 1)
     settings = BenchSettings("train", batch_size=2, sequence_length=S)
     v4 = first("v4")
@@ -128,7 +128,7 @@ def test_llama_has_the_dimensions_and_the_flops_that_are_counted_for_it() -> Non
 
     issue = {"d_model": 512, "num_layers": 6, "num_heads": 8, "num_kv_heads": 2, "feedforward_dim": 2048}
     assert other_candidate("llama", first(**issue)).config.hidden_dim == 1344
-    llama = other_candidate("llama", first("v3", feedforward_dim=100))  # 2/3 is 66
+    llama = other_candidate("llama", first("v3", feedforward_dim=100))  # 2/3 of it is 66, rounded down to 64
     settings = BenchSettings("train", batch_size=2, sequence_length=S)
     model = llama_work.build_llama(llama.config, settings)
     per_layer = 2 * D * D + 2 * D * (K * D // H) + 3 * D * 64 + 2 * D
@@ -152,7 +152,7 @@ def test_the_spread_is_median_and_quartiles() -> None:
 
 def test_peak_memory_counts_what_lived_for_a_moment_until_it_is_reset() -> None:
     memory = PeakMemory(torch.device("cpu"))
-    np.ones(8_000_000)  # 64 MB, gone at once
+    np.ones(8_000_000)  # 64 MB, freed at once
     assert 60e6 < memory.read() < 90e6
     memory.reset()
     assert memory.read() < 20e6
@@ -163,7 +163,7 @@ def test_a_generation_never_ends_early_and_its_prompt_has_the_length_asked_for()
     assert tokenizer.vocab_size == V
     assert len(tokenizer.encode("hello")) == 5
     settings = BenchSettings("decode", batch_size=3, prompt_tokens=4, new_tokens=6)
-    build_inl_work(first(), settings, compiled=False).run()  # asserts both by itself
+    build_inl_work(first(), settings, compiled=False).run()  # the work itself asserts both
 
 
 # The comparison ------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_a_generation_never_ends_early_and_its_prompt_has_the_length_asked_for()
 def test_the_ratio_is_the_median_of_the_rounds_ratios_and_turns_alternate(local: type[LocalWorker]) -> None:
     one = first()
     other = other_candidate("transformer", one)
-    # The machine is four times as slow in the second round: no round's ratio notices.
+    # The machine is four times as slow in the second round, which does not change the ratio within the round.
     local.turns = {f"{one.name}, eager": [1.0, 4.0, 3.0], "transformer, eager": [2.0, 8.0, 3.0]}
     settings = BenchSettings("train", rounds=3, mode="eager", gemm_size=0, parts=False)
     found = comparison.compare([one, other], settings)

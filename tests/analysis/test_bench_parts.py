@@ -34,7 +34,10 @@ def operations(x: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class Counted(torch.autograd.Function):
-    """The identity by so many operations forward and backward; `again` runs a forward and backward pass inside."""
+    """The identity, in a given number of operations forward and backward.
+
+    With `again` the backward pass holds another forward and backward pass, as recomputation does.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, forward: int, backward: int, again: bool) -> torch.Tensor:
@@ -63,7 +66,7 @@ class Layer(nn.Module):
 
 @pytest.fixture
 def counted_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of microseconds: how many events have begun or ended."""
+    """Times are not microseconds, but how many events have begun or ended before."""
     attribute = parts.attribute
 
     def by_count(events: list[Any], **options: Any) -> PartTimes:

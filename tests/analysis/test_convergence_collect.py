@@ -1,4 +1,4 @@
-"""The report's measurements on a small model: against whole trajectories kept in memory and slow numpy."""
+"""The report's measurements on a small model, compared with slow numpy on whole trajectories kept in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def arrays(batch: Batch) -> dict[str, Any]:
 
 @torch.no_grad()
 def first_layer(model: IntegratorLanguageModel, batches: list[Batch]) -> dict[str, np.ndarray]:
-    """The first layer's trajectory of every scored token, (T+1, N, D): what lies above it cannot matter to it."""
+    """The first layer's trajectory of every scored token, (T+1, N, D); it does not depend on the layers above."""
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         options = Options(num_iterations=FOLLOWED, keep_trajectory=True, early_stopping=False)
@@ -161,7 +161,7 @@ def test_the_curve_over_iterations_is_what_eval_says(workplace: Path, preset: st
         assert row["bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
     as_it_is = evaluate(loaded.model, windows(loaded), table, early_stopping=False).bits_per_byte
     assert report.bits_per_byte == pytest.approx(as_it_is, rel=1e-6)
-    # v3 divides its iterations unevenly among the layers, so T in each of them is another model
+    # v3 divides its iterations unevenly among the layers, so it computes something else with T in each layer.
     assert (abs(report.by_iterations[counts.index(own)]["change"]) < 1e-6) == (preset == "v4")
     assert len(report.without_layer) == 2
     assert len(passes) == 1 + len(counts) + 2
@@ -185,7 +185,7 @@ def test_a_skipped_layer_hands_on_what_it_was_given(preset: str) -> None:
 
 @pytest.mark.parametrize("layers", [None, [0], [1]])
 def test_a_skipped_layer_is_skipped_however_its_iterations_are_computed(layers: list[int] | None) -> None:
-    """The backend that reads out by itself has done so when the layer is skipped."""
+    """Also where the operation that computes them has already added the read-out to the residual stream."""
     model, ids = tiny_model("v4").eval(), torch.arange(40)[None] % 12
     with torch.no_grad(), skipped(model, layers):
         found = model(ids).hidden

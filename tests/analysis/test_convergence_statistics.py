@@ -1,4 +1,4 @@
-"""Streaming statistics against slow references; the fixed point and stability of a frozen step against iterating it."""
+"""Streaming statistics against slow references; a frozen step's fixed point and stability against iterating it."""
 
 import math
 
@@ -107,7 +107,7 @@ def test_stability_equals_the_eigenvalues() -> None:
         s = stride * gate[i]
         values = np.linalg.eigvals(np.array([[1 - s * beta[i], s * alpha[i]], [-beta[i], alpha[i]]]))
         radius = abs(values).max()
-        # A double eigenvalue loses half of its digits in the numerical ones.
+        # Where both eigenvalues are equal, numpy finds them with half of the digits only.
         assert found.radius[i].item() == pytest.approx(radius, rel=1e-6, abs=1e-7)
         if abs(radius - 1) < 1e-9 or radius > 1:  # marginal: not stable
             kind = "unstable"

@@ -1,4 +1,4 @@
-"""The four words, on trajectories that were constructed to earn them."""
+"""The four words, on trajectories that were made for each of them."""
 
 import math
 
@@ -14,7 +14,7 @@ NUM_TOKENS, DIM, FOLLOWED = 40, 6, 12
 
 
 def verdict_on(path: Tensor, *, change_without: float | None = 0.3, used: int = 3) -> Verdict:
-    """The verdict on states (T+1, N, D) that move as `path` says; gains and forcing do not matter to it."""
+    """The verdict on states (T+1, N, D); it does not depend on alpha, beta, gate and excitation, which are constant."""
     count = len(path) - 1
     gains = [torch.full_like(path[1:], value) for value in (0.5, 0.1, 0.9)]
     trajectory = Trajectory(path, torch.zeros_like(path), *gains)
@@ -78,7 +78,7 @@ def test_a_layer_whose_absence_changes_nothing_is_ignored_whatever_it_does(path:
     assert verdict_on(path, change_without=0.0014).word == "ignored"
     assert verdict_on(path, change_without=-0.0014).word == "ignored"
     assert verdict_on(path, change_without=0.0016).word != "ignored"  # 0.1% of 1.5 bits per byte is 0.0015
-    assert verdict_on(path, change_without=-0.2).word != "ignored"  # it does harm, so it does something
+    assert verdict_on(path, change_without=-0.2).word != "ignored"  # a layer that does harm is not ignored
 
 
 def test_a_layer_that_hardly_moves_the_state_is_ignored() -> None:

@@ -28,7 +28,7 @@ def inl(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
 
 @pytest.fixture
 def inspected(inl: Callable[..., Result]) -> Callable[[str], dict[str, Any]]:
-    """The JSON of `inl inspect PATH`, after the same was printed for people."""
+    """The JSON of `inl inspect PATH`; what is printed without --json is checked on the way."""
 
     def run(path: str) -> dict[str, Any]:
         printed = inl("inspect", path)

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from inl_core.analysis.planning import (
     count_parameters,
     flops_by_part,
-    forward_flops,
     meta_model,
     plan_recipe,
     training_flops,
@@ -90,7 +89,7 @@ def test_training_flops_are_those_torch_counts_forward_and_backward(preset: str,
 
 def test_without_an_integrator_iterations_cost_nothing() -> None:
     model = model_of("transformer")
-    assert forward_flops(model.config, LENGTH, iterations=8) == forward_flops(model.config, LENGTH)
+    assert flops_by_part(model.config, LENGTH, iterations=8) == flops_by_part(model.config, LENGTH)
 
 
 def test_states_are_those_of_the_optimizers_that_training_builds() -> None:
@@ -126,7 +125,7 @@ def test_sharding_divides_the_state_and_recomputation_the_activations() -> None:
     assert whole.total == whole.states + saved["none"].bytes(8)
     assert table["none", 4].states == whole.states // 4
     assert table["block", 1].activations < table["integrator", 1].activations <= whole.activations
-    # Recomputing a block brings one of the six back.
+    # While a block is recomputed, the activations of this one of the six are in memory again.
     back = (whole.activations - table["block", 1].activations) / 6
     assert table["block", 1].working == pytest.approx(back, rel=1e-6)
     assert [table["block", degree].rows for degree in (1, 8)] == [8, 8]
@@ -164,5 +163,5 @@ def test_a_plan_adds_up() -> None:
     assert plan.total_parameters == sum(plan.parameters.values())
     assert plan.train_tokens == 640
     assert plan.epochs == pytest.approx(0.2)
-    assert plan.flops_per_token == 3 * forward_flops(config("v4").with_vocab_size(300), 32)
+    assert plan.flops_per_token == 3 * sum(flops_by_part(config("v4").with_vocab_size(300), 32).values())
     assert plan.checkpoint_bytes < plan.disk_bytes

@@ -16,7 +16,7 @@ from inl_cli.app import app
 from inl_core.recipe import DataSettings
 
 ROOT = Path(__file__).parents[2]
-MOST_MODULES = 10  # of inl_core: the errors, the files, the settings of generation whose defaults the help shows
+MOST_MODULES = 10  # of inl_core: errors, files, and the settings of generation, whose defaults the help shows
 HEAVY = ("torch", "pandas", "numpy", "pyarrow", "rich", "yaml", "inl_core.recipe")
 
 
@@ -25,7 +25,7 @@ def inl(*arguments: str) -> Any:
 
 
 def commands(group: Any = None, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command with its full name, groups opened."""
+    """Every command with its full name, those of groups included."""
     for name, command in (group or cast(Any, typer.main.get_command(app))).commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{above}{name} ")
@@ -45,7 +45,7 @@ ALL = dict(commands())
     ],
 )
 def test_help_imports_nothing_heavy_and_little_of_ours(arguments: list[str], heavy: tuple[str, ...]) -> None:
-    """So that it is there at once: what takes time in `inl --help` is importing modules."""
+    """Importing modules is what takes time in `inl --help`."""
     script = f"""
 import sys
 from inl_cli.app import app

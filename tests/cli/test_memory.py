@@ -1,4 +1,4 @@
-"""Out of memory is one line that says what was asked for and what needs less."""
+"""Running out of memory is told in one line: what was asked for, and which settings need less."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_training_without_memory_says_what_the_plan_needs():
     with pytest.raises(RuntimeError) as caught:
         train("x", Recipe.model_validate(values))
     line = describe_out_of_memory(caught.value, train)
-    assert "400.0 TB more could not be had" in line
+    assert "400.0 TB more could not be allocated" in line
     assert "kB for weights, gradients and moments" in line
     assert "training.micro_batch_size" in line
     assert "training.recomputation" in line

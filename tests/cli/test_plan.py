@@ -116,7 +116,7 @@ def test_windows_and_micro_batch_can_be_chosen(inl: Callable[..., Result]) -> No
 
     one = activations()
     assert activations("--micro-batch-size", "4") == pytest.approx(4 * one, rel=1e-6)
-    assert activations("--sequence-length", "32") < one / 2  # the mask's share falls with the square
+    assert activations("--sequence-length", "32") < one / 2  # the document mask grows with the square of the length
 
 
 def test_a_recipe_adds_its_schedule_and_takes_options(inl: Callable[..., Result], tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_prepared_data_set_gives_vocabulary_and_epochs(inl: Callable[..., Resu
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_every_shipped_recipe_is_planned(inl: Callable[..., Result], name: str) -> None:
-    """With two iterations in two layers: the same path, sooner."""
+    """With two layers only, which takes less time."""
     data = figures(inl(str(shipped_recipes()[name]), "--json", "--set", "model.num_layers=2"))
     assert data["schedule"]["steps"] > 0
     assert data["memory"]

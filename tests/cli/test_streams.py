@@ -1,4 +1,4 @@
-"""Closed, full and hung-up streams, and locales: a line and an exit code, never a traceback."""
+"""Closed and full streams, readers that left, and locales: a line and an exit code, never a traceback."""
 
 import json
 import os

@@ -12,7 +12,7 @@ KEYS = ["time_to_converge", "final_rmse", "final_mean", "final_std", "fraction_c
 
 
 def slow(x: np.ndarray, target: np.ndarray, epsilon: float) -> dict[str, float]:
-    """x (N, T+1), target (N,): every element walked through on its own."""
+    """The metrics of x (N, T+1) and target (N,), one element after the other."""
     times, converged, squares = [], 0, 0.0
     for path, goal in zip(x, target, strict=True):
         time = len(path) - 1

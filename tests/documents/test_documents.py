@@ -248,7 +248,7 @@ THEIR_MODULES = (
 
 
 def run(snippet: str, given: Mapping[str, object] | None = None, changes: Mapping[str, str] | None = None) -> dict:
-    """Execute a snippet with our import lines and `changes` to its text; its variables come back."""
+    """Execute a snippet with our import lines and `changes` to its text, and return its variables."""
     for module in THEIR_MODULES:
         snippet = snippet.replace(f"from {module} import", "from inl_core import")
     for old, new in (changes or {}).items():
@@ -291,7 +291,7 @@ def test_doc_000_usage_with_smaller_dimensions_and_fewer_tokens():
 
 def test_doc_000_usage_with_its_own_dimensions_without_memory():
     with torch.device("meta"):
-        # Sampling needs values.
+        # Without values there is nothing to sample from, so the snippet ends before it generates.
         found = run(before("# Generation", DOC_000_USAGE), {"input_ids": torch.zeros(2, 16, dtype=torch.long)})
     assert found["logits"].shape == (2, 16, 50261)
     assert [x.shape for x in found["aux_info"]["x"]] == [(2, 16, 3, 3072)] * 32
@@ -306,7 +306,7 @@ def test_doc_001_basic_usage_with_the_small_size_and_fewer_tokens():
 
 
 def test_doc_001_basic_usage_builds_its_own_size_without_memory():
-    # The forward pass of 32 layers of 10 iterations takes seconds also without memory; the small size has run it above.
+    # A forward pass through 32 layers of 10 iterations takes seconds even without memory; the test above has run one.
     with torch.device("meta"):
         config = run(before("# Forward pass", DOC_001_BASIC_USAGE))["model"].config
     assert (config.d_model, config.num_layers, config.rank, config.preset) == (4096, 32, 512, "v2")

@@ -38,7 +38,7 @@ DIMENSIONS = {
 
 
 def build(preset: str = "v3", **changes) -> IntegratorLanguageModel:
-    """A small model, every parameter perturbed so that nothing is trivially zero."""
+    """A small model whose parameters are all moved a little, so that none of them is zero and has no effect."""
     model = CLASSES.get(preset, IntegratorLanguageModel)(VOCAB, preset=preset, **(DIMENSIONS | changes))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_documents_training_step_reaches_every_parameter(preset):
 
 
 def saved_bytes_and_gradients(model) -> tuple[int, dict[str, torch.Tensor]]:
-    """What autograd keeps for the backward pass, and the gradient."""
+    """Bytes that autograd keeps for the backward pass, and the gradients."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

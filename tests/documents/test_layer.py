@@ -12,7 +12,7 @@ HIDDEN, DIM, BATCH = 7, 3, 4
 
 
 def build(**changes) -> IntegratorNeuronLayer:
-    """A layer in float64 whose every parameter has been perturbed."""
+    """A layer in float64 whose parameters have all been moved away from their start."""
     layer = IntegratorNeuronLayer(HIDDEN, **({"output_dim": DIM, "controller_width": 5} | changes)).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The reference generations for the tests: small random files, and the function they stand for, written out in float64.
+"""The reference generations for the tests: small random files, and the logits of their models in float64.
 
 Nothing here uses our model: the logits are computed from the file's own tensors, head by head and step by step.
 """
@@ -19,7 +19,7 @@ HEADS, VOCAB, LAYERS, HIDDEN = 4, 300, 3, 85  # 85 = int(128 * 2 / 3)
 def random_tensors(
     generation: str, *, dim: int = 128, kv_heads: int = 2, place: str = "inl.inl", vocab: int = VOCAB, seed: int = 0
 ) -> Tensors:
-    """Every tensor of a file, the ones that no output depends on included."""
+    """Every tensor that a model of the generation computes with."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, around: float = 0.0, spread: float | None = None) -> Tensor:
@@ -63,7 +63,7 @@ NORMS = ("norm_attn", "norm1", "norm2")
 
 
 def ignored_tensors(generation: str, *, dim: int = 128, length: int = 64) -> Tensors:
-    """What a saved model of the generation also holds, and no output depends on."""
+    """The tensors that a saved model of the generation also holds, though no output depends on them."""
     tensors = {
         "shared_controller.controller_h.weight": torch.randn(64, dim),
         "shared_controller.layer_scalers": torch.ones(LAYERS, 4),

@@ -34,7 +34,7 @@ EPS = {"released": 1e-6, "earlier": 1e-5}
 
 
 def run_import(path: Path, tensors: dict[str, Tensor], **arguments: Any) -> IntegratorLanguageModel:
-    """The model as the checkpoint gives it back, in float64."""
+    """Import a file of these tensors, and load the model of the checkpoint that was made, in float64."""
     path.mkdir(exist_ok=True)
     settings = {"num_heads": HEADS, "iterations": (2,)} | arguments
     imported = import_reference(write_file(path / "model.safetensors", tensors), path / "out", **settings)
@@ -77,7 +77,7 @@ def test_an_incomplete_last_group_of_mu_and_an_unwrapped_integrator_are_read(
 ) -> None:
     tensors = random_tensors(generation, dim=dim, place=place)
     wanted = reference_logits(tensors, IDS[0], iterations=[2] * LAYERS, eps=EPS[generation])
-    # mu_global + offset is stored as one float32 number where groups cannot be kept
+    # Without groups each sum mu_global + offset is stored as one float32 number.
     tolerance = 1e-7 if dim % 64 else 1e-10
     torch.testing.assert_close(logits(run_import(tmp_path, tensors))[0], wanted, rtol=tolerance, atol=tolerance)
 
@@ -111,7 +111,7 @@ def test_every_used_tensor_changes_the_logits(generation: str) -> None:
 
     base, generator = outcome(tensors), torch.Generator().manual_seed(5)
     for name, tensor in tensors.items():
-        if name.startswith("layers.1."):  # as layers 0 and 2, and this is the slow test
+        if name.startswith("layers.1."):  # a middle layer is like the others, and this test is slow enough
             continue
         moved = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         assert (outcome(tensors | {name: moved}) - base).abs().max() > 1e-4, name

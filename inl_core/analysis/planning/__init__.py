@@ -5,7 +5,7 @@ activations.py those that wait for the backward pass; optimisations.py what the 
 documents.py the documents' own figures about sizes.
 """
 
-from inl_core.analysis.planning.flops import flops_by_part, forward_flops, training_flops
+from inl_core.analysis.planning.flops import flops_by_part, training_flops
 from inl_core.analysis.planning.parameters import count_parameters, meta_model
 from inl_core.analysis.planning.plan import (
     ModelPlan,
@@ -22,7 +22,6 @@ __all__ = [
     "count_parameters",
     "find_vocabulary",
     "flops_by_part",
-    "forward_flops",
     "meta_model",
     "plan_model",
     "plan_recipe",

@@ -33,11 +33,6 @@ def flops_by_part(config: ModelConfig, length: int, *, iterations: int | None = 
     return {part: count for part, count in parts.items() if count}
 
 
-def forward_flops(config: ModelConfig, length: int, *, iterations: int | None = None) -> int:
-    """Forward FLOPs of one token, all parts."""
-    return sum(flops_by_part(config, length, iterations=iterations).values())
-
-
 def training_flops(
     config: ModelConfig, length: int, *, iterations: int | None = None, recomputation: str = "none"
 ) -> int:

@@ -40,9 +40,8 @@ class Saving:
 
 def compare_optimisations(config: ModelConfig) -> list[Saving]:
     """A row for each part the model has, and one for the whole model."""
-    here, full, optimised = (
-        count_parameters(meta_model(variant)) for variant in (config, _without(config), _with(config))
-    )
+    variants = (config, _changed(config, optimised=False), _changed(config, optimised=True))
+    here, full, optimised = (count_parameters(meta_model(variant)) for variant in variants)
     rows = [
         Saving(part, name, full[part], optimised[part], here[part])
         for part, name in OPTIMISATIONS.items()
@@ -52,30 +51,18 @@ def compare_optimisations(config: ModelConfig) -> list[Saving]:
     return [*rows, Saving("all parameters", "all of these", *totals)]
 
 
-def _without(config: ModelConfig) -> ModelConfig:
-    return _changed(config, {"embedding_rank": None}, mu="per_dim", sparsity=1.0, shared=False)
-
-
-def _with(config: ModelConfig) -> ModelConfig:
-    integrator = config.integrator
-    divides = integrator is not None and config.d_model % integrator.mu.group_size == 0
-    sparsity = min(integrator.excitation.sparsity, 1.0) if integrator else 1.0
-    return _changed(
-        config,
-        {"embedding_rank": config.embedding_rank or "auto"},
-        mu="hierarchical" if divides else "per_dim",
-        sparsity=sparsity if sparsity < 1 else _SPARSE,
-        shared=True,
-    )
-
-
-def _changed(config: ModelConfig, keys: dict[str, Any], *, mu: str, sparsity: float, shared: bool) -> ModelConfig:
-    integrator = config.integrator
-    if integrator is not None:
+def _changed(config: ModelConfig, *, optimised: bool) -> ModelConfig:
+    """The model with all four optimisations, or none; a width that no group of mu divides keeps mu as it is."""
+    keys: dict[str, Any] = {"embedding_rank": (config.embedding_rank or "auto") if optimised else None}
+    if integrator := config.integrator:
+        mu, excitation, sparsity = integrator.mu, integrator.excitation, 1.0
+        if optimised:
+            sparsity = excitation.sparsity if excitation.sparsity < 1 else _SPARSE
+        form = "hierarchical" if optimised and config.d_model % mu.group_size == 0 else "per_dim"
         parts = {
-            "mu": integrator.mu.model_copy(update={"form": mu}),
-            "excitation": integrator.excitation.model_copy(update={"sparsity": sparsity}),
-            "controller": integrator.controller.model_copy(update={"shared": shared}),
+            "mu": mu.model_copy(update={"form": form}),
+            "excitation": excitation.model_copy(update={"sparsity": sparsity}),
+            "controller": integrator.controller.model_copy(update={"shared": optimised}),
         }
-        keys = {**keys, "integrator": integrator.model_copy(update=parts)}
+        keys["integrator"] = integrator.model_copy(update=parts)
     return config.model_copy(update=keys)

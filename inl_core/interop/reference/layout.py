@@ -93,14 +93,13 @@ def read_layout(path: Path, shapes: Mapping[str, Shape]) -> Layout:
     norms = ("weight",) if released else ("weight", "bias")
     expected = {_EMBEDDING: (vocab_size, rank), _PROJECTION: (d_model, rank), "lm_head.weight": (vocab_size, d_model)}
     expected |= {f"final_norm.{part}": (d_model,) for part in norms}
+    of_a_layer = _integrator_shapes(integrator, d_model, controller_width)
+    of_a_layer |= {f"{norm}.{part}": (d_model,) for norm in ("norm_attn", "norm1", "norm2") for part in norms}
+    of_a_layer |= (
+        _released_shapes(d_model, key_value_dim, hidden_dim) if released else _earlier_shapes(d_model, hidden_dim)
+    )
     for layer in range(num_layers):
-        tensors = _integrator_shapes(integrator, d_model, controller_width)
-        tensors |= {f"{norm}.{part}": (d_model,) for norm in ("norm_attn", "norm1", "norm2") for part in norms}
-        if released:
-            tensors |= _released_shapes(d_model, key_value_dim, hidden_dim)
-        else:
-            tensors |= _earlier_shapes(d_model, hidden_dim)
-        tensors = {f"layers.{layer}.{name}": shape for name, shape in tensors.items()}
+        tensors = {f"layers.{layer}.{name}": shape for name, shape in of_a_layer.items()}
         expected |= tensors
         if not tensors.keys() <= shapes.keys():
             break  # one missing tensor is enough to refuse the file, whose names may count to a million layers
