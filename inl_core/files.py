@@ -201,13 +201,14 @@ def written_aside(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(path.name + ASIDE)
     try:
-        with named_errors(path):
-            aside.unlink(missing_ok=True)  # if a link stood there, the file that it leads to would be written
-            yield aside
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.replace(path)
-    except BaseException:
+        aside.unlink(missing_ok=True)  # if a link stood there, the file that it leads to would be written
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(aside)):
+            error.filename, error.filename2 = str(path), None
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise

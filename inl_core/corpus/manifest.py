@@ -143,9 +143,7 @@ def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) ->
 
 def settings_from(settings: DataSettings, base: Path) -> DataSettings:
     """The settings with their relative paths made absolute as seen from the directory `base`."""
-    sources = (
-        s if s == STDIN or s.startswith("builtin:") else portable(str(base / local_path(s))) for s in settings.sources
-    )
+    sources = (portable(str(base / local_path(s))) if _is_path(s) else s for s in settings.sources)
     tokenizer = settings.tokenizer
     if tokenizer.file is not None:
         tokenizer = tokenizer.model_copy(update={"file": base / tokenizer.file})
@@ -215,7 +213,13 @@ def verify(
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
-    _check_files(directory, manifest, deep=deep, note=note)
+    tokenizer = Tokenizer.load(directory / TOKENIZER)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        problem = "not the tokenizer that encoded this data set"
+        raise ArtefactError(f"{directory / TOKENIZER}: {problem}; {prepare_again(directory)}")
+    check_ids(directory, manifest, tokenizer)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    check_shards(directory, manifest, shards, anew=deep, note=note)
     if settings is not None and (problem := _settings_difference(manifest, settings)):
         raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {prepare_again(directory)}")
     if problem := _stale_source(directory, manifest):
@@ -278,16 +282,6 @@ def _check_names(directory: Path, manifest: Manifest) -> None:
                 )
 
 
-def _check_files(directory: Path, manifest: Manifest, *, deep: bool, note: Callable[[str], None]) -> None:
-    path = directory / TOKENIZER
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise ArtefactError(f"{path}: not the tokenizer that encoded this data set; {prepare_again(directory)}")
-    check_ids(directory, manifest, tokenizer)
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    check_shards(directory, manifest, shards, anew=deep, note=note)
-
-
 def check_ids(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """ArtefactError when vocabulary, bos or eos in the manifest are not those of the tokenizer."""
     for name in ("vocab_size", "bos_id", "eos_id"):
@@ -312,15 +306,18 @@ def _stale_builtin(recorded: dict[str, Source]) -> str | None:
 def _changed(file: SourceFile, before: Source | None) -> str | None:
     if before is None:
         return f"{file.name} is new"
-    if file.size != before.size:
-        return f"{file.name} changed"
-    if file.modified != before.modified and hash_file(file).sha256 != before.sha256:
-        return f"{file.name} changed"
-    return None
+    has_same_time = file.modified == before.modified
+    if file.size == before.size and (has_same_time or hash_file(file).sha256 == before.sha256):
+        return None
+    return f"{file.name} changed"
+
+
+def _is_path(source: str) -> bool:
+    return source != STDIN and not source.startswith("builtin:")
 
 
 def _absolute(source: str) -> str:
-    return source if source == STDIN or source.startswith("builtin:") else absolute_source(source)
+    return absolute_source(source) if _is_path(source) else source
 
 
 def _stem(source: str) -> str:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -72,8 +72,7 @@ def check_shards(
     for path, shard, identity in todo:
         is_settled = time.time_ns() - max(identity[1:3]) > _SETTLED_NS
         found.pop(shard.file, None)  # it must not count as whole if it turns out to be damaged by now
-        totals, ends = (shard.documents, shard.tokens, shard.bytes), (manifest.bos_id, manifest.eos_id)
-        _look(path, _Expected(shard.sha256, totals, manifest.vocab_size, *ends, manifest.has_prompts))
+        _look(path, shard, manifest)
         if is_settled:
             found[shard.file], is_news = identity, True
     if is_news and (problem := _remember(directory, key, known | found)) and much >= _MUCH:
@@ -110,32 +109,20 @@ def _identity(path: Path, size: int) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
-class _Expected(NamedTuple):
-    """What the manifest says of a shard; the totals are documents, tokens and bytes."""
-
-    sha256: str
-    totals: tuple[int, int, int]
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    has_prompts: bool
-    """Whether documents of the data set may have prompts, which are not trained on."""
-
-
-def _look(path: Path, expected: _Expected) -> None:
+def _look(path: Path, shard: "Shard", manifest: "Manifest") -> None:
     """Read a whole shard and compare it with the manifest; ArtefactError when it differs."""
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore - a real file has readinto
-    problem = "its sha256 is not the manifest's" if digest != expected.sha256 else None
+    problem = "its sha256 is not the manifest's" if digest != shard.sha256 else None
     try:
-        problem = problem or _problem(path, expected)
+        problem = problem or _problem(path, shard, manifest)
     except (pa.ArrowException, OSError, ValueError) as error:
         problem = f"not a readable Arrow file: {' '.join(str(error).split())}"
     if problem is not None:
         raise ArtefactError(f"{path}: damaged ({problem}); {prepare_again(path.parent)}")
 
 
-def _problem(path: Path, expected: _Expected) -> str | None:
+def _problem(path: Path, shard: "Shard", manifest: "Manifest") -> str | None:
     """What is wrong with the rows of a shard, in words, or None."""
     reader = pa.ipc.open_file(pa.memory_map(os.fsencode(path)))
     types = dict(zip(reader.schema.names, reader.schema.types, strict=True))
@@ -155,19 +142,21 @@ def _problem(path: Path, expected: _Expected) -> str | None:
         lengths = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 2:
             return "its rows do not divide its tokens into documents"
-        if int(tokens.max()) >= expected.vocab_size:
-            return f"token id {int(tokens.max()):,}, the vocabulary has {expected.vocab_size:,}"
-        if (tokens[offsets[:-1]] != expected.bos_id).any() or (tokens[offsets[1:] - 1] != expected.eos_id).any():
+        if int(tokens.max()) >= manifest.vocab_size:
+            return f"token id {int(tokens.max()):,}, the vocabulary has {manifest.vocab_size:,}"
+        if (tokens[offsets[:-1]] != manifest.bos_id).any() or (tokens[offsets[1:] - 1] != manifest.eos_id).any():
             return "a document does not begin and end as it must"
-        ends = {expected.bos_id, expected.eos_id}
+        ends = {manifest.bos_id, manifest.eos_id}
         if sum(np.count_nonzero(tokens == id) for id in ends) != 2 * batch.num_rows:
             return "a document has the token for an end of documents inside it"
         if (prompts < 0).any() or (prompts >= lengths).any() or (sizes < 0).any():
             return "a document's prompt or size is impossible"
-        if prompts.any() and not expected.has_prompts:
+        if prompts.any() and not manifest.has_prompts:
             return "a document has a prompt, the manifest says that none has"
         totals += (batch.num_rows, len(tokens), int(sizes.sum(dtype=np.int64)))
-    return None if tuple(totals.tolist()) == expected.totals else "its totals are not the manifest's"
+    return (
+        None if totals.tolist() == [shard.documents, shard.tokens, shard.bytes] else "its totals are not the manifest's"
+    )
 
 
 def _remembered(directory: Path, key: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -65,13 +65,10 @@ def unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
     key, section = str(path[-1]), section_at(root, path[:-1])
     here = list(section.model_fields) if section else []
     elsewhere = [other for other in _all_paths(root) if other[:-1] != path[:-1]]
-    same_name = [other for other in elsewhere if other[-1] == key]
-    if same_name:
-        nearest = max(same_name, key=lambda other: _num_shared(other, path))
-        return f"unknown key; did you mean '{dotted(nearest)}'?"
-    if near := get_close_matches(key, here, n=1):
+    names = [str(other[-1]) for other in elsewhere]
+    if key not in names and (near := get_close_matches(key, here, n=1)):
         return f"unknown key; did you mean '{near[0]}'?"
-    if near := get_close_matches(key, [str(other[-1]) for other in elsewhere], n=1, cutoff=0.7):
+    if near := get_close_matches(key, names, n=1, cutoff=0.7):  # the key itself where it is one of them
         candidates = [other for other in elsewhere if other[-1] == near[0]]
         nearest = max(candidates, key=lambda other: _num_shared(other, path))
         return f"unknown key; did you mean '{dotted(nearest)}'?"
@@ -164,9 +161,4 @@ def _all_paths(section: type[BaseModel], above: KeyPath = ()) -> Iterator[KeyPat
 
 
 def _num_shared(one: KeyPath, other: KeyPath) -> int:
-    count = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -8,17 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from inl_core.recipe.base import (
-    Count,
-    CountOrNone,
-    Iterations,
-    Length,
-    NonNegative,
-    Positive,
-    Section,
-    Total,
-    Unit,
-)
+from inl_core.recipe.base import Count, CountOrNone, Iterations, Length, NonNegative, Positive, Section, Total, Unit
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]

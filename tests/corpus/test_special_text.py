@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from inl_core.corpus.encoding import document_stream
 from inl_core.corpus.reading.rows import Document
-from inl_core.corpus.shard_check import _Expected, _problem
+from inl_core.corpus.shard_check import _problem
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
 
@@ -159,7 +160,9 @@ def test_a_boundary_inside_a_row_is_found(tmp_path: Path, ends: tuple[int, int])
         table = pa.table(columns)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        return _problem(path, _Expected("", (2, len(inside) + 4, 2), 10, bos, eos, False))
+        shard = SimpleNamespace(documents=2, tokens=len(inside) + 4, bytes=2)
+        manifest = SimpleNamespace(vocab_size=10, bos_id=bos, eos_id=eos, has_prompts=False)
+        return _problem(path, shard, manifest)  # pyright: ignore
 
     assert problem(2, 3) is None
     for forged in ends:

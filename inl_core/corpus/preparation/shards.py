@@ -1,9 +1,8 @@
 """Chunks of tokens -> shards: the hash of each document sends it to a training shard or to the validation shard."""
 
 import json
-import os
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,26 +12,22 @@ import pyarrow as pa
 from inl_core.corpus.manifest import Shard, SplitInfo, sha256_of, shard_name
 from inl_core.corpus.preparation.chunks import ChunkInfo, Chunks
 from inl_core.corpus.preparation.validation_split import Split, shard_of
-from inl_core.files import ASIDE, named_errors, written_aside
+from inl_core.files import written_aside
 
 _BUFFERED_TOKENS = 1 << 25  # over all shards together
 
 
 class _ShardWriter:
-    """One shard, written in record batches of a few million tokens. It gets its name when it is whole."""
+    """Collects the documents of one shard, and writes them in record batches of a few million tokens."""
 
-    def __init__(self, path: Path, schema: pa.Schema, batch_tokens: int) -> None:
-        self.path, self._batch_tokens, self._schema = path, batch_tokens, schema
-        self._aside = path.with_name(path.name + ASIDE)
-        self._aside.unlink(missing_ok=True)  # if a link stood there, the file that it leads to would be written
-        self._file = self._aside.open("wb")
-        self._writer = pa.ipc.new_file(self._file, schema)
+    def __init__(self, file: pa.ipc.RecordBatchFileWriter, schema: pa.Schema, batch_tokens: int) -> None:
+        self._file, self._schema, self._batch_tokens = file, schema, batch_tokens
         self._held: list[pa.RecordBatch] = []
         self._held_tokens = 0
         self.documents = self.tokens = self.bytes = 0
 
     def add(self, rows: pa.RecordBatch) -> None:
-        """Add documents; they are written as one record batch once there are enough of them."""
+        """Add documents; they are written once there are enough of them."""
         num_tokens = len(rows["tokens"].flatten())
         self._held.append(rows)
         self._held_tokens += num_tokens
@@ -40,39 +35,29 @@ class _ShardWriter:
         self.tokens += num_tokens
         self.bytes += int(rows["num_bytes"].to_numpy().sum(dtype=np.int64))
         if self._held_tokens >= self._batch_tokens:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what is still held."""
         if self._held:
-            with named_errors(self.path):
-                for batch in pa.Table.from_batches(self._held, self._schema).combine_chunks().to_batches():
-                    self._writer.write_batch(batch)
+            for batch in pa.Table.from_batches(self._held, self._schema).combine_chunks().to_batches():
+                self._file.write_batch(batch)
         self._held, self._held_tokens = [], 0
 
-    def finish(self) -> Shard:
-        """Bring the file to the disk, give it its name, and describe it."""
-        self._flush()
-        with named_errors(self.path):
-            self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._aside.replace(self.path)
+    def describe(self, path: Path) -> Shard:
+        """The manifest's entry of the finished file."""
+        size, sha256 = path.stat().st_size, sha256_of(path)
         return Shard(
-            file=self.path.name,
-            documents=self.documents,
-            tokens=self.tokens,
-            bytes=self.bytes,
-            size=self.path.stat().st_size,
-            sha256=sha256_of(self.path),
+            file=path.name, documents=self.documents, tokens=self.tokens, bytes=self.bytes, size=size, sha256=sha256
         )
 
-    def discard(self) -> None:
-        """Close the file, and remove it unless it was finished."""
-        with suppress(OSError):
-            self._file.close()
-        with suppress(OSError):
-            self._aside.unlink(missing_ok=True)
+
+@contextmanager
+def _new_shard(path: Path, schema: pa.Schema, batch_tokens: int) -> Iterator[_ShardWriter]:
+    with written_aside(path) as aside, aside.open("wb") as raw, pa.ipc.new_file(raw, schema) as file:
+        writer = _ShardWriter(file, schema, batch_tokens)
+        yield writer
+        writer.flush()
 
 
 def write_shards(
@@ -99,15 +84,14 @@ def write_shards(
             "num_bytes": pa.int32(),
         }
     )
-    names = [shard_name("train", shard, num_shards) for shard in range(num_shards)]
+    paths = [directory / shard_name("train", shard, num_shards) for shard in range(num_shards)]
     if is_validation.any():
-        names.append(shard_name("validation", 0, 1))
+        paths.append(directory / shard_name("validation", 0, 1))
     has_prompts = False
-    with ExitStack() as unfinished:
-        writers = []
-        for name in names:
-            writers.append(_ShardWriter(directory / name, schema, _BUFFERED_TOKENS // len(names)))
-            unfinished.callback(writers[-1].discard)
+    with ExitStack() as open_shards:
+        writers = [
+            open_shards.enter_context(_new_shard(path, schema, _BUFFERED_TOKENS // len(paths))) for path in paths
+        ]
         for number in numbers:
             for batch in chunks.read_tokens(number):
                 has_prompts |= bool(batch["prompt_length"].to_numpy().any())
@@ -117,7 +101,7 @@ def write_shards(
                 for shard in np.unique(target).tolist():
                     writers[shard].add(rows.filter(pa.array(target == shard)))
             on_chunk(number + 1, len(numbers))
-        shards = [writer.finish() for writer in writers]
+    shards = [writer.describe(path) for writer, path in zip(writers, paths, strict=True)]
     train, validation = shards[:num_shards], shards[num_shards:]
     return {"train": _total(train), "validation": _total(validation)}, has_prompts
 

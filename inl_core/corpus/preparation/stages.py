@@ -29,21 +29,13 @@ from inl_core.corpus.manifest import (
     settings_key,
     verify,
 )
+from inl_core.corpus.preparation import workspace
 from inl_core.corpus.preparation.chunks import Chunks, HashedDocuments
 from inl_core.corpus.preparation.sealed import DamagedWork, check_seal, read_sealed, write_sealed
 from inl_core.corpus.preparation.shards import write_quarantine, write_shards
 from inl_core.corpus.preparation.text_chunks import RowCounts, check_rows, read_into_chunks
 from inl_core.corpus.preparation.token_chunks import encode_chunks
 from inl_core.corpus.preparation.validation_split import Split, in_sample
-from inl_core.corpus.preparation.workspace import (
-    PLAN,
-    Plan,
-    check_directory,
-    clear,
-    keep_stdin,
-    locked,
-    remove_data_set,
-)
 from inl_core.corpus.reading.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.shard_check import check_shards
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
@@ -93,7 +85,7 @@ def prepare(
             another data set (without `overwrite`) or another process is preparing it (without `wait`).
     """
     directory = Path(directory)
-    check_directory(directory)
+    workspace.check_directory(directory)
     report = progress or (lambda event: None)
     is_finished = (directory / MANIFEST).exists() and not overwrite
     if is_finished and STDIN not in settings.sources and not (directory / WORK).exists():
@@ -102,10 +94,10 @@ def prepare(
     def waiting() -> None:
         report(PrepareProgress("hash", message=f"{directory}: another process is preparing it; waiting for it to end"))
 
-    with locked(directory, waiting if wait else None) as work:
+    with workspace.locked(directory, waiting if wait else None) as work:
         # Another process may have finished the data set while this one waited for the lock.
         is_finished = (directory / MANIFEST).exists() and not overwrite
-        stdin_copy = keep_stdin(work) if STDIN in settings.sources else None
+        stdin_copy = workspace.keep_stdin(work) if STDIN in settings.sources else None
         if is_finished:
             manifest = _keep_existing(settings, directory, stdin_copy)
         else:
@@ -113,9 +105,9 @@ def prepare(
                 manifest = _Preparation(settings, directory, stdin_copy, report).run()
             except DamagedWork as error:
                 report(PrepareProgress("hash", message=f"{error.path}: damaged since a stopped run: starting over"))
-                clear(work, keep_stdin=True)
+                workspace.clear(work, keep_stdin=True)
                 manifest = _Preparation(settings, directory, stdin_copy, report).run()
-        clear(work)
+        workspace.clear(work)
     return manifest
 
 
@@ -166,7 +158,7 @@ class _Preparation:
         files = resolve_sources(
             self.settings.sources, note=self.note, stdin_copy=self.stdin_copy, exclude=self.directory
         )
-        before = read_sealed(self.work / PLAN, Plan)
+        before = read_sealed(self.work / workspace.PLAN, workspace.Plan)
         known = {file.path: file for file in before.files} if before else {}
         total, done = sum(file.size for file in files), 0
         hashed = []
@@ -182,12 +174,12 @@ class _Preparation:
                 hashed.append(hash_file(file, on_bytes))
             done += file.size
             self.report(PrepareProgress("hash", done, total))
-        plan = Plan(settings=self.settings_key, files=hashed)
+        plan = workspace.Plan(settings=self.settings_key, files=hashed)
         if before is None or before.content() != plan.content():
             if before:
                 self.say("the settings or the sources changed since a stopped run: starting over")
-            clear(self.work, keep_stdin=True)
-            write_sealed(self.work / PLAN, plan.model_dump_json(indent=1) + "\n")
+            workspace.clear(self.work, keep_stdin=True)
+            write_sealed(self.work / workspace.PLAN, plan.model_dump_json(indent=1) + "\n")
         return hashed
 
     def _read(self, files: list[SourceFile]) -> None:
@@ -281,7 +273,7 @@ class _Preparation:
             self.report(PrepareProgress("tokenise", done, total))
 
     def _write(self, files: list[SourceFile], counts: RowCounts, tokenizer: Tokenizer, split: Split) -> Manifest:
-        remove_data_set(self.directory)
+        workspace.remove_data_set(self.directory)
         splits, has_prompts = write_shards(
             self.chunks,
             self.directory,
