@@ -2,8 +2,11 @@
 
 import inspect
 import json
+import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from inl_core.inference.evaluate import Evaluation
 from inl_core.recipe import DataSettings, Recipe
 from inl_core.recipe.presets import merge
 from inl_core.training.distributed import World
+from inl_core.training.interruption import StopSignal
 from inl_core.training.observer import Observer
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import RunData
@@ -132,6 +136,33 @@ def inl(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def before_each_step(trainer: Trainer, action: Callable[[int, StopSignal], object]) -> None:
+    """Call `action` with the number of steps that are done, and who listens for signals, before each step is taken."""
+    take = trainer.stepper.take
+
+    def act_and_take(step, stop):
+        action(step, stop)
+        return take(step, stop)
+
+    trainer.stepper.take = act_and_take
+
+
+def limit_files(size: int | None) -> None:
+    """No file of this process grows beyond `size` bytes from now on, as on a full disk; None lets them grow again."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
+
+
+@contextmanager
+def files_limited_to(size: int | None = None) -> Iterator[None]:
+    """`limit_files` until the end of the context, which must come before pytest writes the result, maybe to a file."""
+    limit_files(size)
+    try:
+        yield
+    finally:
+        limit_files(None)
 
 
 def run_python(*arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess:

@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,8 @@ from inl_core.inference.checkpoint_files import list_checkpoints, verify_checkpo
 from inl_core.training.metrics import read_metrics
 from inl_core.training.nonfinite import FiniteWatch
 from inl_core.training.session import open_session
-from tests.training.conftest import run_python, small_recipe
+from tests.damage import cut_in_half, flip_a_bit, remove
+from tests.training.conftest import before_each_step, files_limited_to, limit_files, run_python, small_recipe
 
 
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "at the next log point"])
@@ -24,22 +23,21 @@ def test_a_non_finite_loss_stops_before_the_update(make_recipe, make_trainer, po
     trainer, _ = make_trainer(make_recipe(training={"logging": {"every": 10}}))
     if deferred:  # what a GPU does, so that the host need not wait for each step
         trainer.stepper.watch = FiniteWatch(trainer.optimizers, trainer.world.device, deferred=True)
-    original, seen = trainer._train_step, []
+    seen, before = [], {}
 
-    def train_step(stop):
-        seen.append(trainer.state.step)
-        if trainer.state.step == 3:
+    def poison_the_fourth(step, stop):
+        seen.append(step)
+        if step == 3:
             with torch.no_grad():
                 trainer.model.blocks[0].attention.output.weight[0, 0] = poison
-            trainer.before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        return original(stop)
+            before.update((name, value.clone()) for name, value in trainer.model.state_dict().items())
 
-    trainer._train_step = train_step
+    before_each_step(trainer, poison_the_fourth)
     with pytest.raises(NonFiniteError, match="step 4"):
         trainer.fit()
     assert (seen[-1] > 3) == deferred
     for name, value in trainer.model.state_dict().items():
-        torch.testing.assert_close(value, trainer.before[name], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
     report = json.loads((trainer.run.path / "reports" / "nonfinite-step-4-rank-0.json").read_text())
     assert "blocks.0.attention.output.weight" in report["not_finite"]
     assert len(report["batch"]) == 8
@@ -90,17 +88,6 @@ def test_sigterm_saves_exits_with_75_and_resume_completes_the_same_run(recipe_fi
     assert one == two
 
 
-@contextmanager
-def files_limited_to(size):
-    """A quota: no file of the process may grow beyond `size` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_no_room_for_a_checkpoint_is_found_before_the_first_step(recipe_file, inl):
     recipe = recipe_file()
     with files_limited_to(20_000):
@@ -109,21 +96,11 @@ def test_no_room_for_a_checkpoint_is_found_before_the_first_step(recipe_file, in
     assert "checkpoint cannot be saved" in done.stderr
 
 
-def test_a_disk_that_fills_up_costs_no_earlier_checkpoint_and_does_not_stop_the_run(
-    make_recipe, make_trainer, monkeypatch
-):
-    recipe = make_recipe(training={"checkpoint": {"every": 4}, "steps": 12})
-    trainer, heard = make_trainer(recipe)
-    original = trainer._train_step
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def train_step(stop):
-        full = 4 <= trainer.state.step < 9  # the save after step 8 meets a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if full else soft, hard))
-        return original(stop)
-
-    trainer._train_step = train_step
-    with files_limited_to(soft):
+def test_a_disk_that_fills_up_costs_no_earlier_checkpoint_and_does_not_stop_the_run(make_recipe, make_trainer):
+    trainer, heard = make_trainer(make_recipe(training={"checkpoint": {"every": 4}}))
+    # The save after step 8 meets a full disk.
+    before_each_step(trainer, lambda step, stop: limit_files(20_000 if 4 <= step < 9 else None))
+    with files_limited_to():
         trainer.fit()
     assert [path.name for path in heard.saved] == ["step-00000004", "step-00000012"]
     assert any("step 8 not saved" in message for message in heard.messages)
@@ -148,17 +125,11 @@ def finished(finished_once, tmp_path):
     return Path(shutil.copytree(finished_once, tmp_path / "run"))
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-
-
 DAMAGE = {
-    "flipped byte": lambda path: flip(path / "model.safetensors"),
-    "truncated": lambda path: os.truncate(path / "training_state" / "optimizer.safetensors", 1000),
-    "no manifest": lambda path: (path / "manifest.json").unlink(),
-    "missing file": lambda path: (path / "training_state" / "progress.json").unlink(),
+    "flipped byte": lambda path: flip_a_bit(path / "model.safetensors"),
+    "truncated": lambda path: cut_in_half(path / "training_state" / "optimizer.safetensors"),
+    "no manifest": lambda path: remove(path / "manifest.json"),
+    "missing file": lambda path: remove(path / "training_state" / "progress.json"),
 }
 
 
@@ -180,7 +151,7 @@ def test_resume_takes_the_newest_intact_checkpoint_and_names_those_it_skipped(fi
 
 def test_resume_without_an_intact_checkpoint_exits_with_4(finished, inl):
     for path in list_checkpoints(finished / "checkpoints"):
-        flip(path / "model.safetensors")
+        flip_a_bit(path / "model.safetensors")
     done = inl("resume", "run", "--quiet")
     assert done.exit_code == 4
     assert "none of its 3 checkpoints is intact" in done.stderr

@@ -1,11 +1,8 @@
 """A disk that is full, or cannot be written for another reason: no half files, no torn rows, no other exit code."""
 
 import errno
-import functools
 import json
 import re
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,52 +12,20 @@ from inl_core.errors import InlError, Interrupted, NonFiniteError
 from inl_core.files import append_line
 from inl_core.training import checkpoint as checkpoint_module
 from inl_core.training.metrics import cut_metrics, read_metrics
+from tests.training.conftest import before_each_step, files_limited_to, limit_files
 from tests.training.test_resume import stop_after
 
 
-@contextmanager
-def full_beyond(size: int):
-    """No file grows beyond `size` bytes: as on a full disk, a write may take a part and refuse the rest."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def full_from(trainer, step: int, size: int) -> None:
-    """The disk is full from the beginning of a step on."""
-    original = trainer._train_step
-
-    def train_step(stop):
-        if trainer.state.step == step:
-            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        return original(stop)
-
-    trainer._train_step = train_step
-
-
-def within_a_quota(test):
-    """Whatever a test does to the limit is taken back before pytest writes its result, maybe to a file."""
-
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            test(*args, **kwargs)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    return run
+    """The disk is full, as far as `limit_files` makes it so, from the beginning of a step on."""
+    before_each_step(trainer, lambda done, stop: limit_files(size) if done == step else None)
 
 
 def test_a_line_that_does_not_fit_is_taken_back_and_the_next_one_is_whole(tmp_path):
     path = tmp_path / "metrics.jsonl"
     append_line(path, '{"step": 1}')
     size = path.stat().st_size
-    with full_beyond(size + 5), pytest.raises(OSError, match="too large"):
+    with files_limited_to(size + 5), pytest.raises(OSError, match="too large"):
         append_line(path, '{"step": 2}')
     assert path.stat().st_size == size
     append_line(path, '{"step": 3}')
@@ -83,12 +48,11 @@ def test_rows_hold_no_word_that_json_does_not_know(make_recipe, make_trainer):
     assert text == '{"step": 1, "loss": null, "budget": [1.0, null], "word": "NaN"}\n'
 
 
-@within_a_quota
 def test_a_full_disk_leaves_no_half_files_and_is_reported(make_recipe, make_trainer):
     recipe = make_recipe(training={"steps": 6, "checkpoint": {"every": 2}, "logging": {"dynamics_every": 1}})
     trainer, heard = make_trainer(recipe)
     full_from(trainer, 2, size=500)
-    with pytest.raises(ValueError, match=r"trained to step 6 .*make room"):
+    with files_limited_to(), pytest.raises(ValueError, match=r"trained to step 6 .*make room"):
         trainer.fit()
     files = {path.relative_to(trainer.run.path).as_posix() for path in trainer.run.path.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith(".tmp") or "step-00000004" in name]
@@ -98,7 +62,6 @@ def test_a_full_disk_leaves_no_half_files_and_is_reported(make_recipe, make_trai
         assert sum(word in text for text in heard.messages) == 1, (word, heard.messages)
 
 
-@within_a_quota
 def test_nan_while_the_disk_is_full_is_still_a_nonfinite_error(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe(training={"checkpoint": {"every": 2}}))
     full_from(trainer, 3, size=100)
@@ -111,7 +74,8 @@ def test_nan_while_the_disk_is_full_is_still_a_nonfinite_error(make_recipe, make
                 trainer.model.blocks[0].attention.output.weight.fill_(float("nan"))
 
     trainer.optimizers.step = step
-    with pytest.raises(NonFiniteError, match=r"step 6: .*could not be written.*goes on from .*step-00000002"):
+    told = r"step 6: .*could not be written.*goes on from .*step-00000002"
+    with files_limited_to(), pytest.raises(NonFiniteError, match=told):
         trainer.fit()
     assert not list((trainer.run.path / "reports").iterdir())
 
@@ -142,10 +106,9 @@ def test_any_failing_disk_costs_one_checkpoint_and_no_more(make_recipe, make_tra
     assert json.loads((trainer.run.checkpoints / "step-00000001" / "manifest.json").read_text())["step"] == 1
 
 
-@within_a_quota
 def test_a_disk_too_small_for_one_checkpoint_is_said_before_the_first_step(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe())
-    with full_beyond(50_000), pytest.raises(InlError) as told:
+    with files_limited_to(50_000), pytest.raises(InlError) as told:
         trainer.fit()
     message = r"\S*/checkpoints\.trial/step-00000000\.tmp/model\.safetensors: File too large: a checkpoint cannot be "
     assert re.fullmatch(message + "saved here; make room or choose another --run-dir", str(told.value))

@@ -11,6 +11,7 @@ from inl_core.corpus.preparation import prepare
 from inl_core.errors import ArtefactError
 from inl_core.recipe import DataSettings
 from inl_core.training.metrics import read_metrics
+from tests.training.conftest import before_each_step
 
 
 @pytest.fixture
@@ -39,12 +40,10 @@ def test_a_batch_without_a_target_updates_nothing_and_says_so(make_recipe, make_
     trainer, heard = make_trainer(recipe, data=prompts)
     before = {}
 
-    def train_step(stop):
-        step = trainer.state.step
+    def keep_weights(step, stop):
         before[step] = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        return original(stop)
 
-    original, trainer._train_step = trainer._train_step, train_step
+    before_each_step(trainer, keep_weights)
     trainer.fit()
     before[12] = trainer.model.state_dict()
     empty = [step for step in range(12) if not trainer.loader.batch(step).num_targets]

@@ -17,7 +17,7 @@ from inl_core.training.run import RunFiles
 from inl_core.training.run_data import open_data
 from inl_core.training.session import build_model
 from inl_core.training.trainer import Trainer
-from tests.training.conftest import Listener
+from tests.training.conftest import Listener, before_each_step
 
 VARIANTS = {
     "v4": {},
@@ -48,14 +48,12 @@ def timeless(rows):
 
 def stop_after(trainer, step: int) -> None:
     """Make the trainer see a signal when it has done `step` steps."""
-    original = trainer._train_step
 
-    def train_step(stop):
-        if trainer.state.step == step - 1:
+    def ask_to_stop(done, stop):
+        if done == step - 1:
             stop.requested, stop.name = True, "SIGTERM"
-        return original(stop)
 
-    trainer._train_step = train_step
+    before_each_step(trainer, ask_to_stop)
 
 
 def finishes_like(whole, last) -> None:
