@@ -98,7 +98,7 @@ def _run_as_rank() -> NoReturn:
         app()
     except SystemExit as leaving:
         code = leaving.code
-    except BaseException as error:  # a bug: its traceback, then the same way out
+    except BaseException as error:  # a bug: show its traceback, and end in the same way
         sys.excepthook(type(error), error, error.__traceback__)
         code = EXIT_FAILURE
     atexit._run_exitfuncs()

@@ -119,7 +119,7 @@ def _part(parts: dict[str, Any], name: str) -> str | None:
 
 
 def show_loader(console: Console, data: dict[str, Any]) -> None:
-    """One line."""
+    """The loader's speed, in one line."""
     settings, mask = data["settings"], "with" if data["document_mask"] else "without"
     what = f"data, {settings['batch_size']} x {settings['sequence_length']} tokens, {mask} document mask"
     rows = [(data["data"], data["num_tokens"], _spread(data["tokens_per_second"], "{:,.0f}"))]
@@ -127,7 +127,7 @@ def show_loader(console: Console, data: dict[str, Any]) -> None:
 
 
 def show_startup(console: Console, data: dict[str, Any]) -> None:
-    """A line for each thing started."""
+    """The seconds of each thing that was started."""
     rows = [(name, _spread(seconds, "{:.3f}")) for name, seconds in data["seconds"].items()]
     console.table(_title("startup", data["rounds"], data), ("", "seconds"), rows)
 

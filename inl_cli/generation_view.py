@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from inl_core.inference.generate import Completion, Piece
     from inl_core.inference.loading import LoadedModel
 
-# Few iterations to many; black text on each reads on dark and light terminals, and spaces show.
+# From few iterations to many. Black text can be read on each of them, whatever the terminal, and spaces are visible.
 _COLOURS = ("#9ecae1", "#a1d99b", "#e5e27a", "#fdae6b", "#fb8072")
 _ENDINGS = {
     "eos": "ended by the model",

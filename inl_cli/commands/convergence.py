@@ -114,7 +114,7 @@ _BITS_COLUMNS = ("bits per byte", "change", "standard error")
 
 
 def _cells(layer: dict[str, Any]) -> tuple[Any, ...]:
-    """Medians over tokens: movement at the first, the model's own last and the last iteration followed, rest at T."""
+    """Medians over tokens: movement at the first iteration, at T and at the last one followed; all else at T."""
     rows = layer["iterations"]
     used = rows[min(layer["used_iterations"], len(rows) - 1)]
     return (

@@ -107,7 +107,7 @@ def prepare_with_progress(
 
 
 def _settings(**values: Any) -> "DataSettings":
-    """Validated settings; what is wrong is told by the option's name."""
+    """Validated settings; problems are reported under the names of the options."""
     from pydantic import ValidationError
 
     from inl_core.recipe import DataSettings
@@ -119,14 +119,14 @@ def _settings(**values: Any) -> "DataSettings":
         options = {"file": "--tokenizer", "sources": "SOURCE"}
         named = []
         for path, message in find_problems(error, DataSettings).items():
-            keys = [str(part) for part in path if isinstance(part, str)]  # a number is a place in the sources
+            keys = [str(part) for part in path if isinstance(part, str)]  # a number is a place in the list of sources
             key = keys[-1] if keys else "sources"
             named.append(f"{options.get(key, '--' + key.replace('_', '-'))}: {message}")
         raise RecipeError("\n".join(named)) from None
 
 
 def _summary(manifest: "Manifest", directory: Path) -> dict[str, Any]:
-    """The manifest without its lists of files, which may be long and lie in the directory."""
+    """The manifest without its lists of files, which may be long; manifest.json in the directory has them."""
     plain = manifest.model_dump(mode="json", exclude={"sources": True, "splits": {"__all__": {"shards"}}})
     return {"directory": str(directory), "num_sources": len(manifest.sources), **plain}
 

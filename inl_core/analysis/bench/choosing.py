@@ -131,6 +131,6 @@ def _of_dimensions(preset: str, first: Candidate, model: dict[str, Any], overrid
 
 
 def _candidate(name: str, recipe: Recipe) -> Candidate:
-    """A model of ours, called by its iterations as well."""
+    """A model of ours, whose name also says how many iterations it has."""
     config = recipe.model
     return Candidate(f"{name} T={config.mean_iterations:g}" if config.integrator else name, "inl", recipe)

@@ -74,7 +74,7 @@ def build_model(candidate: Candidate, settings: BenchSettings) -> IntegratorLang
 
 
 def _training_step(candidate: Candidate, settings: BenchSettings, model: IntegratorLanguageModel) -> Callable[[], None]:
-    """One optimizer step, with the loss weights of the run's first."""
+    """One optimizer step, with the loss weights of a run's first step."""
     training, world = candidate.recipe.training, World(0, 1, torch.device(settings.device))
     gradients = Gradients(model, training, autocast(settings), world)
     now = regime(training.losses, training.cycle, 0, training.num_steps)
@@ -96,7 +96,7 @@ def _prefill(model: IntegratorLanguageModel) -> Callable[[Tensor], Any]:
 
 
 def _without_cache(settings: BenchSettings, model: IntegratorLanguageModel) -> Callable[[Tensor], None]:
-    """Greedy decoding in which every token runs all that stand before it again."""
+    """Greedy decoding without a cache: for each new token the model reads the whole text again."""
 
     def decode(ids: Tensor) -> None:
         for _ in range(settings.new_tokens):
@@ -111,7 +111,7 @@ def _generation(settings: BenchSettings, model: IntegratorLanguageModel, *, comp
     rows, length = settings.batch_size, settings.prompt_tokens
     tokenizer = bench_tokenizer(model.vocab_size)
     letters = np.random.default_rng(settings.seed).choice(list(string.ascii_lowercase), (rows, length - 1))
-    prompts = ["".join(row) for row in letters]  # with the token that begins a text each is `length` long
+    prompts = ["".join(row) for row in letters]  # each is `length` tokens long, with the token that begins a text
     wanted = GenerationSettings(max_new_tokens=settings.new_tokens, temperature=0.0, batch_size=rows, compiled=compiled)
 
     def run() -> None:

@@ -101,7 +101,7 @@ def _generation(settings: BenchSettings, model: Any, *, compiled: bool) -> Calla
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.new_tokens, "use_cache": True}
     if compiled:
         compilation = import_module("transformers").CompileConfig(mode="default")
-        compilation._compile_all_devices = True  # elsewhere than on a GPU it is off
+        compilation._compile_all_devices = True  # otherwise it compiles on a GPU only
         options |= {"cache_implementation": "static", "compile_config": compilation}
 
     def decode(ids: Tensor) -> None:

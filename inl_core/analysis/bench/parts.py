@@ -124,7 +124,7 @@ def attribute(events: list[Any], *, on_device: bool = False) -> PartTimes:
         outer = stack[-1].part if stack else "other"
         inner = _part_of(event, outer, owners, last)
         if inner is None:
-            if event.sequence_nr >= 0:  # of the operations with one number, the latest recorded the node
+            if event.sequence_nr >= 0:  # several may have one number; the last of them recorded the node
                 owners[event.thread, event.sequence_nr] = outer
         else:
             if event.thread == root.thread and not on_device:

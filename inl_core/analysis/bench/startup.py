@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 def measure_startup(
     candidates: Sequence[Candidate], settings: BenchSettings, progress: Callable[[str, int, int], None]
 ) -> dict[str, Spread]:
-    """Seconds of each, over `settings.rounds` rounds after one that does not count."""
+    """Seconds of each thing started, in `settings.rounds` rounds after one that does not count."""
     seconds: dict[str, list[float]] = {}
     for number in range(settings.rounds + 1):
         progress("measuring", number, settings.rounds + 1)

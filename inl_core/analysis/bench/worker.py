@@ -167,7 +167,10 @@ class _Job:
         return self.work.num_parameters
 
     def turn(self) -> float:
-        """Seconds of one repetition. But for generations, which are long, one that does not count ends the pause."""
+        """Seconds of one repetition, the mean over the turn's.
+
+        One that does not count comes first, since the worker has been idle; not in decoding, where each takes long.
+        """
         if self.candidate is None or self.settings.task != "decode":
             self.work.run()
         synchronize(self.device)

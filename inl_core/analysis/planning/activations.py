@@ -49,7 +49,7 @@ class Saved:
 
     per_row: float
     fixed: float
-    """Weights as autocast converted them, and the gradient of the head's weight."""
+    """The copies of the weights that autocast makes, and the gradient of the head's weight."""
 
     def __sub__(self, other: "Saved") -> "Saved":
         return Saved(self.per_row - other.per_row, self.fixed - other.fixed)
@@ -109,9 +109,11 @@ def recompute(blocks: nn.ModuleList, mode: Recomputation) -> None:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], None]) -> list[int]:
-    """Sizes of the distinct storages that autograd saves while `forward()` runs, the parameters' own left out."""
+    """Sizes of the storages that autograd saves while `forward()` runs, each once, without those of the parameters."""
     sizes: dict[int, int] = {}
-    alive = [parameter.untyped_storage() for parameter in model.parameters()]  # held: an identity must stay taken
+    alive = [
+        parameter.untyped_storage() for parameter in model.parameters()
+    ]  # alive, so that no other storage gets the same address
     own = {storage._cdata for storage in alive}
 
     def save(tensor: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def _trace(
 
 @contextmanager
 def _without_values(top_k: int) -> Iterator[None]:
-    """Answer the two questions that a model asks its tensors' values, of which fake tensors have none."""
+    """Replace the two places where a model looks at values of tensors, which fake tensors do not have."""
     with (
         patch.object(Budget, "forward", _even_budget),
         patch.object(integrator_module, "shares", partial(_even_shares, top_k)),
@@ -191,7 +193,7 @@ def _without_values(top_k: int) -> Iterator[None]:
 
 
 def _even_budget(budget: Budget) -> list[LayerBudget]:
-    """T iterations for each layer, the last one by a fraction that has a gradient where the real one has."""
+    """T iterations for each layer; the last counts by a fraction, which has a gradient where the real one has."""
     count = budget.num_iterations
     if budget.strategy == "dynamic":
         return [LayerBudget(count, None)] * (budget.total // count)

@@ -36,7 +36,7 @@ def flops_by_part(config: ModelConfig, length: int, *, iterations: int | None = 
 def training_flops(
     config: ModelConfig, length: int, *, iterations: int | None = None, recomputation: str = "none"
 ) -> int:
-    """Forward and backward FLOPs of one token; with `recomputation`, what the machine does instead of the model."""
+    """Forward and backward FLOPs of one token, and with `recomputation` those that the machine does once more."""
     parts = flops_by_part(config, length, iterations=iterations)
     again = 0
     if recomputation == "integrator":
@@ -44,7 +44,7 @@ def training_flops(
     elif recomputation == "block":
         again = sum(parts.values()) - parts.get("embedding", 0) - parts["head"]
         if config.integrator is None or config.integrator.candidate != "feed_forward":
-            # The feed-forward ends the block, and recomputation ends with the last tensor that was saved: its input.
+            # Recomputation stops when the last tensor that was saved is there again: the input of the last product.
             again -= 2 * config.num_layers * config.d_model * config.hidden_dim
     return 3 * sum(parts.values()) + again
 

@@ -117,7 +117,7 @@ def memory_table(
     rest = states.weights // FLOAT32_BYTES - block * config.num_layers
     table = []
     for mode, kept in saved.items():
-        # A block's (or integrator's) tensors while it is recomputed: what the mode does not keep, one layer's share.
+        # While a block (or integrator) is recomputed, one layer's share of what the mode does not keep is there again.
         again = Saved(0, 0).plus(saved["none"] - kept, 1 / config.num_layers)
         for degree in degrees:
             rows = _rows(recipe, degree)
