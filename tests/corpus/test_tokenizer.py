@@ -49,11 +49,7 @@ def sentencepiece_like() -> Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")  # pyright: ignore
     backend.decoder = tokenizers.decoders.Sequence(  # pyright: ignore
-        [
-            tokenizers.decoders.Replace("\u2581", " "),
-            tokenizers.decoders.ByteFallback(),
-            tokenizers.decoders.Fuse(),
-        ]
+        [tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
     )
     backend.add_special_tokens(["<s>", "</s>"])
     return Tokenizer(backend)

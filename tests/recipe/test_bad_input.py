@@ -10,84 +10,130 @@ from inl_core.recipe.load import load_recipe, recipe_from_mapping
 
 MINIMAL = "name: x\ntraining:\n  steps: 10\n"
 
-BAD_FILES = [
+ADDED_TO_MINIMAL = [
     # unknown keys, at every depth
-    (MINIMAL + "modle:\n  d_model: 64\n", "4 modle: unknown key; did you mean 'model'?"),
-    (MINIMAL + "model:\n  d_modl: 64\n", "5 model.d_modl: unknown key; did you mean 'd_model'?"),
+    ("modle:\n  d_model: 64\n", "4 modle: unknown key; did you mean 'model'?"),
+    ("model:\n  d_modl: 64\n", "5 model.d_modl: unknown key; did you mean 'd_model'?"),
     (
-        MINIMAL + "model:\n  integrator:\n    iteratons: 3\n",
+        "model:\n  integrator:\n    iteratons: 3\n",
         "6 model.integrator.iteratons: unknown key; did you mean 'num_iterations'?",
     ),
     (
-        MINIMAL + "model:\n  integrator:\n    mu:\n      fom: fixed\n",
+        "model:\n  integrator:\n    mu:\n      fom: fixed\n",
         "7 model.integrator.mu.fom: unknown key; did you mean 'form'?",
-    ),
-    (
-        "name: x\ntraining:\n  steps: 10\n  cycle:\n    equilibrium:\n      duration: 3\n",
-        "6 training.cycle.equilibrium.duration: unknown key; did you mean 'duration_epochs'?",
     ),
     # a key that lives elsewhere in the tree
     (
-        MINIMAL + "model:\n  learning_rate: 1e-3\n",
+        "model:\n  learning_rate: 1e-3\n",
         "5 model.learning_rate: unknown key; did you mean 'training.optimizer.learning_rate'?",
     ),
     (
-        MINIMAL + "  learning_rat: 1e-3\n",
+        "  learning_rat: 1e-3\n",
         "4 training.learning_rat: unknown key; did you mean 'training.optimizer.learning_rate'?",
     ),
+    ("model:\n  mu:\n    zzzz: 1\n", "5 model.mu: unknown key; did you mean 'model.integrator.mu'?"),
     (
-        MINIMAL + "model:\n  mu:\n    zzzz: 1\n",
-        "5 model.mu: unknown key; did you mean 'model.integrator.mu'?",
-    ),
-    (
-        MINIMAL + "  cycle:\n    qqqq: 1\n",
+        "  cycle:\n    qqqq: 1\n",
         "5 training.cycle.qqqq: unknown key; the keys here are preset, equilibrium, exploration, num_cycles, "
         "warmup_epochs, steps_per_epoch",
     ),
     # wrong types: nothing is converted
-    (MINIMAL + "  seed: abc\n", "4 training.seed: expected a whole number, got 'abc'"),
-    (MINIMAL + '  seed: "2"\n', "4 training.seed: expected a whole number, got '2' (text: remove the quotes)"),
-    (MINIMAL + "  seed: true\n", "4 training.seed: expected a whole number, got true"),
-    (MINIMAL + "  seed: 1.5\n", "4 training.seed: expected a whole number, got 1.5"),
-    (MINIMAL + "  seed: null\n", "4 training.seed: expected a whole number, got null"),
+    ("  seed: abc\n", "4 training.seed: expected a whole number, got 'abc'"),
+    ('  seed: "2"\n', "4 training.seed: expected a whole number, got '2' (text: remove the quotes)"),
+    ("  seed: true\n", "4 training.seed: expected a whole number, got true"),
+    ("  seed: 1.5\n", "4 training.seed: expected a whole number, got 1.5"),
+    ("  seed: null\n", "4 training.seed: expected a whole number, got null"),
+    ('  gradient_clip: "1"\n', "4 training.gradient_clip: expected a number, got '1' (text: remove the quotes)"),
+    ("  gradient_clip: .nan\n", "4 training.gradient_clip: expected a finite number, got NaN"),
+    ("  compile: yes\n", "4 training.compile: expected true or false, got 'yes'"),
+    ("  compile: 1\n", "4 training.compile: expected true or false, got 1"),
+    ("  losses: 3\n", "4 training.losses: expected a section, got 3; its keys are lambda_mean, "),
+    ("  losses:\n", "4 training.losses: empty; its keys are lambda_mean, "),
     (
-        MINIMAL + '  gradient_clip: "1"\n',
-        "4 training.gradient_clip: expected a number, got '1' (text: remove the quotes)",
-    ),
-    (MINIMAL + "  gradient_clip: .nan\n", "4 training.gradient_clip: expected a finite number, got NaN"),
-    (MINIMAL + "  compile: yes\n", "4 training.compile: expected true or false, got 'yes'"),
-    (MINIMAL + "  compile: 1\n", "4 training.compile: expected true or false, got 1"),
-    (MINIMAL + "  losses: 3\n", "4 training.losses: expected a section, got 3; its keys are lambda_mean, "),
-    (MINIMAL + "  losses:\n", "4 training.losses: empty; its keys are lambda_mean, "),
-    (
-        MINIMAL + "data:\n  sources: builtin:python\n",
+        "data:\n  sources: builtin:python\n",
         "5 data.sources: expected a list, got 'builtin:python'; write [builtin:python]",
     ),
-    (MINIMAL + "data:\n  sources: []\n", "4 data: sources is empty: name a file, "),
+    ("data:\n  sources: []\n", "4 data: sources is empty: name a file, "),
+    ("  optimizer:\n    betas: [0.9]\n", "5 training.optimizer.betas.1: missing: the list is too short"),
     (
-        MINIMAL + "  optimizer:\n    betas: [0.9]\n",
-        "5 training.optimizer.betas.1: missing: the list is too short",
-    ),
-    (
-        MINIMAL + "  optimizer:\n    betas: [0.9, 0.95, 0.99]\n",
+        "  optimizer:\n    betas: [0.9, 0.95, 0.99]\n",
         "5 training.optimizer.betas: expected at most 2 values, got [0.9, 0.95, 0.99]",
     ),
     (
-        MINIMAL + "  optimizer:\n    betas:\n      - 0.9\n      - 1.5\n",
+        "  optimizer:\n    betas:\n      - 0.9\n      - 1.5\n",
         "7 training.optimizer.betas.1: expected a number less than 1.0, got 1.5",
     ),
-    ("name: 1e3\ntraining:\n  steps: 10\n", "1 name: expected text, got 1000 (text goes in quotes)"),
-    ("name: a/b\ntraining:\n  steps: 10\n", "1 name: expected text that matches "),
     # numbers out of range, and words that are not among the choices
-    (MINIMAL + "model:\n  d_model: -1\n", "5 model.d_model: expected a number greater than 0, got -1"),
+    ("model:\n  d_model: -1\n", "5 model.d_model: expected a number greater than 0, got -1"),
     (
-        MINIMAL + "model:\n  preset: v5\n",
+        "model:\n  preset: v5\n",
         "5 model.preset: expected 'v1', 'v2', 'v3', 'v4' or 'transformer', got 'v5'; did you mean 'v4'?",
     ),
     (
-        MINIMAL + "model:\n  embedding_rank: autoo\n",
+        "model:\n  embedding_rank: autoo\n",
         "5 model.embedding_rank: expected a whole number or 'auto', got 'autoo'; did you mean 'auto'?",
     ),
+    # values that do not fit together: the message names their section
+    (
+        "  micro_batch_size: 5\n",
+        "2 training: batch_tokens 2048 = 16 sequences of 128; micro_batch_size 5 x world size 1 = 5 does not divide 16",
+    ),
+    ("model:\n  num_heads: 3\n", "4 model: num_heads 3 must divide d_model 128"),
+    ("model:\n  preset: transformer\n  integrator:\n    dt: 1\n", "4 model: the transformer preset has no integrator"),
+    ("  sequence_length: 2048\n", "1: training.sequence_length 2048 exceeds model.max_seq_len 1024"),
+    ("  min_iterations: 3\n", "1: training.min_iterations 3 exceeds a layer's num_iterations 2; lower it"),
+    (
+        "  min_iterations: 1\nmodel:\n  preset: v3\n",
+        "1: training.min_iterations: the budget sets the iterations; use budget.strategy uniform",
+    ),
+    (
+        "  min_iterations: 1\nmodel:\n  preset: transformer\n",
+        "1: training.min_iterations: this model has no integrator; remove it",
+    ),
+    # text that is not YAML
+    ("  seed: [1\n", "5: not valid YAML: expected ',' or ']'"),
+    ("  seed: 1\n  seed: 2\n", "5 training.seed: given twice, first in line 4"),
+    ("data: &a\n  sources: [*a]\n", "4 data.sources.0: an alias contains itself"),
+    (
+        "name2: !!python/object:os.system {}\n",
+        "4 name2: tag 'tag:yaml.org,2002:python/object:os.system' means nothing here; write a plain value",
+    ),
+    # YAML that no recipe would hold
+    ("  seed: !!int abc\n", "4 training.seed: 'abc' is tagged int and is none"),
+    ("  seed: !!float abc\n", "4 training.seed: 'abc' is tagged float and is none"),
+    ("  seed: !!bool abc\n", "4 training.seed: 'abc' is tagged bool and is none"),
+    ("  seed: !!timestamp 2020-01-01\n", "4 training.seed: tag 'tag:yaml.org,2002:timestamp' means nothing"),
+    ("  seed: !!binary aGVsbG8=\n", "4 training.seed: tag 'tag:yaml.org,2002:binary' means nothing here"),
+    ("  losses: !!set {a, b}\n", "4 training.losses: tag 'tag:yaml.org,2002:set' means nothing here"),
+    ("  seed: !mine 3\n", "4 training.seed: tag '!mine' means nothing here"),
+    ("!!binary name: x\n", "4: a key must be a plain word"),
+    ("  seed: 2020-01-01\n", "4 training.seed: expected a whole number, got '2020-01-01'"),
+    (f"  seed: {'9' * 5000}\n", "4 training.seed: a number of 5,000 digits; no key takes that many"),
+    (f"  gradient_clip: 0.{'9' * 5000}\n", "4 training.gradient_clip: a number of 5,002 digits"),
+    ("  gradient_clip: 1e400\n", "4 training.gradient_clip: expected a finite number, got Infinity"),
+    ('  device: "\\ud800"\n', "4 training.device: half of a surrogate pair is no character"),
+    ('  "\\ud800": 1\n', "4 training: half of a surrogate pair is no character"),
+    ('  device: "\\UFFFFFFFF"\n', ""),
+    ("  device: a\0b\n", ""),
+    ("  1: 2\n", "4 training.1: unknown key"),
+    (f"  {'k' * 900}: 2\n", "4 training.kkk"),
+    ("model:\n  size: [1]\n", "5 model.size: expected text, got [1]"),
+    (f"  seed: {'[' * 100_000}\n", "4: not valid YAML: more than 50 levels deep, or more than 20,000 values"),
+    (f"  seed: {'[a, ' * 10}{'b, ' * 20_001}\n", "4: not valid YAML: more than 50 levels deep, or more than"),
+    (f"  seed: [{'*a, ' * 3}]\n", "4: not valid YAML: found undefined alias"),
+    # paths
+    ("data:\n  directory: ''\n", "5 data.directory: an empty path would be the working directory"),
+    ('data:\n  directory: "a\\0b"\n', "5 data.directory: no file name holds a NUL character"),
+    ("data:\n  sources: [~no-such-user/x]\n", "5 data.sources.0: ~no-such-user/x: no home directory is known"),
+]
+BAD_FILES = [
+    *((MINIMAL + added, message) for added, message in ADDED_TO_MINIMAL),
+    (
+        "name: x\ntraining:\n  steps: 10\n  cycle:\n    equilibrium:\n      duration: 3\n",
+        "6 training.cycle.equilibrium.duration: unknown key; did you mean 'duration_epochs'?",
+    ),
+    ("name: 1e3\ntraining:\n  steps: 10\n", "1 name: expected text, got 1000 (text goes in quotes)"),
+    ("name: a/b\ntraining:\n  steps: 10\n", "1 name: expected text that matches "),
     # keys that are missing
     ("training:\n  steps: 10\n", "1 name: missing; it is required (Names the run directory, runs/NAME.)"),
     ("name: x\n", "1 training: missing; its keys are steps, "),
@@ -97,74 +143,11 @@ BAD_FILES = [
         "2 training: batch_tokens 2000 is not a multiple of sequence_length 128: 2000 / 128 = 15.62; "
         "try batch_tokens 1920",
     ),
-    (
-        MINIMAL + "  micro_batch_size: 5\n",
-        "2 training: batch_tokens 2048 = 16 sequences of 128; micro_batch_size 5 x world size 1 = 5 does not divide 16",
-    ),
     ("name: x\ntraining:\n  seed: 1\n", "2 training: give exactly one of steps and tokens"),
-    (MINIMAL + "model:\n  num_heads: 3\n", "4 model: num_heads 3 must divide d_model 128"),
-    (
-        MINIMAL + "model:\n  preset: transformer\n  integrator:\n    dt: 1\n",
-        "4 model: the transformer preset has no integrator",
-    ),
-    (
-        MINIMAL + "  sequence_length: 2048\n",
-        "1: training.sequence_length 2048 exceeds model.max_seq_len 1024",
-    ),
-    (
-        MINIMAL + "  min_iterations: 3\n",
-        "1: training.min_iterations 3 exceeds a layer's num_iterations 2; lower it",
-    ),
-    (
-        MINIMAL + "  min_iterations: 1\nmodel:\n  preset: v3\n",
-        "1: training.min_iterations: the budget sets the iterations; use budget.strategy uniform",
-    ),
-    (
-        MINIMAL + "  min_iterations: 1\nmodel:\n  preset: transformer\n",
-        "1: training.min_iterations: this model has no integrator; remove it",
-    ),
-    # text that is not YAML
-    (MINIMAL + "  seed: [1\n", "5: not valid YAML: expected ',' or ']'"),
     ("name: x\n\ttraining: 1\n", "2: not valid YAML: found character '\\t' that cannot start any token"),
     ("- a\n- b\n", '1: a recipe is a mapping of keys, got ["a", "b"]'),
     ("hello\n", "1: a recipe is a mapping of keys, got 'hello'"),
-    (MINIMAL + "  seed: 1\n  seed: 2\n", "5 training.seed: given twice, first in line 4"),
-    (MINIMAL + "data: &a\n  sources: [*a]\n", "4 data.sources.0: an alias contains itself"),
     ("name: x\n---\nname: y\n", "2: not valid YAML: but found another document"),
-    (
-        MINIMAL + "name2: !!python/object:os.system {}\n",
-        "4 name2: tag 'tag:yaml.org,2002:python/object:os.system' means nothing here; write a plain value",
-    ),
-    # YAML that no recipe would hold
-    (MINIMAL + "  seed: !!int abc\n", "4 training.seed: 'abc' is tagged int and is none"),
-    (MINIMAL + "  seed: !!float abc\n", "4 training.seed: 'abc' is tagged float and is none"),
-    (MINIMAL + "  seed: !!bool abc\n", "4 training.seed: 'abc' is tagged bool and is none"),
-    (MINIMAL + "  seed: !!timestamp 2020-01-01\n", "4 training.seed: tag 'tag:yaml.org,2002:timestamp' means nothing"),
-    (MINIMAL + "  seed: !!binary aGVsbG8=\n", "4 training.seed: tag 'tag:yaml.org,2002:binary' means nothing here"),
-    (MINIMAL + "  losses: !!set {a, b}\n", "4 training.losses: tag 'tag:yaml.org,2002:set' means nothing here"),
-    (MINIMAL + "  seed: !mine 3\n", "4 training.seed: tag '!mine' means nothing here"),
-    (MINIMAL + "!!binary name: x\n", "4: a key must be a plain word"),
-    (MINIMAL + "  seed: 2020-01-01\n", "4 training.seed: expected a whole number, got '2020-01-01'"),
-    (MINIMAL + f"  seed: {'9' * 5000}\n", "4 training.seed: a number of 5,000 digits; no key takes that many"),
-    (MINIMAL + f"  gradient_clip: 0.{'9' * 5000}\n", "4 training.gradient_clip: a number of 5,002 digits"),
-    (MINIMAL + "  gradient_clip: 1e400\n", "4 training.gradient_clip: expected a finite number, got Infinity"),
-    (MINIMAL + '  device: "\\ud800"\n', "4 training.device: half of a surrogate pair is no character"),
-    (MINIMAL + '  "\\ud800": 1\n', "4 training: half of a surrogate pair is no character"),
-    (MINIMAL + '  device: "\\UFFFFFFFF"\n', ""),
-    (MINIMAL + "  device: a\0b\n", ""),
-    (MINIMAL + "  1: 2\n", "4 training.1: unknown key"),
-    (MINIMAL + f"  {'k' * 900}: 2\n", "4 training.kkk"),
-    (MINIMAL + "model:\n  size: [1]\n", "5 model.size: expected text, got [1]"),
-    (MINIMAL + f"  seed: {'[' * 100_000}\n", "4: not valid YAML: more than 50 levels deep, or more than 20,000 values"),
-    (MINIMAL + f"  seed: {'[a, ' * 10}{'b, ' * 20_001}\n", "4: not valid YAML: more than 50 levels deep, or more than"),
-    (MINIMAL + f"  seed: [{'*a, ' * 3}]\n", "4: not valid YAML: found undefined alias"),
-    # paths
-    (MINIMAL + "data:\n  directory: ''\n", "5 data.directory: an empty path would be the working directory"),
-    (MINIMAL + 'data:\n  directory: "a\\0b"\n', "5 data.directory: no file name holds a NUL character"),
-    (
-        MINIMAL + "data:\n  sources: [~no-such-user/x]\n",
-        "5 data.sources.0: ~no-such-user/x: no home directory is known",
-    ),
     ("? [a, b]\n: 1\n", "1: a key must be a plain word"),
 ]
 

@@ -8,15 +8,14 @@
 - Of the files that a stopped run left, each is checked by its digest before it is used.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from inl_core.corpus.preparation.sealed import DamagedWork, check_seal, remove_sealed, sealed_aside
 from inl_core.corpus.reading.rows import BadRow, Document
@@ -30,8 +29,7 @@ _TEXT_SCHEMA = pa.schema(
 )
 
 
-@dataclass
-class ChunkInfo:
+class ChunkInfo(BaseModel):
     """What happened to the rows that a chunk covers; kept in the metadata of the chunk's file.
 
     Where the next chunk begins: `next_item` rows of the file number `next_file` are done; `last` when nothing follows.
@@ -43,18 +41,9 @@ class ChunkInfo:
     num_rows: int = 0
     num_empty: int = 0
     num_duplicates: int = 0
-    bad_rows: list[BadRow] = field(default_factory=list)
-    found: dict[str, str] = field(default_factory=dict)
+    bad_rows: list[BadRow] = []
+    found: dict[str, str] = {}
     """Number of a file -> the format and columns that were recognised in it."""
-
-    def to_metadata(self) -> dict[bytes, bytes]:
-        """As metadata of an Arrow schema."""
-        return {b"inl": json.dumps(asdict(self), sort_keys=True).encode()}
-
-    @classmethod
-    def from_metadata(cls, metadata: dict[bytes, bytes] | None) -> "ChunkInfo":
-        """The inverse of to_metadata; ValidationError when the metadata is anything else."""
-        return TypeAdapter(cls).validate_json((metadata or {}).get(b"inl", b""))
 
 
 @dataclass(frozen=True)
@@ -103,7 +92,7 @@ class Chunks:
         """What happened to the rows of a chunk."""
         path = self._current(number)
         try:
-            return ChunkInfo.from_metadata(self._open(path).schema.metadata)
+            return ChunkInfo.model_validate_json((self._open(path).schema.metadata or {}).get(b"inl", b""))
         except ValidationError:  # another version of this code wrote it
             raise DamagedWork(path) from None
 
@@ -124,8 +113,7 @@ class Chunks:
             pa.array(chunk.hashes, pa.uint64()),
             pa.array(chunk.num_bytes, pa.int32()),
         ]
-        batch = pa.record_batch(columns, schema=_TEXT_SCHEMA.with_metadata(info.to_metadata()))
-        self._write(self._text(number), batch)
+        self._write(self._text(number), pa.record_batch(columns, schema=_TEXT_SCHEMA), info)
 
     def read_text(self, number: int) -> HashedDocuments:
         """Read text-K; where each document came from is not kept."""
@@ -144,8 +132,8 @@ class Chunks:
                 "num_bytes": chunk.num_bytes,
                 "hash": chunk.hashes,
             }
-        ).replace_schema_metadata(info.to_metadata())
-        self._write(self._tokens(number), batch)
+        )
+        self._write(self._tokens(number), batch, info)
         remove_sealed(self._text(number))
 
     def read_tokens(self, number: int) -> Iterator[pa.RecordBatch]:
@@ -153,7 +141,8 @@ class Chunks:
         reader = self._open(self._tokens(number))
         return (reader.get_batch(index) for index in range(reader.num_record_batches))
 
-    def _write(self, path: Path, batch: pa.RecordBatch) -> None:
+    def _write(self, path: Path, batch: pa.RecordBatch, info: ChunkInfo) -> None:
+        batch = batch.replace_schema_metadata({"inl": info.model_dump_json()})
         with sealed_aside(path) as aside, aside.open("wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
         self._trusted.add(path)

@@ -78,11 +78,7 @@ def write_shards(
     is_validation = split.is_validation(hashes)
     num_shards = _without_empty(hashes[~is_validation], num_shards)
     schema = pa.schema(
-        {
-            "tokens": pa.large_list(pa.from_numpy_dtype(token_type)),
-            "prompt_length": pa.int32(),
-            "num_bytes": pa.int32(),
-        }
+        {"tokens": pa.large_list(pa.from_numpy_dtype(token_type)), "prompt_length": pa.int32(), "num_bytes": pa.int32()}
     )
     paths = [directory / shard_name("train", shard, num_shards) for shard in range(num_shards)]
     if is_validation.any():

@@ -9,7 +9,7 @@
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 
@@ -126,7 +126,7 @@ def read_into_chunks(
 
     def write(chunk: _OpenChunk, **position: int | bool) -> None:
         documents = chunk.without_copies(seen)
-        chunks.write_text(number, documents, replace(chunk.info, found=dict(found), **position))
+        chunks.write_text(number, documents, chunk.info.model_copy(update={"found": dict(found), **position}))
 
     chunk, current, done = _OpenChunk(), -1, 0
     for item, (index, next_item) in _items(files, info.next_file, info.next_item, say):

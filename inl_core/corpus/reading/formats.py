@@ -13,8 +13,7 @@ from inl_core.errors import RecipeError
 _TEXT = """.txt .text .md .markdown .rst .tex .org .adoc .html .htm .css .yaml .yml .toml .sql .sh
     .py .pyi .c .h .cc .cpp .hpp .cu .java .kt .scala .go .rs .js .mjs .ts .tsx .jsx .rb .php .pl .lua .r .jl
     .swift .cs .hs .ml"""
-_TEXT_SUFFIXES = frozenset(_TEXT.split())
-_JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+_FORMATS = dict.fromkeys(_TEXT.split(), "text") | {".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 _FIRST_BYTES = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
 FORMAT_NAMES = {"jsonl": "JSON Lines", "text": "plain text", "parquet": "Parquet"}
@@ -22,15 +21,11 @@ FORMAT_NAMES = {"jsonl": "JSON Lines", "text": "plain text", "parquet": "Parquet
 
 def format_of_name(path: Path) -> tuple[str | None, str | None]:
     """(text, jsonl, parquet, or None when unknown; gz, zst or None): the format and the compression."""
-    suffix = path.suffix.lower()
-    compression = _COMPRESSIONS.get(suffix)
-    if compression:
-        suffix = Path(path.stem).suffix.lower()
-    if suffix in _TEXT_SUFFIXES:
-        return "text", compression
-    if suffix in _JSONL_SUFFIXES:
-        return "jsonl", compression
-    return ("parquet", None) if suffix == ".parquet" and not compression else (None, compression)
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    suffix = Path(path.stem).suffix.lower() if compression else path.suffix.lower()
+    if suffix == ".parquet" and not compression:
+        return "parquet", None
+    return _FORMATS.get(suffix), compression
 
 
 def format_of_content(path: Path, name: str, *, is_json: bool = False) -> tuple[str, str | None]:
