@@ -8,7 +8,9 @@ from inl_cli.plan_view import flop_amount
 from inl_cli.progress import amount
 
 if TYPE_CHECKING:
-    from inl_core.analysis.bench import BenchSettings, Candidate, Comparison, LoaderSpeed, Measured, Outcome
+    from inl_core.analysis.bench.comparison import Comparison, Measured, Outcome
+    from inl_core.analysis.bench.loading import LoaderSpeed
+    from inl_core.analysis.bench.settings import BenchSettings, Candidate
 
 _MODEL = ("preset", "d_model", "num_layers", "num_heads", "key_value_heads", "hidden_dim", "vocab_size", "max_seq_len")
 

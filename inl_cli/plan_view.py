@@ -1,5 +1,6 @@
 """What `inl plan` shows: tables for people, and the same figures as plain values for --json."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +53,9 @@ def show_model_plan(console: Console, plan: "ModelPlan", *, has_schedule: bool) 
     """All tables, on stdout."""
     facts = [(name.replace("_", " "), value) for name, value in _model_facts(plan).items()]
     console.table("model", ("", ""), facts)
-    for show in (_show_parameters, _show_savings, _show_flops, _show_cache, _show_memory):
+    for title, columns, rows in _tables(plan, has_schedule):
         console.write("\n")
-        show(console, plan)
-    console.write("\n")
-    rows = [("weights alone", amount(plan.states.weights, "B")), ("a checkpoint", amount(plan.states.checkpoint, "B"))]
-    if has_schedule:
-        rows.append(("checkpoints kept at once, at most", amount(plan.run.disk_bytes, "B")))
-    console.table("disk", ("", ""), rows)
-    if has_schedule:
-        console.write("\n")
-        console.table("schedule", ("", ""), _schedule(plan))
+        console.table(title, columns, rows)
 
 
 def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
@@ -87,47 +80,60 @@ def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
     }
 
 
-def _show_parameters(console: Console, plan: "ModelPlan") -> None:
-    total, inner = plan.run.total_parameters, plan.run.non_embedding_parameters
-    rows = [(part, count, f"{count / total:.1%}") for part, count in plan.run.parameters.items()]
+Table = tuple[str, Sequence[str], list[tuple[Any, ...]]]
+"""Title, columns, rows."""
+
+
+def _tables(plan: "ModelPlan", has_schedule: bool) -> Iterator[Table]:
+    """What follows the facts of the model."""
+    run, states, settings = plan.run, plan.states, plan.recipe.training
+    total, inner = run.total_parameters, run.non_embedding_parameters
+    rows = [(part, count, f"{count / total:.1%}") for part, count in run.parameters.items()]
     rows += [("total", total, "100%"), ("total without embedding and head", inner, f"{inner / total:.1%}")]
-    console.table("parameters", ("part", "number", "share"), rows)
-
-
-def _show_savings(console: Console, plan: "ModelPlan") -> None:
-    rows = [
+    yield "parameters", ("part", "number", "share"), rows
+    columns = ("part", "optimisation", "full", "optimised", "change", "in this model")
+    savings = [
         (saving.part, saving.optimisation, saving.full, saving.optimised, f"{saving.change:+.1%}", saving.here)
         for saving in plan.savings
     ]
-    columns = ("part", "optimisation", "full", "optimised", "change", "in this model")
-    console.table("parameters without and with each optimisation", columns, rows)
+    yield "parameters without and with each optimisation", columns, savings
+    yield from _flop_tables(plan)
+    length = plan.config.max_seq_len
+    sizes = [(name, amount(size, "B"), amount(size * length, "B")) for name, size in plan.cache.items()]
+    yield "key-value cache, whatever T is", ("type", "a token", f"a row of {length:,}"), sizes
+    parts = {"weights": states.weights, "gradients": states.gradients, settings.optimizer.name: states.optimizer}
+    yield "training state", ("", ""), [(name, amount(size, "B")) for name, size in parts.items()]
+    yield _memory_table(plan)
+    disk = [("weights alone", amount(states.weights, "B")), ("a checkpoint", amount(states.checkpoint, "B"))]
+    if has_schedule:
+        disk.append(("checkpoints kept at once, at most", amount(run.disk_bytes, "B")))
+    yield "disk", ("", ""), disk
+    if has_schedule:
+        epochs = f"{run.epochs:.2f}" if run.epochs else "unknown: the data is not prepared"
+        schedule = [
+            ("steps", f"{run.num_steps:,} of {settings.batch_tokens:,} tokens"),
+            ("tokens", f"{run.train_tokens:,}, {run.train_tokens / run.total_parameters:.1f} a parameter"),
+            ("epochs", epochs),
+            ("compute", f"{run.total_flops:.3g} FLOP"),
+            ("recomputation", settings.recomputation),
+        ]
+        yield "schedule", ("", ""), schedule
 
 
-def _show_flops(console: Console, plan: "ModelPlan") -> None:
-    length = plan.recipe.training.sequence_length
+def _flop_tables(plan: "ModelPlan") -> Iterator[Table]:
     rows = [(part, flop_amount(count), flop_amount(3 * count)) for part, count in plan.flops.items()]
     rows.append(("total", flop_amount(sum(plan.flops.values())), flop_amount(plan.run.flops_per_token)))
-    console.table(f"FLOPs of one token, windows of {length:,}", ("part", "forward", "training"), rows)
+    length = plan.recipe.training.sequence_length
+    yield f"FLOPs of one token, windows of {length:,}", ("part", "forward", "training"), rows
     modes = [(f"recomputation {mode}", flop_amount(count)) for mode, count in plan.flops_by_recomputation.items()]
-    console.write("\n")
-    console.table("FLOPs the machine does for one token in training", ("", ""), modes)
+    yield "FLOPs the machine does for one token in training", ("", ""), modes
     if plan.flops_by_iterations:
         counts = [flop_amount(count) for count in plan.flops_by_iterations.values()]
-        console.write("\n")
         columns = ("", *(f"T = {iterations}" for iterations in plan.flops_by_iterations))
-        console.table("training FLOPs of one token at T iterations a layer", columns, [("training", *counts)])
+        yield "training FLOPs of one token at T iterations a layer", columns, [("training", *counts)]
 
 
-def _show_cache(console: Console, plan: "ModelPlan") -> None:
-    length = plan.config.max_seq_len
-    rows = [(name, amount(size, "B"), amount(size * length, "B")) for name, size in plan.cache.items()]
-    console.table("key-value cache, whatever T is", ("type", "a token", f"a row of {length:,}"), rows)
-
-
-def _show_memory(console: Console, plan: "ModelPlan") -> None:
-    settings, states = plan.recipe.training, plan.states
-    parts = {"weights": states.weights, "gradients": states.gradients, settings.optimizer.name: states.optimizer}
-    console.table("training state", ("", ""), [(name, amount(size, "B")) for name, size in parts.items()])
+def _memory_table(plan: "ModelPlan") -> Table:
     degrees = sorted({row.sharding for row in plan.memory})
     rows = []
     for mode in dict.fromkeys(row.recomputation for row in plan.memory):
@@ -136,23 +142,9 @@ def _show_memory(console: Console, plan: "ModelPlan") -> None:
         rows.append((mode, amount(row[0].activations, "B"), amount(row[0].working, "B"), *sizes))
     title = (
         f"memory of one device, {'bf16' if plan.bf16 else 'fp32'}, micro-batch {plan.memory[0].rows} x "
-        f"{settings.sequence_length:,}, training state sharded over N devices (1: whole on each)"
+        f"{plan.recipe.training.sequence_length:,}, training state sharded over N devices (1: whole on each)"
     )
-    console.write("\n")
-    columns = ("recomputation", "activations", "working", *(f"N = {degree}" for degree in degrees))
-    console.table(title, columns, rows)
-
-
-def _schedule(plan: "ModelPlan") -> list[tuple[str, str]]:
-    run, settings = plan.run, plan.recipe.training
-    epochs = f"{run.epochs:.2f}" if run.epochs else "unknown: the data is not prepared"
-    return [
-        ("steps", f"{run.num_steps:,} of {settings.batch_tokens:,} tokens"),
-        ("tokens", f"{run.train_tokens:,}, {run.train_tokens / run.total_parameters:.1f} a parameter"),
-        ("epochs", epochs),
-        ("compute", f"{run.total_flops:.3g} FLOP"),
-        ("recomputation", settings.recomputation),
-    ]
+    return title, ("recomputation", "activations", "working", *(f"N = {degree}" for degree in degrees)), rows
 
 
 def flop_amount(count: float) -> str:

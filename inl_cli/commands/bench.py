@@ -22,7 +22,8 @@ from inl_cli.progress import Progress
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
-    from inl_core.analysis.bench import BenchSettings, Candidate, Choice
+    from inl_core.analysis.bench.choosing import Choice
+    from inl_core.analysis.bench.settings import BenchSettings, Candidate
 
 Task = Literal["train", "prefill", "decode", "data", "startup"]
 
@@ -126,7 +127,7 @@ def bench(
     settings |= {"batch_size": batch_size, "sequence_length": sequence_length}
     settings |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "mode": mode, "parts": not no_parts}
     _check(task, recipe, preset, _given(model), against, against_overrides)
-    from inl_core.analysis.bench import Choice
+    from inl_core.analysis.bench.choosing import Choice
 
     choice = Choice(recipe, preset, _given(model), own, batch_size, sequence_length)
     measured, candidates = _prepare(task, choice, against, against_overrides or [], device, _given(settings))
@@ -173,7 +174,8 @@ def _prepare(
     """The settings and the candidates. Whatever the user got wrong is found here, before anything runs."""
     import torch
 
-    from inl_core.analysis.bench import BenchSettings, first_candidate, other_candidate
+    from inl_core.analysis.bench.choosing import first_candidate, other_candidate
+    from inl_core.analysis.bench.settings import BenchSettings
     from inl_core.training.distributed import choose_device
     from inl_core.training.precision import uses_bf16
 
@@ -213,19 +215,22 @@ def _run(
 ) -> tuple[dict[str, Any], Callable[[Console, dict[str, Any]], None]]:
     """The figures, and what shows them as tables."""
     from inl_cli import bench_view
-    from inl_core.analysis import bench
+    from inl_core.analysis.bench.comparison import compare
+    from inl_core.analysis.bench.loading import measure_loader
+    from inl_core.analysis.bench.measuring import describe_machine, describe_versions
+    from inl_core.analysis.bench.startup import measure_startup
 
     frame: dict[str, Any] = {
         "task": task,
-        "machine": bench.describe_machine(settings.device, settings.threads),
-        "versions": bench.describe_versions(),
+        "machine": describe_machine(settings.device, settings.threads),
+        "versions": describe_versions(),
     }
     if task == "data":
         recipe = candidates[0].recipe
-        speed = bench.measure_loader(recipe, rounds=settings.rounds, device=settings.device, progress=tell)
+        speed = measure_loader(recipe, rounds=settings.rounds, device=settings.device, progress=tell)
         return frame | bench_view.loader_data(settings, candidates[0], speed), bench_view.show_loader
     if task == "startup":
-        seconds = bench.measure_startup(candidates, settings, tell)
+        seconds = measure_startup(candidates, settings, tell)
         return frame | to_plain({"rounds": settings.rounds, "seconds": seconds}), bench_view.show_startup
-    comparison = bench.compare(candidates, settings, tell)
+    comparison = compare(candidates, settings, tell)
     return frame | bench_view.comparison_data(comparison), bench_view.show_comparison

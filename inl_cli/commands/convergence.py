@@ -66,7 +66,12 @@ def convergence_report(
     check_source(data, text)
     if output and output.exists() and not output.is_dir():
         raise RecipeError(f"{output}: is a file; --output names a directory")
-    from inl_core.analysis.convergence import default_directory, report_convergence, require_integrator, write_report
+    from inl_core.analysis.convergence.report import (
+        default_directory,
+        report_convergence,
+        require_integrator,
+        write_report,
+    )
 
     loaded = open_model(console, checkpoint, device)
     require_integrator(loaded)
@@ -83,11 +88,12 @@ def convergence_report(
             sample_tokens=sample_tokens,
             progress=progress.update,
         )
-    written = write_report(report, sample, output or default_directory(loaded.path))
-    summary = {**report.summary(), "directory": written.directory, "files": written.files}
+    directory = output or default_directory(loaded.path)
+    files, warning = write_report(report, sample, directory)
+    summary = {**report.summary(), "directory": directory, "files": files}
     console.result(summary, lambda: _show(console, summary))
-    if written.warning:
-        console.warn(written.warning)
+    if warning:
+        console.warn(warning)
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:

@@ -13,21 +13,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
-from inl_core.analysis.bench import (
-    BenchSettings,
-    Candidate,
-    Choice,
-    comparison,
-    first_candidate,
-    llama_work,
-    other_candidate,
-    spread,
-    startup,
-    worker,
-)
+from inl_core.analysis.bench import comparison, llama_work, startup, worker
 from inl_core.analysis.bench.ceiling import flops_per_token
+from inl_core.analysis.bench.choosing import Choice, first_candidate, other_candidate
 from inl_core.analysis.bench.inl_work import bench_tokenizer, build_inl_work
-from inl_core.analysis.bench.measuring import PeakMemory
+from inl_core.analysis.bench.measuring import PeakMemory, spread
+from inl_core.analysis.bench.settings import BenchSettings, Candidate
 from inl_core.analysis.bench.worker import Facts, Worker, _Job
 from inl_core.errors import InlError, RecipeError
 

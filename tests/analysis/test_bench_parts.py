@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from inl_core.analysis.bench import BenchSettings, Choice, first_candidate, parts
+from inl_core.analysis.bench import parts
+from inl_core.analysis.bench.choosing import Choice, first_candidate
 from inl_core.analysis.bench.inl_work import build_inl_work
 from inl_core.analysis.bench.parts import PartTimes, Timed, part, profile_parts, ranges
+from inl_core.analysis.bench.settings import BenchSettings
 from inl_core.analysis.bench.work import Work
 
 CPU = torch.device("cpu")

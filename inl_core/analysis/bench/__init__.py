@@ -5,29 +5,3 @@ the rounds and their figures; worker.py the process of one candidate; work.py, i
 repeats; parts.py which part of the model the time went to; measuring.py medians, memory, the machine; ceiling.py the
 matrix product that speeds are held against; loading.py the data loader; startup.py the time until the first step.
 """
-
-from inl_core.analysis.bench.choosing import Choice, first_candidate, other_candidate
-from inl_core.analysis.bench.comparison import Comparison, Measured, Outcome, compare
-from inl_core.analysis.bench.loading import LoaderSpeed, measure_loader
-from inl_core.analysis.bench.measuring import Spread, describe_machine, describe_versions, spread
-from inl_core.analysis.bench.settings import BenchSettings, Candidate
-from inl_core.analysis.bench.startup import measure_startup
-
-__all__ = [
-    "BenchSettings",
-    "Candidate",
-    "Choice",
-    "Comparison",
-    "LoaderSpeed",
-    "Measured",
-    "Outcome",
-    "Spread",
-    "compare",
-    "describe_machine",
-    "describe_versions",
-    "first_candidate",
-    "measure_loader",
-    "measure_startup",
-    "other_candidate",
-    "spread",
-]

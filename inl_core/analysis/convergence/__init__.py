@@ -5,23 +5,3 @@ stability.py the laws of one step; sketch.py means and percentiles of a stream; 
 are kept; iterations.py bits per byte by iterations, without single layers and under early stopping; verdict.py the word
 for a layer; markdown.py and figures.py what is written for people.
 """
-
-from inl_core.analysis.convergence.report import (
-    ConvergenceReport,
-    Written,
-    default_directory,
-    report_convergence,
-    require_integrator,
-    write_report,
-)
-from inl_core.analysis.convergence.verdict import Thresholds
-
-__all__ = [
-    "ConvergenceReport",
-    "Thresholds",
-    "Written",
-    "default_directory",
-    "report_convergence",
-    "require_integrator",
-    "write_report",
-]

@@ -176,33 +176,27 @@ def _layer(index: int, statistics: LayerStatistics, bits: IterationReport, thres
     return LayerReport(index, verdict, evidence, statistics.used_iterations, statistics.rows())
 
 
-@dataclass(frozen=True)
-class Written:
-    """What `write_report` left in a directory."""
-
-    directory: Path
-    files: list[str]
-    warning: str | None
-    """Why there are no figures; None when they were drawn."""
-
-
 def default_directory(checkpoint: Path) -> Path:
     """reports/convergence-step-N of the checkpoint's run; below the working directory when it is in none."""
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else Path()
     return run / "reports" / f"convergence-{checkpoint.name}"
 
 
-def write_report(report: ConvergenceReport, sample: TokenSample, directory: Path) -> Written:
-    """Write all files of a report, in place of those of an earlier report in the same directory."""
+def write_report(report: ConvergenceReport, sample: TokenSample, directory: Path) -> tuple[list[str], str | None]:
+    """Write all files of a report, in place of those of an earlier report in the same directory.
+
+    Returns:
+        The names of the files; why there are no figures among them, None when there are.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         (directory / name).unlink(missing_ok=True)
-    summary, warning = report.summary(), None
+    summary, figures, warning = report.summary(), [], None
     try:
         figures = draw_figures(summary, sample.table(), directory)
     except ImportError:
-        figures, warning = [], 'no figures: they need matplotlib, which pip install "inl[plot]" brings'
+        warning = 'no figures: they need matplotlib, which pip install "inl[plot]" brings'
     sample.write(directory / "trajectories.parquet")
     (directory / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (directory / "report.md").write_text(to_markdown(summary, figures, warning), encoding="utf-8")
-    return Written(directory, ["report.md", "summary.json", "trajectories.parquet", *figures], warning)
+    return ["report.md", "summary.json", "trajectories.parquet", *figures], warning

@@ -111,9 +111,8 @@ def recompute(blocks: nn.ModuleList, mode: Recomputation) -> None:
 def saved_bytes(model: nn.Module, forward: Callable[[], None]) -> list[int]:
     """Sizes of the storages that autograd saves while `forward()` runs, each once, without those of the parameters."""
     sizes: dict[int, int] = {}
-    alive = [
-        parameter.untyped_storage() for parameter in model.parameters()
-    ]  # alive, so that no other storage gets the same address
+    # Storages are kept alive, so that no later one gets the address of an earlier one.
+    alive = [parameter.untyped_storage() for parameter in model.parameters()]
     own = {storage._cdata for storage in alive}
 
     def save(tensor: Tensor) -> Tensor:
