@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from inl_core.errors import ArtefactError
-from inl_core.files import entry_path, open_regular, read_json, write_whole
+from inl_core.files import ASIDE, entry_path, open_regular, read_json, write_whole
 
 if TYPE_CHECKING:
     from inl_core.corpus.manifest import Manifest, Shard
@@ -171,6 +171,8 @@ def _remembered(directory: Path, key: str) -> dict[str, Any]:
 def _remember(directory: Path, key: str, found: dict[str, Any]) -> str | None:
     """Write the file; returns why it cannot be written (a full or read-only disk), or None."""
     try:
+        for leftover in directory.glob(f".{VERIFIED}.*{ASIDE}"):  # of a process that was killed while it wrote the file
+            leftover.unlink(missing_ok=True)
         write_whole(directory / VERIFIED, json.dumps({"manifest": key, "shards": found}, indent=1) + "\n")
     except OSError as error:
         return error.strerror or str(error)

@@ -88,6 +88,14 @@ def test_a_whole_data_set_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPat
         verify(copy, deep=True)
 
 
+@pytest.mark.usefixtures("settled")
+def test_what_a_killed_process_left_of_the_memory_is_removed(copy: Path) -> None:
+    (copy / VERIFIED).unlink(missing_ok=True)
+    (copy / f".{VERIFIED}.abc.tmp").write_text("{")
+    verify(copy)
+    assert [path.name for path in copy.glob(".*")] == [VERIFIED]
+
+
 def test_what_was_just_written_is_not_remembered(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / VERIFIED).unlink(missing_ok=True)
     monkeypatch.setattr(shard_check, "_SETTLED_NS", 10**18)

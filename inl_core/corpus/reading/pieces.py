@@ -9,7 +9,7 @@ MAX_DOCUMENT = 1 << 20
 
 
 def longest_whole() -> int:
-    """Characters of the longest text that is taken whole where it cannot be split: a conversation, a line."""
+    """The most characters of a text that cannot be split: of a conversation, or of a line with a prompt."""
     return 4 * MAX_DOCUMENT
 
 

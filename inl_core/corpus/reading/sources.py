@@ -53,15 +53,6 @@ class SourceFile:
         return local_path(self.path)
 
 
-def read_source(file: SourceFile, *, note: Note) -> Iterator[Item]:
-    """The documents and bad rows of one file; `note` is told the file's format and columns."""
-    if file.format == "builtin":
-        note("standard-library sources and pydoc topics")
-        return python_documents()
-    reader = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}[file.format]
-    return reader(file.location, file.name, file.compression, note)
-
-
 def resolve_sources(
     sources: Sequence[str],
     *,
@@ -124,6 +115,15 @@ def check_unchanged(files: Iterable[SourceFile]) -> None:
             raise ArtefactError(f"{file.name}: disappeared while it was being read; put it back") from None
         if (status.st_size, status.st_mtime_ns) != (file.size, file.modified):
             raise ArtefactError(f"{file.name}: changed while it was being read; run again when it is finished")
+
+
+def read_source(file: SourceFile, *, note: Note) -> Iterator[Item]:
+    """The documents and bad rows of one file; `note` is told the file's format and columns."""
+    if file.format == "builtin":
+        note("standard-library sources and pydoc topics")
+        return python_documents()
+    reader = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}[file.format]
+    return reader(file.location, file.name, file.compression, note)
 
 
 def copy_stdin(target: Path) -> None:
