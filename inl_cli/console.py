@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
@@ -187,6 +187,8 @@ def to_plain(value: Any) -> Any:
             return unknown.tolist()
         raise TypeError(f"{type(unknown).__name__} cannot be written as JSON")
 
+    if isinstance(value, Mapping):  # pydantic refuses keys that are not UTF-8, which a damaged file may have
+        return {str(key): to_plain(item) for key, item in value.items()}
     return to_jsonable_python(value, inf_nan_mode="null", fallback=of_array)
 
 

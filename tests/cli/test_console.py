@@ -204,6 +204,10 @@ def test_results_become_plain_json() -> None:
 
     value = {"parts": (Part(Path("a"), math.inf),), 3: np.float32(0.5), "array": np.arange(2), "set": {1}}
     assert to_plain(value) == {"parts": [{"path": "a", "loss": None}], "3": 0.5, "array": [0, 1], "set": [1]}
+    assert to_plain({"last": {"\udcff": np.bool_(True)}, "nan": torch.tensor(math.nan)}) == {
+        "last": {"\udcff": True},
+        "nan": None,
+    }
     with pytest.raises(TypeError, match="object cannot be written as JSON"):
         to_plain(object())
 

@@ -94,12 +94,12 @@ def import_reference(
                 iterations=spread_iterations(iterations, layout.num_layers),
                 max_seq_len=max_seq_len or layout.max_seq_len or DEFAULT_MAX_SEQ_LEN,
             )
-        words, remark = load_tokenizer(tokenizer, layout.vocab_size)
+        own_tokenizer, remarks = load_tokenizer(tokenizer, layout.vocab_size)
         digest = file_digest(file)
         model, used = load_reference(file, layout, config, tensors)
-    warnings = (*_taken_on_trust(layout, config, max_seq_len), *remark)
+    warnings = (*_unchecked(layout, config, max_seq_len), *remarks)
     imported = Imported(output, file, digest, layout.generation, config, used, layout.skipped, warnings)
-    save_weights(output, model, _files(imported, words))
+    save_weights(output, model, _files(imported, own_tokenizer))
     return imported
 
 
@@ -122,8 +122,8 @@ def _within_bounds(file: Path, *, is_asked: bool) -> Iterator[None]:
 def choose_heads(file: Path, layout: Layout, *, num_heads: int | None, num_kv_heads: int | None) -> tuple[int, int]:
     """Numbers of query and key-value heads, from the arguments, the rotary tables and the key projection's rows."""
     dim, rows = layout.d_model, layout.key_value_dim
-    told = dim // layout.head_dim if layout.head_dim else None
-    heads = num_heads or told
+    heads_of_tables = dim // layout.head_dim if layout.head_dim else None
+    heads = num_heads or heads_of_tables
     if heads is None:
         raise RecipeError(f"{file}: does not hold the number of heads; give --num-heads, a divisor of {dim}")
     if dim % heads:
@@ -132,7 +132,7 @@ def choose_heads(file: Path, layout: Layout, *, num_heads: int | None, num_kv_he
     if layout.head_dim and size != layout.head_dim:
         raise RecipeError(
             f"--num-heads {heads}: the rotary tables in {file} are for heads of {layout.head_dim}, "
-            f"which means {told}; leave the option out"
+            f"which means {heads_of_tables}; leave the option out"
         )
     if layout.generation == "released" and size % 2:
         raise RecipeError(f"--num-heads {heads}: heads of {size} cannot have rotary positions, which need an even size")
@@ -238,7 +238,7 @@ def _check_rotary_base(file: Path, layout: Layout, tensors: Any) -> None:
             )
 
 
-def _taken_on_trust(layout: Layout, config: ModelConfig, max_seq_len: int | None) -> list[str]:
+def _unchecked(layout: Layout, config: ModelConfig, max_seq_len: int | None) -> list[str]:
     """Warnings about what the file does not hold and was therefore not checked."""
     assert config.integrator
     each = config.integrator.iterations_per_layer or (config.integrator.num_iterations,)
@@ -252,7 +252,7 @@ def _taken_on_trust(layout: Layout, config: ModelConfig, max_seq_len: int | None
     return found
 
 
-def _files(imported: Imported, words: Tokenizer | None) -> dict[str, str]:
+def _files(imported: Imported, tokenizer: Tokenizer | None) -> dict[str, str]:
     """The texts of config.json and, with a tokenizer, tokenizer.json."""
     event = {
         "event": "import",
@@ -265,11 +265,11 @@ def _files(imported: Imported, words: Tokenizer | None) -> dict[str, str]:
     config = {
         "format": 1,
         "model": imported.config.model_dump(mode="json"),
-        "special_tokens": words.special_ids if words else {},
-        "bos_id": words.bos_id if words else None,
-        "eos_id": words.eos_id if words else None,
-        "tokenizer": words.fingerprint if words else None,
+        "special_tokens": tokenizer.special_ids if tokenizer else {},
+        "bos_id": tokenizer.bos_id if tokenizer else None,
+        "eos_id": tokenizer.eos_id if tokenizer else None,
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "provenance": [event],
     }
     files = {"config.json": json.dumps(config, indent=1)}
-    return files | ({"tokenizer.json": words.to_json()} if words else {})
+    return files | ({"tokenizer.json": tokenizer.to_json()} if tokenizer else {})
