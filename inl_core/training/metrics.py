@@ -125,13 +125,9 @@ def cut_metrics(
 
 
 def read_scores(run: Path, scored_on: str) -> dict[int, float]:
-    """The scores (`score_of_row`) by step of a run's evaluations.
-
-    Raises:
-        ArtefactError: as in `read_metrics`.
-    """
-    scores = {row["step"]: score_of_row(row, scored_on) for row in stream_metrics(run) if _is_scored(row, scored_on)}
-    return {step: score for step, score in scores.items() if score is not None}
+    """The scores (`score_of_row`) of a run's evaluations by step; raises as `read_metrics` does."""
+    scores = ((row["step"], score_of_row(row, scored_on)) for row in stream_metrics(run))
+    return {step: score for step, score in scores if score is not None}
 
 
 def score_of_row(row: dict[str, Any], scored_on: str) -> float | None:
@@ -139,12 +135,10 @@ def score_of_row(row: dict[str, Any], scored_on: str) -> float | None:
 
     Where the tokenizer does not tell the bytes it is the loss, which puts scores of the same text in the same order.
     """
-    score = (row.get("validation_bits_per_byte") or row.get("validation_loss")) if _is_scored(row, scored_on) else None
+    if row.get("scored_on") != scored_on:
+        return None
+    score = row.get("validation_bits_per_byte") or row.get("validation_loss")
     return score if isinstance(score, int | float) and math.isfinite(score) else None
-
-
-def _is_scored(row: dict[str, Any], scored_on: str) -> bool:
-    return row.get("scored_on") == scored_on
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ Both come with `pip install "inl[logging]"`. `check_mirrors` finds what is missi
 import netrc
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,8 +28,8 @@ def check_mirrors(recipe: Recipe) -> None:
         RecipeError: a package is not installed, or Weights & Biases has no key and is not offline.
     """
     logging = recipe.training.logging
-    if logging.tensorboard and find_spec("tensorboard") is None:
-        raise _not_installed("tensorboard")
+    if logging.tensorboard:
+        _import("tensorboard", "tensorboard")
     if logging.wandb and not _wandb_can_log():
         raise RecipeError(
             "training.logging.wandb: no API key; run `wandb login` or set WANDB_API_KEY, or set WANDB_MODE=offline to "
@@ -57,11 +57,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _tensorboard(run: Path) -> Mirror:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise _not_installed("tensorboard") from None
-    writer = SummaryWriter(str(run / "tensorboard"))
+    writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
 
     def mirror(step: int, figures: dict[str, float]) -> None:
         for key, value in figures.items():
@@ -71,7 +67,7 @@ def _tensorboard(run: Path) -> Mirror:
 
 
 def _wandb(run: Path, recipe: Recipe) -> Mirror:
-    wandb, config = _import_wandb(), recipe.model_dump(mode="json")
+    wandb, config = _import("wandb", "wandb"), recipe.model_dump(mode="json")
     try:
         session = wandb.init(project="inl", name=run.name, dir=str(run), config=config, resume="allow")
     except Exception as error:  # its errors share no class of Python's
@@ -81,17 +77,9 @@ def _wandb(run: Path, recipe: Recipe) -> Mirror:
     return lambda step, figures: session.log(figures, step=step)
 
 
-def _import_wandb() -> Any:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError:
-        raise _not_installed("wandb") from None
-    return wandb
-
-
 def _wandb_can_log() -> bool:
     """Whether W&B is offline, or finds a key where it looks for one; the user is not asked, and nothing is sent."""
-    settings = _wandb_settings(_import_wandb())
+    settings = _wandb_settings(_import("wandb", "wandb"))
     if os.environ.get("WANDB_MODE") in _OFFLINE or getattr(settings, "mode", None) in _OFFLINE:
         return True
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
@@ -120,5 +108,9 @@ def _netrc_hosts() -> set[str]:
     return hosts
 
 
-def _not_installed(name: str) -> RecipeError:
-    return RecipeError(f'training.logging.{name}: not installed; pip install "inl[logging]"')
+def _import(module: str, key: str) -> Any:
+    """A module of an optional package; RecipeError names the recipe's key that wants it when it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise RecipeError(f'training.logging.{key}: not installed; pip install "inl[logging]"') from None

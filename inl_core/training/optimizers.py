@@ -27,8 +27,22 @@ class Assignment:
 class Optimizers:
     """One or two torch optimizers, which are always used together."""
 
-    def __init__(self, parts: list[Optimizer], assignments: list[Assignment]) -> None:
-        self.parts, self.assignments = parts, assignments
+    def __init__(self, parts: list[Optimizer]) -> None:
+        self.parts = parts
+
+    @property
+    def assignments(self) -> list[Assignment]:
+        """The groups of parameters, in the order of the optimizers."""
+        return [
+            Assignment(
+                type(part).__name__.lower(),
+                group["label"],
+                len(group["params"]),
+                sum(parameter.numel() for parameter in group["params"]),
+            )
+            for part in self.parts
+            for group in part.param_groups
+        ]
 
     def set_learning_rate_factor(self, factor: float) -> float:
         """Set every group to `factor` times its peak; the first group's rate comes back, for the log."""
@@ -86,35 +100,19 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
         else:
             plain.append((name, parameter))
 
-    def group(members: list[tuple[str, nn.Parameter]], weight_decay: float) -> dict:
-        return {"params": members, "weight_decay": weight_decay, "initial_lr": settings.learning_rate}
+    def group(label: str, members: list[tuple[str, nn.Parameter]], weight_decay: float, rate: float) -> list[dict]:
+        """A group of the members, if there are any."""
+        entry = {"params": members, "label": label, "weight_decay": weight_decay, "lr": rate, "initial_lr": rate}
+        return [entry] if members else []
 
     parts: list[Optimizer] = []
     if muon:
         # match_rms_adamw scales the orthogonal update to AdamW's size, so AdamW's learning rate and decay carry over.
         rate = settings.muon_learning_rate or settings.learning_rate
-        optimizer = torch.optim.Muon(muon, lr=rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
-        for entry in optimizer.param_groups:
-            entry["initial_lr"] = rate
-        parts.append(optimizer)
-    groups = [group(decay, settings.weight_decay), group(plain, 0.0)]
-    parts.append(
-        torch.optim.AdamW(
-            [entry for entry in groups if entry["params"]],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=device.type in ("cpu", "cuda"),
-        )
-    )
-    named = (
-        ("muon", "matrices of the blocks", muon),
-        ("adamw", "with decay", decay),
-        ("adamw", "without decay", plain),
-    )
-    assignments = [
-        Assignment(optimizer, label, len(members), sum(parameter.numel() for _, parameter in members))
-        for optimizer, label, members in named
-        if members
-    ]
-    return Optimizers(parts, assignments)
+        groups = group("matrices of the blocks", muon, settings.weight_decay, rate)
+        parts.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
+    groups = group("with decay", decay, settings.weight_decay, settings.learning_rate)
+    groups += group("without decay", plain, 0.0, settings.learning_rate)
+    fused = device.type in ("cpu", "cuda")
+    parts.append(torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=fused))
+    return Optimizers(parts)

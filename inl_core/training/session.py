@@ -82,7 +82,7 @@ def open_session(
             held.enter_context(_leaves_word(directory, stop))
         session = Session(recipe, world, directory, resumption, observer)
         # Before the data is prepared, which may take hours: a run that cannot be resumed is refused at once.
-        session.checkpoint = world.on_main(session.choose_checkpoint)
+        session.checkpoint = session.choose_checkpoint()
         yield session
 
 
@@ -123,15 +123,13 @@ class Session:
         return trainer
 
     def choose_checkpoint(self) -> Path | None:
-        """The checkpoint that the run goes on from, verified; None at step 0. Raises as resuming.py's function does."""
-        if self.resumption is None:
+        """The newest checkpoint that the run can go on from, verified; None for step 0."""
+        wanted = self.resumption
+        if wanted is None:
             return None
-        return choose_checkpoint(
-            self.directory,
-            self.recipe,
-            self.resumption.allowed,
-            must_advance=self.resumption.must_advance,
-            warn=self.observer.on_warning,
+        warn, must_advance = self.observer.on_warning, wanted.must_advance
+        return self.world.on_main(
+            lambda: choose_checkpoint(self.directory, self.recipe, wanted.allowed, must_advance=must_advance, warn=warn)
         )
 
     def _try_to_resume(self, data: RunData, checkpoint: Path) -> Trainer | None:
@@ -143,7 +141,7 @@ class Session:
             problem = str(error)
         if not self.world.sum_numbers(float(trainer is None))[0]:
             return trainer
-        self.checkpoint = self.world.on_main(self.choose_checkpoint)
+        self.checkpoint = self.choose_checkpoint()
         if self.checkpoint in (checkpoint, None):
             self.world.on_main(partial(_refuse, problem))  # one message, where all ranks met the same
             raise ArtefactError(problem or f"{checkpoint}: could not be read by another process")
@@ -164,7 +162,6 @@ class Session:
 
     def _new_trainer(self, data: RunData, provenance: tuple[dict[str, Any], ...] = ()) -> Trainer:
         model = build_model(self.recipe, data.tokenizer, self.world)
-        # What is applied to the model from outside (operations of our own, say) belongs between these two lines.
         run = RunFiles(self.directory, self.recipe, data.tokenizer, data.directory, provenance)
         return Trainer(model, data, run, self.world, self.observer)
 

@@ -85,7 +85,8 @@ def test_resuming_across_an_epoch_boundary(make_recipe, make_trainer):
     windows = make_trainer(make_recipe(), "probe")[0].loader.num_windows
     sequences = 2 * windows // 5  # the third step spans two epochs
     boundary = 3
-    recipe = make_recipe(training={"batch_tokens": 32 * sequences, "steps": 5})
+    model = {"d_model": 16, "num_layers": 1}
+    recipe = make_recipe(training={"batch_tokens": 32 * sequences, "steps": 4}, model=model)
     whole, heard = make_trainer(recipe, "whole")
     whole.fit()
     assert heard.rows[boundary - 2]["epoch"] < 1 < heard.rows[boundary - 1]["epoch"]
