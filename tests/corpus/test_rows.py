@@ -138,56 +138,51 @@ def test_json_lines_in_every_dress(tmp_path: Path) -> None:
     assert texts(tmp_path / "a.jsonl") == ["a\u2028b", "\u2028 c"]
 
 
-BAD_LINES = [
-    (b"{broken", "not JSON"),
-    (b"[1]", "a JSON list, not an object"),
-    (b'{"text": 5}', "`text` is int, not a string"),
-    (b'{"text": null}', "`text` is NoneType, not a string"),
-    (b'{"body": "x"}', "no `text`; has body"),
-    (b'{"text": "\\ud800"}', "lone surrogate U+D800"),
-    (b'{"text": "\xff"}', "not UTF-8"),
-    (b"[" * 100_000, "not JSON"),
-]
-
-
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_a_bad_line_is_set_aside_with_its_place_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good too"}')
-    first, bad, last = documents(path)
-    assert isinstance(bad, BadRow)
-    assert bad.origin == f"{path}:3"
-    assert reason in bad.reason
-    assert len(bad.excerpt) <= 1000
-    bad.excerpt.encode()
-    assert (first.origin, last.origin) == (f"{path}:1", f"{path}:4")
-
-
 def nested(depth: int) -> bytes:
     return b'{"text": ' + b"[" * depth + b"]" * depth + b"}"
 
 
-ODD_LINES = [
-    (b'{"text": "a", "text": "b"}', "the key 'text' stands twice"),
-    (b'{"text": "a", "meta": {"k": 1, "k": 2}}', "the key 'k' stands twice"),
-    (b'{"text": ' + b"9" * 5000 + b"}", "not JSON: Exceeds"),
+BAD_LINES = [
+    (b"{broken", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[1]", "a JSON list, not an object"),
+    (b'{"text": 5}', "`text` is int, not a string"),
+    (b'{"text": null}', "`text` is NoneType, not a string"),
+    (b'{"text": NaN}', "`text` is float"),
     (nested(500), "`text` is list"),
     (nested(100_000), "nested too deeply"),
+    (b'{"text": ' + b"9" * 5000 + b"}", "not JSON: Exceeds"),
+    (b'{"body": "x"}', "no `text`; has body"),
+    (b'{"text": "\\ud800"}', "lone surrogate U+D800"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "a", "text": "b"}', "the key 'text' stands twice"),
+    (b'{"text": "a", "meta": {"k": 1, "k": 2}}', "the key 'k' stands twice"),
+]
+BAD_FIRST_LINES = [
     (b'{"prompt": null, "completion": "a"}', "`prompt` is NoneType"),
     (b'{"' + b"k" * 100_000 + b'": 1}', "has none of text"),
     (b'{"\\ud800": 1}', "has none of text"),
-    (b'{"text": NaN}', "`text` is float"),
 ]
+GOOD = b'{"text": "good"}\n\n'
 
 
-@pytest.mark.parametrize(("line", "reason"), ODD_LINES, ids=[reason for _, reason in ODD_LINES])
-def test_an_odd_line_is_a_bad_row_that_can_be_written(tmp_path: Path, line: bytes, reason: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(line)
-    (row,) = documents(tmp_path / "a.jsonl")
-    assert isinstance(row, BadRow)
-    assert reason in row.reason
-    f"{row.reason}{row.excerpt}".encode()
-    assert len(row.reason) <= 500 * 10
+@pytest.mark.parametrize(
+    ("before", "line", "reason"),
+    [*((GOOD, *bad) for bad in BAD_LINES), *((b"", *bad) for bad in BAD_FIRST_LINES)],
+    ids=[reason for _, reason in BAD_LINES + BAD_FIRST_LINES],
+)
+def test_a_bad_line_is_set_aside_with_its_place_and_reason(
+    tmp_path: Path, before: bytes, line: bytes, reason: str
+) -> None:
+    path, number = tmp_path / "rows.jsonl", before.count(b"\n") + 1
+    path.write_bytes(before + line + b'\n{"text": "good too"}')
+    *_, bad, last = documents(path)
+    assert isinstance(bad, BadRow)
+    assert (bad.origin, last.origin) == (f"{path}:{number}", f"{path}:{number + 1}")
+    assert reason in bad.reason
+    f"{bad.reason}{bad.excerpt}".encode()
+    assert len(bad.reason) <= 5000
+    assert len(bad.excerpt) <= 1000
 
 
 def test_a_line_of_too_many_values_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
