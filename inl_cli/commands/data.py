@@ -10,7 +10,8 @@ from inl_cli.options import JsonOption, QuietOption, given_path
 from inl_core.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:
-    from inl_core.corpus.preparation import Manifest, PrepareProgress
+    from inl_core.corpus.manifest import Manifest
+    from inl_core.corpus.preparation import PrepareProgress
     from inl_core.recipe import DataSettings
 
 _STAGES = {
@@ -62,7 +63,7 @@ def prepare_data(
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into a tokenizer and verified token shards; a stopped run goes on when started again."""
-    from inl_core.corpus.preparation import default_directory
+    from inl_core.corpus.manifest import default_directory
     from inl_core.corpus.reading.paths import portable
 
     console = Console(json=json, quiet=quiet)

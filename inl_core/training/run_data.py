@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from inl_core.corpus.loader import TokenDataset
-from inl_core.corpus.manifest import WORK, Manifest, settings_from
-from inl_core.corpus.preparation import default_directory, prepare, verify
+from inl_core.corpus.manifest import WORK, Manifest, default_directory, settings_from, verify
+from inl_core.corpus.preparation import prepare
 from inl_core.corpus.shard_check import believe, found_whole
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError

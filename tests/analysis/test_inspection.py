@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
 from inl_core.analysis.inspection import sparkline
-from inl_core.corpus.preparation import load_manifest
+from inl_core.corpus.manifest import load_manifest
 from inl_core.recipe.load import dump_recipe
 from tests.damage import put
 from tests.inference.tiny import recipe, tiny_model, write_checkpoint

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from inl_core.corpus.preparation import chunks, prepare, verify
+from inl_core.corpus.manifest import verify
+from inl_core.corpus.preparation import chunks, prepare
 from inl_core.errors import InlError, RecipeError
 from tests.corpus.texts import settings
 

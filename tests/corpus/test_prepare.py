@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from inl_core.corpus.manifest import default_directory
-from inl_core.corpus.preparation import PrepareProgress, prepare, stages, verify
+from inl_core.corpus.manifest import default_directory, verify
+from inl_core.corpus.preparation import PrepareProgress, prepare, stages
 from inl_core.corpus.reading import pieces
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError, RecipeError

@@ -13,7 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from inl_core.corpus.preparation import PrepareProgress, prepare, text_chunks, verify
+from inl_core.corpus.manifest import verify
+from inl_core.corpus.preparation import PrepareProgress, prepare, text_chunks
 from inl_core.corpus.preparation.sealed import sealed_aside
 from inl_core.errors import ArtefactError
 from inl_core.recipe.data import DataSettings

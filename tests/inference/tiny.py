@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from inl_core.corpus.preparation import load_manifest, prepare
+from inl_core.corpus.manifest import load_manifest
+from inl_core.corpus.preparation import prepare
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.inference.checkpoint_files import MANIFEST, file_digest
 from inl_core.model import IntegratorLanguageModel

@@ -14,8 +14,8 @@ import torch
 
 from inl_core.analysis.bench.measuring import Spread, spread
 from inl_core.corpus.loader import BatchLoader, TokenDataset
-from inl_core.corpus.manifest import MANIFEST
-from inl_core.corpus.preparation import prepare, verify
+from inl_core.corpus.manifest import MANIFEST, verify
+from inl_core.corpus.preparation import prepare
 from inl_core.recipe import DataSettings, Recipe, TokenizerSettings
 from inl_core.training.loss_module import micro_batches
 from inl_core.training.run_data import data_directory

@@ -10,7 +10,6 @@
 - `shards.py`: the tokens go to the shards that training reads.
 """
 
-from inl_core.corpus.manifest import Manifest, default_directory, load_manifest, verify
 from inl_core.corpus.preparation.stages import PrepareProgress, prepare
 
-__all__ = ["Manifest", "PrepareProgress", "default_directory", "load_manifest", "prepare", "verify"]
+__all__ = ["PrepareProgress", "prepare"]
