@@ -13,7 +13,8 @@ from pathlib import Path
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-from inl_core.corpus.loader import BatchLoader, TokenDataset
+from inl_core.corpus.dataset import TokenDataset
+from inl_core.corpus.loader import BatchLoader
 from inl_core.corpus.preparation import prepare
 from inl_core.recipe.data import DataSettings
 

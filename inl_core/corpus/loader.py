@@ -17,8 +17,6 @@ import numpy as np
 from inl_core.corpus.dataset import TokenDataset, TokenStream
 from inl_core.errors import ArtefactError, RecipeError
 
-__all__ = ["IGNORED", "Batch", "BatchLoader", "TokenDataset", "TokenStream", "evaluation_batches"]
-
 IGNORED = -100
 """A target that no loss counts."""
 BLOCK_WINDOWS = 1 << 20

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inl_core.corpus.loader import Batch, TokenStream
+from inl_core.corpus.dataset import TokenStream
+from inl_core.corpus.loader import Batch
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
 from inl_core.model import IntegratorLanguageModel, Options

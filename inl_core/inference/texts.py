@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from inl_core.corpus.dataset import TokenDataset, TokenStream
 from inl_core.corpus.encoding import document_stream
-from inl_core.corpus.loader import Batch, TokenDataset, TokenStream, evaluation_batches
+from inl_core.corpus.loader import Batch, evaluation_batches
 from inl_core.corpus.manifest import SPLITS, check_ids, load_manifest
 from inl_core.corpus.reading.paths import shown
 from inl_core.corpus.reading.rows import Document

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from inl_core.corpus.loader import TokenDataset
+from inl_core.corpus.dataset import TokenDataset
 from inl_core.corpus.manifest import WORK, Manifest, default_directory, settings_from, verify
 from inl_core.corpus.preparation import prepare
 from inl_core.corpus.shard_check import believe, found_whole

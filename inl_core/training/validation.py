@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import islice
 
-from inl_core.corpus.loader import Batch, TokenDataset, evaluation_batches
+from inl_core.corpus.dataset import TokenDataset
+from inl_core.corpus.loader import Batch, evaluation_batches
 from inl_core.inference.evaluate import ByteCounts, Evaluation, NothingToScore, byte_counts, evaluate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.distributed import World

@@ -11,16 +11,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from inl_core.corpus import loader
+from inl_core.corpus.dataset import TokenDataset, TokenStream
 from inl_core.corpus.encoding import document_stream
-from inl_core.corpus.loader import (
-    IGNORED,
-    Batch,
-    BatchLoader,
-    TokenDataset,
-    TokenStream,
-    evaluation_batches,
-    make_batch,
-)
+from inl_core.corpus.loader import IGNORED, Batch, BatchLoader, evaluation_batches, make_batch
 from inl_core.corpus.manifest import load_manifest
 from inl_core.corpus.reading.rows import Document
 from inl_core.corpus.tokenizer import Tokenizer

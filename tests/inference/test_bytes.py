@@ -8,8 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from inl_core.corpus.dataset import TokenDataset, TokenStream
 from inl_core.corpus.encoding import document_stream
-from inl_core.corpus.loader import TokenDataset, TokenStream, evaluation_batches
+from inl_core.corpus.loader import evaluation_batches
 from inl_core.corpus.preparation import prepare
 from inl_core.corpus.reading.rows import Document
 from inl_core.corpus.tokenizer import Tokenizer

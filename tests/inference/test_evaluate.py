@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from inl_core.corpus.loader import TokenDataset
+from inl_core.corpus.dataset import TokenDataset
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.evaluate import Evaluation, evaluate, most_iterations
 from inl_core.inference.loading import LoadedModel, load_model

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from inl_core.corpus.loader import BatchLoader, TokenDataset, TokenStream
+from inl_core.corpus.dataset import TokenDataset, TokenStream
+from inl_core.corpus.loader import BatchLoader
 from inl_core.corpus.preparation import prepare
 from inl_core.errors import ArtefactError
 from inl_core.recipe import DataSettings

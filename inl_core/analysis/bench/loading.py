@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from inl_core.analysis.bench.measuring import Spread, spread
-from inl_core.corpus.loader import BatchLoader, TokenDataset
+from inl_core.corpus.dataset import TokenDataset
+from inl_core.corpus.loader import BatchLoader
 from inl_core.corpus.manifest import MANIFEST, verify
 from inl_core.corpus.preparation import prepare
 from inl_core.recipe import DataSettings, Recipe, TokenizerSettings
