@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inl_core.analysis.convergence.collect import LayerStatistics
+from inl_core.analysis.convergence.layer_statistics import LayerStatistics
 from inl_core.analysis.convergence.verdict import Evidence, Thresholds, Verdict, gather, judge
 from inl_core.model import Trajectory
 

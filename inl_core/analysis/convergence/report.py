@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from inl_core.analysis.convergence.collect import LayerStatistics, trace
+from inl_core.analysis.convergence.collect import trace
 from inl_core.analysis.convergence.figures import FIGURES, draw_figures
 from inl_core.analysis.convergence.iterations import (
     IterationReport,
@@ -25,6 +25,7 @@ from inl_core.analysis.convergence.iterations import (
     measure_stopping,
     num_passes,
 )
+from inl_core.analysis.convergence.layer_statistics import LayerStatistics
 from inl_core.analysis.convergence.markdown import to_markdown
 from inl_core.analysis.convergence.sample import TokenSample, portrait_dims
 from inl_core.analysis.convergence.stability import BETA_FLOOR
@@ -44,7 +45,7 @@ _BATCH_ELEMENTS = 2**21
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: the verdict, what it rests on, and a row of figures an iteration (collect.LayerStatistics.rows)."""
+    """One layer: the verdict, what it rests on, and a row of figures an iteration (LayerStatistics.rows)."""
 
     layer: int
     verdict: Verdict

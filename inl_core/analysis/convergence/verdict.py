@@ -18,7 +18,7 @@ The verdict is the first of these that holds:
 from dataclasses import dataclass
 from typing import Literal
 
-from inl_core.analysis.convergence.collect import LayerStatistics
+from inl_core.analysis.convergence.layer_statistics import LayerStatistics
 
 Word = Literal["converge", "oscillate", "drift", "ignored"]
 

@@ -1,0 +1,149 @@
+"""What the report says about one layer: sums and distributions over tokens, for every iteration.
+
+- Iteration t >= 1 is the step from x_{t-1} to x_t: its alpha, beta, gate and fixed point are those of that step.
+- Legend: N tokens, D d_model, T iterations followed.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inl_core.analysis.convergence.sample import GAINS
+from inl_core.analysis.convergence.sketch import Distribution
+from inl_core.analysis.convergence.stability import BETA_FLOOR, KINDS, fixed_point, frozen_stability
+from inl_core.documents.convergence import ConvergenceMetrics
+from inl_core.model import Trajectory
+
+TOKEN_MEASURES = (
+    "state_rms",
+    "velocity_rms",
+    "energy",
+    "displacement",
+    "distance_mu",
+    "distance_fixed_point",
+    "residual",
+    "unforced_residual",
+)
+_FROM_STEP_ONE = ("residual", "unforced_residual")
+
+
+class LayerStatistics:
+    """What the report says about one layer, gathered from its trajectories batch by batch.
+
+    Args:
+        num_iterations: how many are followed.
+        used_iterations: how many of them the model itself runs.
+        epsilon: tolerance of the convergence metrics.
+    """
+
+    def __init__(self, num_iterations: int, used_iterations: int, epsilon: float) -> None:
+        self.num_iterations, self.used_iterations = num_iterations, used_iterations
+        self.num_tokens = 0
+        self.against_mu = ConvergenceMetrics(num_iterations, epsilon)
+        self.against_fixed_point = ConvergenceMetrics(num_iterations, epsilon)
+        names = (*TOKEN_MEASURES, *GAINS, "radius")
+        self.distributions = {name: [Distribution() for _ in range(num_iterations + 1)] for name in names}
+        # By iteration, how many elements are of each kind of stability, and how many have no fixed point.
+        self.kinds = torch.zeros(len(KINDS), num_iterations + 1, dtype=torch.float64)
+        self.without_fixed_point = torch.zeros(num_iterations + 1, dtype=torch.float64)
+        # Sums over elements: the number of turns times the length of the path, and the length of the path.
+        self.turning, self.motion = 0.0, 0.0
+
+    def add(self, path: Trajectory, mu: Tensor, forcing: Tensor, stride: float) -> dict[str, Tensor]:
+        """Count the trajectories of N tokens, states (T+1, N, D); returns their measures, (T+1, N) each.
+
+        `forcing` (T, D) is the excitation; `stride` is dt velocity_scale.
+        """
+        targets = fixed_points(path, mu)
+        measures = measure_tokens(path, mu, targets, forcing, stride)
+        self.num_tokens += path.states.shape[1]
+        self.against_mu.add(path.states, [mu] * len(path.states))
+        self.against_fixed_point.add(path.states, targets)
+        for name in TOKEN_MEASURES:
+            for t in range(int(name in _FROM_STEP_ONE), self.num_iterations + 1):
+                self.distributions[name][t].add(measures[name][t])
+        for t in range(self.num_iterations):
+            self._add_step(t + 1, path.alpha[t], path.beta[t], path.gate[t], stride)
+        self._add_turns(path.states)
+        return measures
+
+    def _add_step(self, t: int, alpha: Tensor, beta: Tensor, gate: Tensor, stride: float) -> None:
+        stability = frozen_stability(alpha, beta, gate, stride)
+        for name, values in (("alpha", alpha), ("beta", beta), ("gate", gate), ("radius", stability.radius)):
+            self.distributions[name][t].add(values)
+        self.kinds[:, t] += torch.stack([getattr(stability, kind).sum() for kind in KINDS]).double().cpu()
+        self.without_fixed_point[t] += (beta < BETA_FLOOR).sum().item()
+
+    def _add_turns(self, states: Tensor) -> None:
+        moves = states.diff(dim=0)
+        turns = (moves[1:] * moves[:-1] < 0).sum(0)  # (N, D)
+        paths = torch.nan_to_num(moves.abs().sum(0), nan=0.0, posinf=0.0)
+        self.turning += (turns * paths).sum(dtype=torch.float64).item()
+        self.motion += paths.sum(dtype=torch.float64).item()
+
+    @property
+    def num_turns(self) -> float:
+        """How often a dimension of a token turns back, weighted by the length of its path: 0 .. T - 1."""
+        return self.turning / self.motion if self.motion else 0.0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row an iteration, 0 (the start) to T."""
+        mu, rest = self.against_mu.rows(), self.against_fixed_point.rows()
+        return [
+            {
+                "iteration": t,
+                "used": t <= self.used_iterations,
+                "against_mu": mu[t],
+                "against_fixed_point": rest[t],
+                **{name: self.distributions[name][t].summary() for name in TOKEN_MEASURES},
+                "nonfinite_tokens": self.distributions["state_rms"][t].num_nonfinite,
+                **(self._step_row(t) if t else {}),
+            }
+            for t in range(self.num_iterations + 1)
+        ]
+
+    def _step_row(self, t: int) -> dict[str, Any]:
+        radius = self.distributions["radius"][t]
+        count = max(1, radius.count + radius.num_nonfinite)
+        shares = {kind: self.kinds[index, t].item() / count for index, kind in enumerate(KINDS)}
+        return {
+            **{name: self.distributions[name][t].summary() for name in GAINS},
+            "stability": {**shares, "spectral_radius": radius.summary()},
+            "share_without_fixed_point": self.without_fixed_point[t].item() / count,
+        }
+
+
+def fixed_points(path: Trajectory, mu: Tensor) -> Tensor:
+    """Where each state would rest if the step that led to it were repeated without the excitation: (T+1, N, D).
+
+    No step led to x_0; its fixed point is that of the step that leaves it.
+    """
+    found = fixed_point(mu, path.alpha, path.beta, path.candidate)
+    return torch.cat((found[:1], found))
+
+
+def measure_tokens(path: Trajectory, mu: Tensor, targets: Tensor, forcing: Tensor, stride: float) -> dict[str, Tensor]:
+    """Norms of every token at every iteration, (T+1, N), as root mean squares over the D dimensions.
+
+    residual is |x_t - x_{t-1}|, unforced_residual the same without the displacement that the excitation of this very
+    step causes; both are NaN at t = 0. energy is the mean square of v.
+    """
+    states, velocities = path.states, path.velocities
+    moves = states.diff(dim=0)
+    unforced = moves - stride * path.gate * forcing[:, None, :]
+    never = states.new_full((1, states.shape[1]), torch.nan)
+    return {
+        "state_rms": _rms(states),
+        "velocity_rms": _rms(velocities),
+        "energy": velocities.square().mean(-1),
+        "displacement": _rms(states - states[:1]),
+        "distance_mu": _rms(states - mu),
+        "distance_fixed_point": _rms(states - targets),
+        "residual": torch.cat((never, _rms(moves))),
+        "unforced_residual": torch.cat((never, _rms(unforced))),
+    }
+
+
+def _rms(values: Tensor) -> Tensor:
+    return values.square().mean(-1).sqrt()
