@@ -102,11 +102,14 @@ def write_shards(
     return {"train": _total(train), "validation": _total(validation)}, has_prompts
 
 
-def write_quarantine(path: Path, infos: Iterable[ChunkInfo]) -> None:
-    """A line of JSON for each bad row: where it stands, why it was left out, how it begins."""
+def write_quarantine(path: Path, infos: Iterable[ChunkInfo]) -> int:
+    """Write a line of JSON for each bad row: where it stands, why it was left out, how it begins; returns how many."""
+    num_bad = 0
     with written_aside(path) as aside, aside.open("w", encoding="utf-8", newline="\n") as file:
         for info in infos:
+            num_bad += len(info.bad_rows)
             file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in info.bad_rows)
+    return num_bad
 
 
 def _without_empty(hashes: np.ndarray, num_shards: int) -> int:

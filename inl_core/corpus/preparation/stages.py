@@ -30,10 +30,10 @@ from inl_core.corpus.manifest import (
     verify,
 )
 from inl_core.corpus.preparation import workspace
-from inl_core.corpus.preparation.chunks import Chunks, HashedDocuments
+from inl_core.corpus.preparation.chunks import ChunkInfo, Chunks, HashedDocuments
 from inl_core.corpus.preparation.sealed import DamagedWork, check_seal, read_sealed, write_sealed
 from inl_core.corpus.preparation.shards import write_quarantine, write_shards
-from inl_core.corpus.preparation.text_chunks import RowCounts, check_rows, read_into_chunks
+from inl_core.corpus.preparation.text_chunks import check_rows, read_into_chunks
 from inl_core.corpus.preparation.token_chunks import encode_chunks
 from inl_core.corpus.preparation.validation_split import Split, in_sample
 from inl_core.corpus.reading.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
@@ -136,14 +136,14 @@ class _Preparation:
         files = self._hash_sources()
         self.stage = "read"
         self._read(files)
-        counts = check_rows(self.chunks.infos(), self.settings.max_bad_ratio)
+        totals = check_rows(self.chunks.infos(), self.settings.max_bad_ratio)
         split = self._split()
         self.stage = "tokenizer"
         tokenizer = self._tokenizer(split)
         self.stage = "tokenise"
         self._encode(tokenizer, split)
         self.stage = "shards"
-        return self._write(files, counts, tokenizer, split)
+        return self._write(files, totals, tokenizer, split)
 
     def say(self, message: str) -> None:
         self.report(PrepareProgress(self.stage, message=message))
@@ -272,7 +272,7 @@ class _Preparation:
                 self.chunks.write_tokens(number, chunk)
             self.report(PrepareProgress("tokenise", done, total))
 
-    def _write(self, files: list[SourceFile], counts: RowCounts, tokenizer: Tokenizer, split: Split) -> Manifest:
+    def _write(self, files: list[SourceFile], totals: ChunkInfo, tokenizer: Tokenizer, split: Split) -> Manifest:
         workspace.remove_data_set(self.directory)
         splits, has_prompts = write_shards(
             self.chunks,
@@ -282,7 +282,7 @@ class _Preparation:
             token_type=token_dtype(tokenizer),
             on_chunk=lambda done, total: self.report(PrepareProgress("shards", done, total)),
         )
-        write_quarantine(self.directory / QUARANTINE, self.chunks.infos())
+        num_bad = write_quarantine(self.directory / QUARANTINE, self.chunks.infos())
         tokenizer.save(self.directory / TOKENIZER)
         shards = [shard for info in splits.values() for shard in info.shards]
         manifest = Manifest(
@@ -294,11 +294,11 @@ class _Preparation:
             document_policy="bos, tokens, eos; text is never read as special tokens",
             has_prompts=has_prompts,
             splits=splits,
-            rows=counts.rows,
-            duplicates=counts.duplicates,
-            empty=counts.empty,
-            quarantined=counts.bad,
-            sources=tuple(Source.of(file, counts.found.get(str(index))) for index, file in enumerate(files)),
+            rows=totals.num_rows,
+            duplicates=totals.num_duplicates,
+            empty=totals.num_empty,
+            quarantined=num_bad,
+            sources=tuple(Source.of(file, totals.found.get(str(index))) for index, file in enumerate(files)),
             settings=self.settings_key,
             notes=tuple(self.notes),
         )

@@ -9,7 +9,6 @@
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 
@@ -152,35 +151,23 @@ def _items(
             yield item, (index, number)
 
 
-@dataclass
-class RowCounts:
-    """Totals over all chunks, and the first bad rows."""
-
-    rows: int = 0
-    bad: int = 0
-    empty: int = 0
-    duplicates: int = 0
-    first_bad: list[BadRow] = field(default_factory=list)
-    found: dict[str, str] = field(default_factory=dict)
-
-
-def check_rows(infos: Iterable[ChunkInfo], max_bad_ratio: float) -> RowCounts:
-    """Count the rows; ArtefactError when too many are bad, or when there is no document at all."""
-    counts = RowCounts()
+def check_rows(infos: Iterable[ChunkInfo], max_bad_ratio: float) -> ChunkInfo:
+    """The totals over all chunks, without bad rows; ArtefactError when too many are bad, or there is no document."""
+    totals, num_bad, first_bad = ChunkInfo(), 0, []
     for info in infos:
-        counts.rows += info.num_rows
-        counts.bad += len(info.bad_rows)
-        counts.empty += info.num_empty
-        counts.duplicates += info.num_duplicates
-        counts.first_bad += info.bad_rows[: _BAD_ROWS_SHOWN - len(counts.first_bad)]
-        counts.found |= info.found
-    if counts.bad > max_bad_ratio * counts.rows:
+        totals.num_rows += info.num_rows
+        totals.num_empty += info.num_empty
+        totals.num_duplicates += info.num_duplicates
+        totals.found |= info.found
+        num_bad += len(info.bad_rows)
+        first_bad += info.bad_rows[: _BAD_ROWS_SHOWN - len(first_bad)]
+    if num_bad > max_bad_ratio * totals.num_rows:
         lines = [
-            f"{counts.bad:,} of {counts.rows:,} rows are bad ({counts.bad / counts.rows:.2%}), more than the "
+            f"{num_bad:,} of {totals.num_rows:,} rows are bad ({num_bad / totals.num_rows:.2%}), more than the "
             f"max_bad_ratio of {max_bad_ratio:.2%}; mend them or raise --max-bad-ratio. The first ones:",
-            *(f"  {row.origin}: {row.reason}" for row in counts.first_bad),
+            *(f"  {row.origin}: {row.reason}" for row in first_bad),
         ]
         raise ArtefactError("\n".join(lines))
-    if counts.rows == counts.bad + counts.empty:
+    if totals.num_rows == num_bad + totals.num_empty:
         raise ArtefactError("the sources hold no document (nothing but empty text); name at least one with text in it")
-    return counts
+    return totals
