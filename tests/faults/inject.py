@@ -2,10 +2,10 @@
 
 - An event is one line of text: `open PATH`, `read PATH`, `rename PATH -> PATH`, `mkdir PATH`, `remove PATH`,
   `rmdir PATH`, `fsync PATH`, `step` (an optimizer step begins) or `forward` (the model runs). Paths are relative to the
-  working directory, and files elsewhere are none of our business.
+  working directory; files elsewhere are not watched.
 - A fault names the event it waits for by a regular expression, which of them it is, and what happens then, before the
   event: a signal, an OSError, or a limit on the size of files (which makes writes stop short, in native code too).
-- No code of the project knows of this: Python's own audit hooks tell of the files.
+- The project's code has no part in this: what it does to files is heard from Python's audit hooks.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The command line as one rank of torchrun, with faults: python -m tests.faults.rank ARGUMENTS.
 
-INL_FAULTS is a JSON object: the faults of each rank by its number.
+INL_FAULTS is a JSON object that maps a rank's number to its faults.
 """
 
 import json

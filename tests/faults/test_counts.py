@@ -1,4 +1,4 @@
-"""docs/reliability.md says how many faults are tried; these are the numbers, without what some machines must skip."""
+"""As many faults are tried as docs/reliability.md says, not counting those that some machines must skip."""
 
 from tests.faults import damaged, test_kills, test_ranks, test_write_faults
 
