@@ -1,7 +1,7 @@
 """Arguments and options that several commands share, so that they are spelt and explained once."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,13 +16,20 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", parser=given_path)]
+def path_option(*names: str, help: str) -> Any:
+    """An option whose value is a path."""
+    return typer.Option(*names, metavar="PATH", help=help, parser=given_path)
+
+
+def path_argument(metavar: str, help: str) -> Any:
+    """An argument that is a path."""
+    return typer.Argument(metavar=metavar, help=help, parser=given_path)
+
+
+RecipeArgument = Annotated[Path, path_argument("RECIPE", "The recipe, a YAML file.")]
 
 RecipeOrModelArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[RECIPE]", help="The recipe, a YAML file; or name --preset or --size instead.", parser=given_path
-    ),
+    Path | None, path_argument("[RECIPE]", "The recipe, a YAML file; or name --preset or --size instead.")
 ]
 
 PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, transformer.")]
@@ -42,11 +49,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No information or pr
 
 CheckpointArgument = Annotated[
     Path | None,
-    typer.Argument(
-        metavar="[CHECKPOINT]",
-        help="A checkpoint or a run; default the newest run's newest intact checkpoint.",
-        parser=given_path,
-    ),
+    path_argument("[CHECKPOINT]", "A checkpoint or a run; default the newest run's newest intact checkpoint."),
 ]
 
 DeviceOption = Annotated[
@@ -63,13 +66,7 @@ NoEarlyStoppingOption = Annotated[
 ]
 
 DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data",
-        help="A prepared data set; default the one the model was trained on.",
-        parser=given_path,
-        metavar="PATH",
-    ),
+    Path | None, path_option("--data", help="A prepared data set; default the one the model was trained on.")
 ]
 
 TextOption = Annotated[

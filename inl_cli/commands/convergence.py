@@ -15,19 +15,13 @@ from inl_cli.options import (
     QuietOption,
     SplitOption,
     TextOption,
-    given_path,
+    path_option,
 )
 from inl_core.errors import RecipeError
 
 OutputOption = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        help="Directory of the report; default reports/convergence-step-N of the run.",
-        parser=given_path,
-        metavar="PATH",
-    ),
+    path_option("--output", "-o", help="Directory of the report; default reports/convergence-step-N of the run."),
 ]
 TokensOption = Annotated[int, typer.Option("--max-tokens", "--tokens", min=1, help="Measure on the first N tokens.")]
 WindowOption = Annotated[

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, given_path
+from inl_cli.options import JsonOption, QuietOption, path_option
 from inl_core.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:
@@ -31,18 +31,10 @@ SourcesArgument = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        help="The data set's directory; derived as data/NAME when not given.",
-        parser=given_path,
-        metavar="PATH",
-    ),
+    Path | None, path_option("--output", help="The data set's directory; derived as data/NAME when not given.")
 ]
 VocabSizeOption = Annotated[int, typer.Option(help="Size of the tokenizer to train, special tokens included.")]
-TokenizerOption = Annotated[
-    Path | None, typer.Option(help="Use this tokenizer.json and train none.", parser=given_path, metavar="PATH")
-]
+TokenizerOption = Annotated[Path | None, path_option("--tokenizer", help="Use this tokenizer.json and train none.")]
 FractionOption = Annotated[float, typer.Option(help="Share of the documents held out, chosen by a hash of their text.")]
 ShardsOption = Annotated[int, typer.Option(help="Training shards; documents go to them by hash.")]
 BadRatioOption = Annotated[float, typer.Option(help="Fail when a larger share of the rows is unreadable.")]

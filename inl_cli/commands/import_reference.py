@@ -8,24 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, given_path
+from inl_cli.options import JsonOption, QuietOption, path_argument, path_option
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from inl_core.interop.reference import Imported
 
-FileArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="FILE.safetensors", help="The reference model's weights, all in one file.", parser=given_path
-    ),
-]
-OutputOption = Annotated[
-    Path,
-    typer.Option(
-        "--output", help="The checkpoint's directory; it must be new or empty.", parser=given_path, metavar="PATH"
-    ),
-]
+FileArgument = Annotated[Path, path_argument("FILE.safetensors", "The reference model's weights, all in one file.")]
+OutputOption = Annotated[Path, path_option("--output", help="The checkpoint's directory; it must be new or empty.")]
 IterationsOption = Annotated[
     str,
     typer.Option(metavar="T", help="Integrator iterations: one number, or one for each layer (2,3,...), bottom up."),
@@ -39,9 +29,7 @@ ContextOption = Annotated[
 ]
 TokenizerOption = Annotated[
     Path | None,
-    typer.Option(
-        help="The model's tokenizer.json; without one it cannot be given text.", parser=given_path, metavar="PATH"
-    ),
+    path_option("--tokenizer", help="The model's tokenizer.json; without one it cannot be given text."),
 ]
 
 

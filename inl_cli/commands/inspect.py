@@ -9,7 +9,7 @@ import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.loading import open_model
-from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, given_path
+from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, path_argument
 from inl_cli.progress import amount
 from inl_core.errors import ArtefactError, RecipeError
 
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 _LONGEST_TABLE = 12
 
 PathArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="PATH", help="A recipe, or the directory of a data set, a run or a checkpoint.", parser=given_path
-    ),
+    Path, path_argument("PATH", "A recipe, or the directory of a data set, a run or a checkpoint.")
 ]
 MeasuredTextOption = Annotated[
     str | None,

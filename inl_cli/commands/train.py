@@ -10,7 +10,7 @@ import typer
 from inl_cli.commands.data import prepare_with_progress
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.memory import explains_memory
-from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, given_path
+from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, path_argument, path_option
 
 if TYPE_CHECKING:
     from inl_core.recipe import Recipe
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
     from inl_core.training.session import Resumption
 
 RunDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--run-dir",
-        help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.",
-        parser=given_path,
-        metavar="PATH",
-    ),
+    Path | None, path_option("--run-dir", help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.")
 ]
 AllowOption = Annotated[
     list[str] | None,
@@ -57,7 +51,7 @@ def train(
 
 @errors_to_exit_codes
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, e.g. runs/tiny.", parser=given_path)],
+    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.")],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Train up to this step instead.")] = None,
     overrides: SetOption = None,
     allow_change: AllowOption = None,
