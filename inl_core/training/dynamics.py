@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from inl_core.files import written_aside
 from inl_core.model import Integrator, IntegratorLanguageModel, Options, Trajectory
 
 PERCENTILES = (5, 50, 95)
@@ -101,14 +102,9 @@ def write_record(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
     """
     directory = run / "dynamics"
     directory.mkdir(exist_ok=True)
-    path = directory / f"step-{step:08d}.parquet"
-    aside = path.with_suffix(".tmp")
-    try:
-        pq.write_table(pa.Table.from_pylist([{"step": step, **row} for row in rows], schema=_SCHEMA), aside)
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    table = pa.Table.from_pylist([{"step": step, **row} for row in rows], schema=_SCHEMA)
+    with written_aside(directory / f"step-{step:08d}.parquet") as aside:
+        pq.write_table(table, aside)
 
 
 def cut_records(run: Path, step: int) -> None:

@@ -1,7 +1,7 @@
 """One session of a run, from a recipe to a trainer that is ready to fit: `inl train`, `inl resume` and Python alike.
 
-    recipe = load_recipe(Path("recipes/tiny.yaml"))
-    with open_session(recipe, Path("runs/mine")) as session:
+    recipe = load_recipe("recipes/tiny.yaml")
+    with open_session(recipe, "runs/mine") as session:
         data = session.open_data()
         trainer = session.build_trainer(data)
         trainer.fit()
@@ -53,7 +53,7 @@ class Resumption:
 @contextmanager
 def open_session(
     recipe: Recipe,
-    run_dir: Path | None = None,
+    run_dir: str | Path | None = None,
     *,
     resumption: Resumption | None = None,
     observer: Observer | None = None,
@@ -190,13 +190,13 @@ def _check_batch(recipe: Recipe, world: World) -> None:
         raise RecipeError(f"training.batch_tokens: {error}") from error
 
 
-def _own(recipe: Recipe, run_dir: Path | None, held: ExitStack, observer: Observer, *, is_new: bool) -> Path:
+def _own(recipe: Recipe, run_dir: str | Path | None, held: ExitStack, observer: Observer, *, is_new: bool) -> Path:
     """The run's directory, which is ours for as long as `held` lasts."""
     if run_dir is None:
         first = Path("runs") / recipe.name
         path = held.enter_context(claim_new(first, lambda path: not is_taken(path), observer.on_warning))
     else:
-        path = run_dir
+        path = Path(run_dir)
         held.enter_context(claim(path, observer.on_warning))
     # Before anything is refused: a scheduler that finds this file would start the run again and again.
     (path / PREEMPTED).unlink(missing_ok=True)
