@@ -36,7 +36,7 @@ test: $(BIN)/.dev  ## the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)  # one thread a worker: they share the cores
 
 test-slow: $(BIN)/.dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow --ignore tests/faults || [ $$? -eq 5 ]  # 5: there are none
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/faults -n $(JOBS)
 	@$(MAKE) --no-print-directory faults
 
 faults: $(BIN)/.dev  ## kills, failing writes, damaged files; INL_FAULT_SEED=1 tries others, INL_FAULT_SHARE=4 a quarter
