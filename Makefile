@@ -8,6 +8,8 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$name; break; }; done)
 PIP_FLAGS ?=
 JOBS ?= 2
+# Each worker keeps to neighbouring tests, which share what is costly to make, until it helps another one out.
+PARALLEL := -n $(JOBS) --dist worksteal
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
@@ -33,14 +35,14 @@ smoke: $(BIN)/.core  ## the quick start's path in a minute, in a directory that 
 	$(BIN)/inl inspect-params "$$directory/run"
 
 test: $(BIN)/.dev  ## the quick tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)  # one thread a worker: they share the cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)  # one thread a worker: they share the cores
 
 test-slow: $(BIN)/.dev  ## the tests that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/faults -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/faults $(PARALLEL)
 	@$(MAKE) --no-print-directory faults
 
 faults: $(BIN)/.dev  ## kills, failing writes, damaged files; INL_FAULT_SEED=1 tries others, INL_FAULT_SHARE=4 a quarter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/faults $(PARALLEL)
 
 # What other machines compute in other ways: one without a compiler has none of the operations in C++, and another
 # processor adds in another order and with shorter vectors.
@@ -49,11 +51,11 @@ NUMERICAL ?= tests/golden tests/model tests/documents tests/inference
 test-no-compiler: $(BIN)/.dev  ## the numerical tests as on a machine without a compiler
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && set -x && \
 	env -u CXX PATH="$(CURDIR)/$(BIN)" XDG_CACHE_HOME="$$cache" OMP_NUM_THREADS=1 \
-		$(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) $(NUMERICAL)
+		$(CURDIR)/$(BIN)/python -m pytest $(PARALLEL) $(NUMERICAL)
 
 test-mkl: $(BIN)/.dev  ## the numerical tests with another processor's sums
 	MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -n $(JOBS) $(NUMERICAL)
+		$(BIN)/python -m pytest $(PARALLEL) $(NUMERICAL)
 
 test-machines: test-no-compiler test-mkl  ## both
 

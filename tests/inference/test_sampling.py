@@ -1,5 +1,7 @@
 """Filters and draws against a plain numpy reference."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -140,22 +142,24 @@ def test_settings_without_effect_are_named() -> None:
     assert [text.split()[0] for text in found] == ["top-k", "min-p", "2"]
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.0, 5e-324, 1e-46, 1e-30, 1e-20, 1.0, 1e20, 1e308])
-@pytest.mark.parametrize("penalty", [5e-324, 1e-30, 1.0, 1e30, 1e308])
+TEMPERATURES = (0.0, -0.0, 5e-324, 1e-46, 1e-30, 1e-20, 1.0, 1e20, 1e308)
+PENALTIES = (5e-324, 1e-30, 1.0, 1e30, 1e308)
+
+
 @pytest.mark.parametrize(
     "filters", [{}, {"top_p": 1e-300}, {"min_p": 1.0}, {"min_p": 5e-324}, {"top_k": 10**30}, {"top_k": 1, "top_p": 1.0}]
 )
-def test_extremes_work_as_their_limits(temperature: float, penalty: float, filters: dict[str, float]) -> None:
-    settings = GenerationSettings(temperature=temperature, repetition_penalty=penalty, **filters)
-    prompts = torch.tensor([[0, 3, 4]])
-    sampler = Sampler(settings, banned=torch.tensor([0]), prompts=prompts, vocab_size=6)
-    logits = torch.tensor([[9.0, 5.0, -3.0, 0.0, 8.0, -60.0]])
-    found = int(sampler(logits, [0.0]))
-    assert found != 0, "a banned token"
-    if penalty == 1.0 and (temperature < 1e-20 or filters.get("top_k") == 1):
-        assert found == 4
-    probabilities = candidates(logits, settings)[0] if not settings.is_greedy else torch.ones(1)
-    assert bool(probabilities.isfinite().all())
+def test_extremes_work_as_their_limits(filters: dict[str, float]) -> None:
+    prompts, logits = torch.tensor([[0, 3, 4]]), torch.tensor([[9.0, 5.0, -3.0, 0.0, 8.0, -60.0]])
+    for temperature, penalty in itertools.product(TEMPERATURES, PENALTIES):
+        settings = GenerationSettings(temperature=temperature, repetition_penalty=penalty, **filters)
+        sampler = Sampler(settings, banned=torch.tensor([0]), prompts=prompts, vocab_size=6)
+        found = int(sampler(logits, [0.0]))
+        assert found != 0, f"a banned token at {settings}"
+        if penalty == 1.0 and (temperature < 1e-20 or filters.get("top_k") == 1):
+            assert found == 4, settings
+        probabilities = candidates(logits, settings)[0] if not settings.is_greedy else torch.ones(1)
+        assert bool(probabilities.isfinite().all()), settings
 
 
 @pytest.mark.parametrize(
