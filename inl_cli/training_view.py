@@ -3,7 +3,6 @@
 import os
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 from inl_cli.console import Console
@@ -105,30 +104,20 @@ class TrainingView(Observer):
             self.console.info("  ".join(f"{name} {value}" for name, value in self._figures().items()))
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """One line for each evaluation."""
+        """One line, and the score in the live view from then on."""
         self.evaluation = f"{evaluation.bits_per_byte_text} bits per byte at step {step}"
-        self._line(
-            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte_text} bits per byte, "
-            f"accuracy {evaluation.accuracy:.1%} on {evaluation.tokens:,} tokens in {evaluation.seconds:.1f} s"
-        )
-
-    def on_checkpoint(self, path: Path, seconds: float) -> None:
-        """One line for each checkpoint."""
-        self._line(f"saved {path} in {seconds:.2f} s")
+        super().on_evaluation(step, evaluation)
 
     def on_message(self, text: str) -> None:
-        """One line."""
-        self._line(text)
-
-    def on_warning(self, text: str) -> None:
-        """One line that begins with `warning:`."""
-        self.console.warn(text)
-
-    def _line(self, text: str) -> None:
+        """One line, above the live view where there is one."""
         if self.live is not None:
             self.live.console.print(text, markup=False, highlight=False)
         else:
             self.console.info(text)
+
+    def on_warning(self, text: str) -> None:
+        """One line that begins with `warning:`."""
+        self.console.warn(text)
 
     def _figures(self) -> dict[str, str]:
         """The current row as short texts."""

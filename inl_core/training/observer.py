@@ -9,19 +9,27 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Hears what a run does, on rank 0, and ignores it; a subclass shows what it wants to show."""
+    """Hears what a run does, on rank 0, and ignores it; a subclass shows what it wants to show.
+
+    Evaluations and checkpoints are told as messages too.
+    """
 
     def on_metrics(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl was written."""
 
     def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
         """The validation split was scored."""
+        self.on_message(
+            f"step {step}: validation loss {evaluation.loss:.4f}, {evaluation.bits_per_byte_text} bits per byte, "
+            f"accuracy {evaluation.accuracy:.1%} on {evaluation.tokens:,} tokens in {evaluation.seconds:.1f} s"
+        )
 
     def on_checkpoint(self, path: Path, seconds: float) -> None:
         """A checkpoint was saved."""
+        self.on_message(f"saved {path} in {seconds:.2f} s")
 
     def on_message(self, text: str) -> None:
-        """Something else happened that is worth a line."""
+        """Something happened that is worth a line."""
 
     def on_warning(self, text: str) -> None:
         """Something went wrong, and the run goes on."""
@@ -36,14 +44,6 @@ class LogObserver(Observer):
     def on_metrics(self, row: dict[str, Any]) -> None:
         """Log the row."""
         self.logger.info("%s", row)
-
-    def on_evaluation(self, step: int, evaluation: "Evaluation") -> None:
-        """Log the scores."""
-        self.logger.info("step %d: %s", step, evaluation)
-
-    def on_checkpoint(self, path: Path, seconds: float) -> None:
-        """Log where it is."""
-        self.logger.info("saved %s in %.2f s", path, seconds)
 
     def on_message(self, text: str) -> None:
         """Log the line."""

@@ -75,7 +75,7 @@ def open_session(
         _check_batch(recipe, world)
         check_mirrors(recipe)
         observer = (observer or LogObserver()) if world.is_main else Observer()
-        directory = world.on_main(lambda: _own(recipe, run_dir, held, observer, is_new=resumption is None))
+        directory = world.on_main(lambda: _claim_directory(recipe, run_dir, held, observer, is_new=resumption is None))
         if not world.is_main:
             held.enter_context(join(directory))
         elif stop is not None:
@@ -88,7 +88,7 @@ def open_session(
 
 @dataclass
 class Session:
-    """The run's directory is ours; what it trains on and who trains is made here."""
+    """While it is open, the run's directory is ours. It opens the data and makes the trainer."""
 
     recipe: Recipe
     world: World
@@ -190,7 +190,9 @@ def _check_batch(recipe: Recipe, world: World) -> None:
         raise RecipeError(f"training.batch_tokens: {error}") from error
 
 
-def _own(recipe: Recipe, run_dir: str | Path | None, held: ExitStack, observer: Observer, *, is_new: bool) -> Path:
+def _claim_directory(
+    recipe: Recipe, run_dir: str | Path | None, held: ExitStack, observer: Observer, *, is_new: bool
+) -> Path:
     """The run's directory, which is ours for as long as `held` lasts."""
     if run_dir is None:
         first = Path("runs") / recipe.name

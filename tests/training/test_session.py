@@ -68,6 +68,13 @@ def test_a_signal_before_the_first_step_leaves_word_and_a_run_that_can_go_on(
     assert not (tmp_path / "run" / "preempted.json").exists()
 
 
+def test_where_nobody_else_listens_pythons_logging_hears_the_run(recipe, tmp_path, caplog):
+    with caplog.at_level("INFO", "inl"):
+        train(recipe, tmp_path / "run")
+    for said in ("checkpoint tried", "'loss'", "step 4: validation loss", f"saved {tmp_path / 'run'}"):
+        assert said in caplog.text
+
+
 @pytest.mark.parametrize("resumption", [None, Resumption(must_advance=True)], ids=["train", "resume"])
 def test_a_refused_session_leaves_no_word_of_an_earlier_stop(recipe, make_trainer, tmp_path, resumption):
     trainer, _ = make_trainer(recipe)
