@@ -53,7 +53,8 @@ def claim_new(base: Path, is_free: Callable[[Path], bool], say: Callable[[str], 
     path, number = base, 2
     while True:
         with ExitStack() as held:
-            if is_free(path) and _try_claim(path, say, held) and is_free(path):  # again: another may have just ended
+            # Looked at twice, because a run may have ended between the first look and the lock.
+            if is_free(path) and _try_claim(path, say, held) and is_free(path):
                 yield path
                 return
         path, number = base.with_name(f"{base.name}-{number}"), number + 1

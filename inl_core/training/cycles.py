@@ -107,6 +107,6 @@ def annealed(losses: LossSettings, step: float, num_steps: int) -> float:
     if end is None:
         return start
     progress = min(1.0, step / max(1.0, losses.annealing_fraction * num_steps))
-    if losses.annealing == "linear" or start == 0.0 or end == 0.0:  # an exponential reaches no zero
+    if losses.annealing == "linear" or start == 0.0 or end == 0.0:  # an exponential never reaches zero
         return start + (end - start) * progress
     return start * (end / start) ** progress

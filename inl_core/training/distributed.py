@@ -22,9 +22,9 @@ from inl_core.recipe import TrainingSettings
 
 Result = TypeVar("Result")
 
-# Every reducer of this process, held to its end. Freeing one frees the process group it holds, which waits for gloo's
-# worker threads while it keeps Python's lock; a worker that still has to let go of its last tensor waits for that lock,
-# and neither ever goes on (torch 2.13: about one two-rank run in fifty on a busy machine, after its last line).
+# Every reducer of this process is kept until the process ends. Freeing a reducer frees its process group, which waits
+# for gloo's worker threads while it holds Python's lock. A worker thread that has yet to free its last tensor waits for
+# that lock, and neither ever continues (torch 2.13: about one two-rank run in fifty on a busy machine).
 _REDUCERS: list[Any] = []
 
 _ACTIVATION_BUDGET = 0.8
@@ -44,7 +44,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes files and speaks."""
+        """Whether this is rank 0, which writes the files and talks to the user."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class World:
         return values
 
     def sum_numbers(self, *values: float) -> list[float]:
-        """Sums over ranks of numbers the hosts know; no GPU is waited for."""
+        """Sums over ranks of numbers that the hosts know, so that no GPU is waited for."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -62,7 +62,7 @@ class World:
         return total.tolist()
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank; an InlError comes marked as shared."""
+        """Rank 0's value on every rank; an InlError is marked as shared on the other ranks."""
         if self.size == 1:
             return value
         box = [value]
@@ -72,7 +72,7 @@ class World:
         return box[0]
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on rank 0, on every rank; an error too, or the other ranks would wait for ever."""
+        """Run `work` on rank 0 alone; every rank gets what it returns, or raises what it raised."""
         found: Any = None
         if self.is_main:
             try:

@@ -19,7 +19,7 @@ from inl_core.training.losses import (
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of a Batch as tensors on the device, each (B, S); documents and positions are None as they are there."""
+    """A part of a Batch as tensors on the device, each (B, S); documents and positions may be None, as in a Batch."""
 
     tokens: Tensor
     targets: Tensor

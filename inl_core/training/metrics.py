@@ -1,9 +1,9 @@
-"""metrics.jsonl, the truth about a run.
+"""metrics.jsonl, the record of a run from which everything that shows it is made.
 
-- One JSON object a line; a row with `validation_loss` is an evaluation, and its `scored_on` says on what. On resume
-  the file is cut to the checkpoint's step, so no step appears twice.
-- A full disk must not end a run: a row that cannot be written whole is taken back and reported once, and training goes
-  on.
+- One JSON object a line. A row with `validation_loss` is an evaluation, and its `scored_on` names the text.
+- A resumed run cuts the file to its checkpoint's step, so no step appears twice.
+- A full disk must not end a run: a row that cannot be written whole is taken back, a warning says so once, and training
+  goes on.
 """
 
 import json
@@ -131,7 +131,7 @@ def read_scores(run: Path, scored_on: str) -> dict[int, float]:
 
 
 def score_of_row(row: dict[str, Any], scored_on: str) -> float | None:
-    """Validation bits per byte of an evaluation whose row says `scored_on`; None for any other row.
+    """The validation bits per byte of an evaluation of the text `scored_on`; None for any other row.
 
     Where the tokenizer does not tell the bytes it is the loss, which puts scores of the same text in the same order.
     """

@@ -70,7 +70,7 @@ def _wandb(run: Path, recipe: Recipe) -> Mirror:
     wandb, config = _import("wandb", "wandb"), recipe.model_dump(mode="json")
     try:
         session = wandb.init(project="inl", name=run.name, dir=str(run), config=config, resume="allow")
-    except Exception as error:  # its errors share no class of Python's
+    except Exception as error:  # its errors have no common base class but Exception
         raise RecipeError(
             f"training.logging.wandb: {one_line(error)}; `wandb login` again, or set WANDB_MODE=offline"
         ) from None

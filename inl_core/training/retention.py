@@ -17,11 +17,11 @@ from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoint
 from inl_core.recipe.training import CheckpointSettings
 
 TRIAL = "checkpoints.trial"
-"""Where a run tries to save before its first step."""
+"""The directory in which a run tries whether it can save, before its first step."""
 
 
 def complete_checkpoints(parent: Path, step: int) -> dict[int, Path]:
-    """The checkpoints up to `step` whose files are all there in their sizes, by step, oldest first."""
+    """The checkpoints up to `step` of which every file is there and has its size, by step, oldest first."""
     return {
         checkpoint_step(path): path
         for path in list_checkpoints(parent)
