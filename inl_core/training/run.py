@@ -39,7 +39,7 @@ class RunFiles:
     tokenizer: Tokenizer
     data_directory: Path
     provenance: tuple[dict[str, Any], ...] = ()
-    """What happened to the weights before this session, the earliest event first."""
+    """What happened to the weights before this session, oldest first."""
 
     @property
     def checkpoints(self) -> Path:
