@@ -12,9 +12,8 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from inl_core.model.vocabulary import cross_entropy_sum, logit_rows
+from torch import Tensor, nn
 
 CHUNKS = (16, 32, 64, 128, 256, 512, 1024)
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from inl_core.model.backends.select import has_native, has_triton
 from torch.autograd.graph import saved_tensors_hooks
 
 from inl_core.model import integrator as integrator_module
-from inl_core.model.backends.select import has_native, has_triton
 from inl_core.model.controller import Controller
 from inl_core.model.integrator import Integrator
 from inl_core.recipe import IntegratorConfig

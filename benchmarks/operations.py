@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-
-from inl_core.model.attention import Attention, first_of_document, plan_attention, rotary_tables
-from inl_core.model.feed_forward import FeedForward
 from inl_core.model.native import build
 from inl_core.model.normed_linear import normed_linear
 from inl_core.model.norms import RMSNorm
 from inl_core.model.vocabulary import cross_entropy_sum
+from torch import Tensor, nn
+
+from inl_core.model.attention import Attention, first_of_document, plan_attention, rotary_tables
+from inl_core.model.feed_forward import FeedForward
 from inl_core.recipe import ModelConfig
 
 WAYS = ("library", "MKL", "oneDNN")

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 import torch
-
 from inl_core.model.native.build import library
 
 SIZES = ((256, 640, 128), (64, 640, 128), (256, 384, 64), (64, 64, 512), (64, 2048, 128), (1024, 512, 512))

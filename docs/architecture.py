@@ -9,7 +9,6 @@
 
 import ast
 import re
-import sys
 from itertools import permutations
 from pathlib import Path
 
@@ -19,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("inl_cli", "inl_core")
 START, END = "<!-- make architecture writes from here -->\n", "<!-- to here -->\n"
-SMALL = "files"  # the room of the modules that lie directly in inl_core
+SMALL = "files"
+"""The room of the modules that lie directly in inl_core."""
 
 
 def first_sentence(path: Path) -> str:
@@ -41,7 +41,6 @@ def rooms() -> dict[str, Path]:
 
 def imports(names: list[str]) -> set[tuple[str, str]]:
     """(importer, imported) for rooms and for the single files, which count as one room."""
-    sys.path.insert(0, str(ROOT))  # this checkout's packages, wherever others are installed
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
     modules = graph.modules - {"inl_core"}  # it hands out names of all rooms, and only when they are asked for
 

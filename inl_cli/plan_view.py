@@ -60,6 +60,8 @@ def show_model_plan(console: Console, plan: "ModelPlan", *, has_schedule: bool) 
 
 def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
     config = plan.config
+    from inl_core.kernels import describe
+
     integrator = config.integrator
     is_uneven = integrator is not None and integrator.iterations_per_layer is not None
     return {
@@ -73,7 +75,7 @@ def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
         "context": config.max_seq_len,
         "iterations": f"{config.mean_iterations:g} on average" if is_uneven else config.num_iterations or None,
         "controller_width": integrator.controller.width if integrator else None,
-        **({"integrator_backend": plan.backend} if plan.backend else {}),
+        "operations": describe(plan.operations),
         "embedding_rank": config.rank,
         "vocabulary": plan.vocabulary.size,
         "vocabulary_from": plan.vocabulary.source,

@@ -8,8 +8,8 @@ from typing import Any
 from inl_cli.console import Console
 from inl_cli.progress import amount
 from inl_core.analysis.planning import plan_recipe
-from inl_core.analysis.planning.plan import describe_operations, plans_backend
 from inl_core.inference.evaluate import Evaluation
+from inl_core.kernels import describe
 from inl_core.training.observer import Observer
 from inl_core.training.run_data import RunData
 from inl_core.training.trainer import Trainer
@@ -63,8 +63,7 @@ def _run_facts(trainer: Trainer, data: RunData) -> dict[str, str]:
         "run": f"{trainer.run.path}, from step {step:,}" if step else str(trainer.run.path),
         "eta": f"{left * seconds / 60:.1f} minutes at {seconds:.3f} s a step, evaluations not counted",
     }
-    chosen = {"integrator": plans_backend(recipe, device), "operations": describe_operations(recipe, device)}
-    return facts | {name: text for name, text in chosen.items() if text}
+    return facts | {"operations": describe(trainer.run.operations)}
 
 
 class TrainingView(Observer):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from inl_core.documents.arguments import validated
 from inl_core.model import IntegratorOutput
-from inl_core.model.backends.rule import speed_weights
+from inl_core.model.dynamics import speed_weights
 from inl_core.recipe import LossSettings
 from inl_core.training.cycles import annealed
 from inl_core.training.losses import mean_loss_share, state_moments, token_term

@@ -24,8 +24,8 @@ from inl_core.corpus.dataset import TokenStream
 from inl_core.corpus.loader import Batch
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
+from inl_core.kernels.loss import logit_rows
 from inl_core.model import IntegratorLanguageModel, Options
-from inl_core.model.vocabulary import logit_rows
 
 _TOKENS_AT_ONCE = 1 << 20
 

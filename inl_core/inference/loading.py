@@ -32,6 +32,7 @@ from inl_core.inference.checkpoint_files import (
     verify_checkpoint,
 )
 from inl_core.inference.tensor_files import check_tensors, open_tensors
+from inl_core.kernels import apply
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.problems import find_problems
@@ -147,6 +148,8 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     model_config = read_model_config(path, config)
     tokenizer = _load_tokenizer(path, config, model_config)
     model = load_weights(path, model_config, device)
+    trained = config.provenance[-1] if config.provenance else {}
+    apply(model, operations="plain" if trained.get("operations") == "plain" else "auto")
     return LoadedModel(model, tokenizer, path, config.model_dump(), read_manifest(path).step)
 
 

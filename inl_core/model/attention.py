@@ -1,29 +1,26 @@
 """Causal attention: rotary positions, grouped queries, and the key-value cache.
 
 - Legend: B batch, S sequence, D d_model, H query heads, K key-value heads, F head size, M cache slots.
-- `scaled_dot_product_attention` does the work, and on a CPU without a cache a loop in C++ (native/attention.cpp). Which
-  of them, and who sees whom, is decided once a forward pass, in `AttentionPlan`, for every layer.
+- Who sees whom is decided once a forward pass, by `Visibility`, and handed to every layer as its mask.
 - The integrator runs inside a token, so the cache holds keys and values of attention alone and does not depend on T:
   a token that stops early leaves no hole in it.
+- `Visibility` and `InnerAttention` have no parameters; `inl_core.kernels.apply` may put faster ones in their places.
 """
 
 import math
-from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from inl_core.model.backends.select import has_native
-from inl_core.model.derivatives import is_plain
-from inl_core.model.native.attention import Given, attend
-from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import ModelConfig
 
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin of each position's angles, each ((B,) S, 1, F/2)."""
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> Rotary:
     """cos and sin, each (length, F/2), of position * theta^(-2i/F) (RoFormer, arXiv 2104.09864)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
@@ -43,27 +40,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+class LayerCache(NamedTuple):
+    """One layer's keys and values (B, K, M, F), and the slots (S,) that the new tokens fill."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+
+
 class KVCache:
     """Preallocated keys and values of every layer, each (L, B, K, M, F), and the number of filled slots.
 
-    `padding` (B,) is the number of leading slots of a row that hold no token (left padding), or None.
+    padding: (B,) the number of leading slots of a row that hold no token (left padding), or None.
+    is_static: attention always runs over all M slots, hidden ones behind a mask. Nothing then changes its shape from
+        token to token, as a compiled model needs it.
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch: int,
+        slots: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        is_static: bool = False,
     ) -> None:
         shape = (config.num_layers, batch, config.key_value_heads, slots, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
         self.padding: Tensor | None = None
+        self.is_static = is_static
 
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write S new slots (B, K, S, F) of a layer; all its filled slots come back as views."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def visible_slots(self, num_new: int) -> int:
+        """How many slots attention runs over when this many tokens are added."""
+        return self.keys.shape[3] if self.is_static else self.length + num_new
+
+    def layers(self, num_new: int) -> list[LayerCache]:
+        """Each layer's part for a pass that adds this many tokens."""
+        end = self.visible_slots(num_new)
+        slots = torch.arange(self.length, self.length + num_new, device=self.keys.device)
+        pairs = zip(self.keys[:, :, :, :end], self.values[:, :, :, :end], strict=True)
+        return [LayerCache(keys, values, slots) for keys, values in pairs]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch only (finished requests leave)."""
@@ -71,53 +90,21 @@ class KVCache:
         self.padding = None if self.padding is None else self.padding[rows]
 
 
-@dataclass(frozen=True)
-class AttentionPlan:
-    """Positions and visibility of one forward pass, the same for all layers."""
-
-    positions: Tensor  # (S,) or (B, S): position of each query inside its document
-    mask: Tensor | None  # (B, 1, S, M) bool, True = visible; None = the plain causal (or one-token) case
-    is_causal: bool
-    is_native: bool = False  # the loop in C++ attends, by `first`; there is no mask
-    first: Tensor | None = None  # (B, S) the first token that each one sees; None = the row's first
-
-
-def plan_attention(
-    ids: Tensor,
-    dtype: torch.dtype,
-    *,
-    positions: Tensor | None,
-    document_ids: Tensor | None,
-    cache: KVCache | None,
-) -> AttentionPlan:
-    """Decide who sees whom.
+def token_positions(num_new: int, positions: Tensor | None, cache: KVCache | None, last: int) -> Tensor | slice:
+    """(S,) or (B, S): the position of each new token inside its document.
 
     Args:
-        ids: (B, S), the new tokens.
-        dtype: the model's precision.
-        positions: (B, S) positions, or None for 0..S-1 after what the cache holds.
-        document_ids: (B, S); a document is a run of equal ones, and attention stays inside it. Not with a cache.
+        positions: (B, S) where the caller knows them.
+        last: the largest position there is. In a static batch a row that has filled its context stands still there
+            while shorter rows go on.
     """
-    num_new, device = ids.shape[1], ids.device
+    if positions is not None:
+        return positions
     start = cache.length if cache else 0
-    slots = torch.arange(start + num_new, device=device)
-    queries = slots[start:]
-    if cache is not None and cache.padding is not None:
-        real = slots >= cache.padding[:, None]  # (B, M)
-        # A padding query would see nothing and softmax to NaN; it sees itself instead, and nobody sees it.
-        visible = (real[:, None, :] & (slots <= queries[:, None])) | (slots == queries[:, None])
-        where = (queries - cache.padding[:, None]).clamp(min=0)
-        return AttentionPlan(where, visible[:, None], is_causal=False)
-    where = queries if positions is None else positions
-    first = None if document_ids is None else first_of_document(document_ids)
-    if cache is None and _native_attends(ids, dtype):
-        return AttentionPlan(where, None, is_causal=True, is_native=True, first=first)
-    if first is not None:
-        visible = (first[:, :, None] <= slots) & (slots <= queries[:, None])
-        return AttentionPlan(where, visible[:, None], is_causal=False)
-    if start and num_new > 1:
-        return AttentionPlan(where, (slots <= queries[:, None])[None, None], is_causal=False)
-    return AttentionPlan(where, None, is_causal=num_new > 1)
+    if cache is None or cache.padding is None:
+        return slice(start, start + num_new)
+    slots = torch.arange(start, start + num_new, device=cache.keys.device)
+    return (slots - cache.padding[:, None]).clamp(min=0, max=last)
 
 
 def first_of_document(document_ids: Tensor) -> Tensor:
@@ -127,13 +114,62 @@ def first_of_document(document_ids: Tensor) -> Tensor:
     return torch.where(starts, torch.arange(document_ids.shape[1], device=document_ids.device), 0).cummax(1).values
 
 
-def _native_attends(ids: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the loop in C++ takes a pass of a model of this precision: tensors in a CPU's memory, no autocast."""
-    if is_plain():
-        return False
-    is_real = type(ids) is Tensor or torch.compiler.is_compiling()
-    is_precise = dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-    return ids.device.type == "cpu" and is_real and is_precise and has_native()
+class Visibility(nn.Module):
+    """Which earlier tokens each token sees, as the mask that `InnerAttention` wants."""
+
+    def forward(self, ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor | None:
+        """(B or 1, 1, S, M) bool, True = visible. None is the plain case: every earlier token, or one new token.
+
+        Args:
+            ids: (B, S), the new tokens.
+            document_ids: (B, S); a document is a run of equal ones, and attention stays inside it. Not with a cache.
+        """
+        num_new, device = ids.shape[1], ids.device
+        start = cache.length if cache else 0
+        slots = torch.arange(cache.visible_slots(num_new) if cache else num_new, device=device)
+        queries = torch.arange(start, start + num_new, device=device)
+        visible = slots <= queries[:, None]  # (S, M)
+        if cache is not None and cache.padding is not None:
+            real = slots >= cache.padding[:, None, None]  # (B, 1, M)
+            # A padding query would see nothing and softmax to NaN; it sees itself instead, and nobody sees it.
+            return ((real & visible) | (slots == queries[:, None]))[:, None]
+        if document_ids is not None:
+            return (visible & (first_of_document(document_ids)[:, :, None] <= slots))[:, None]
+        if cache is not None and (cache.is_static or (start and num_new > 1)):
+            return visible[None, None]
+        return None
+
+
+class InnerAttention(nn.Module):
+    """softmax(q k^T / sqrt(F)) v with rotary positions, by torch's `scaled_dot_product_attention`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.key_value_heads, config.head_dim
+
+    def forward(self, packed: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """[queries | keys | values] (B, S, (H + 2K) F) -> the heads' outputs side by side (B, S, H F)."""
+        batch, length, _ = packed.shape
+        heads = packed.view(batch, length, -1, self.head_dim)
+        query_key, value = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        if rotary is not None:
+            query_key = rotate(query_key, *rotary).to(value.dtype)
+            value = value.clone()  # or autograd would keep all that it is a slice of
+        query, key = query_key.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)  # (B, heads, S, F)
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key = cache.keys.index_copy_(2, cache.slots, key.to(cache.keys.dtype))
+            value = cache.values.index_copy_(2, cache.slots, value.to(cache.values.dtype))
+            query = query.to(key.dtype)
+        is_causal = mask is None and length > 1
+        scale, is_grouped = 1.0 / math.sqrt(self.head_dim), self.num_kv_heads != self.num_heads
+        if length == 1 and is_grouped:
+            # A group's queries stand where a sequence's would: they share a key head, and all see the same slots.
+            query, is_grouped = query.reshape(batch, self.num_kv_heads, -1, self.head_dim), False
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
+        )
+        return mixed.view(batch, self.num_heads, length, -1).transpose(1, 2).reshape(batch, length, -1)
 
 
 class Attention(nn.Module):
@@ -141,76 +177,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.key_value_heads, config.head_dim
-        kv_width = self.num_kv_heads * self.head_dim
+        kv_width = config.key_value_heads * config.head_dim
         self.query_key_value = nn.Linear(config.d_model, config.d_model + 2 * kv_width, bias=config.bias)
+        self.inner_attention = InnerAttention(config)
         self.output = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        norm: nn.Module,
-        plan: AttentionPlan,
-        rotary: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        """Attention over norm(x), x (B, S, D) -> (B, S, D).
-
-        `rotary` is (cos, sin), ((B,) S, 1, F/2) at the plan's positions, or None.
-        """
-        packed = normed_linear(norm, self.query_key_value, x)
-        mixed = (
-            self._attend_native(packed, plan, rotary)
-            if plan.is_native
-            else self._attend(packed, plan, rotary, cache, layer)
-        )
-        return normed_linear(None, self.output, mixed)
-
-    def _attend_native(self, packed: Tensor, plan: AttentionPlan, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[queries | keys | values] (B, S, ...) -> (B, S, D), by the loop in C++."""
-        cos, sin = rotary or (None, None)
-        if cos is not None and sin is not None:  # ((B,) S, 1, F/2) -> (1 or B, S, F/2)
-            cos, sin = (table.to(packed.dtype).view(-1, packed.shape[1], self.head_dim // 2) for table in (cos, sin))
-        given = Given(packed, cos, sin, plan.first, self.num_heads, self.num_kv_heads)
-        if torch.compiler.is_compiling():
-            # Imported here: an operation of a compiled graph brings the compiler with it.
-            from inl_core.model.native import attention_traced
-
-            return attention_traced.attend(given)
-        return attend(given)
-
-    def _attend(
-        self,
-        packed: Tensor,
-        plan: AttentionPlan,
-        rotary: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        """The same by the library, with a cache or without."""
-        batch, length, _ = packed.shape
-        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        query_key, value = packed.split((width + kv_width, kv_width), dim=-1)
-        query_key, value = (part.view(batch, length, -1, self.head_dim) for part in (query_key, value))
-        if rotary is not None:
-            query_key = rotate(query_key, *rotary).to(value.dtype)
-            value = value.clone()  # or autograd would keep all that it is a slice of
-        # Heads stay side by side in memory, in the output as in the query.
-        query, key = query_key.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
-        value = value.transpose(1, 2)
-        if cache is not None:
-            key, value = cache.store(layer, key.to(cache.keys.dtype), value.to(cache.values.dtype))
-            query = query.to(key.dtype)
-        # The library's fast forms have first derivatives alone.
-        with sdpa_kernel(SDPBackend.MATH) if is_plain() else nullcontext():
-            mixed = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=plan.mask,
-                is_causal=plan.is_causal,
-                scale=1.0 / math.sqrt(self.head_dim),
-                enable_gqa=self.num_kv_heads != self.num_heads,
-            )
-        return mixed.transpose(1, 2).reshape(batch, length, -1)
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """(B, S, D) -> (B, S, D); `rotary` at the tokens' positions, `mask` as `Visibility` makes it."""
+        return self.output(self.inner_attention(self.query_key_value(x), rotary, mask, cache))

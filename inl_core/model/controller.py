@@ -1,6 +1,6 @@
-"""The controller: (h, x, v) -> alpha, beta, gate and, where the block has no other, the candidate velocity.
+"""The controller's matrices, from which a step computes alpha, beta, gate and, where nothing else gives it, v_cand.
 
-- u = act(h W_h + b_h + x W_x + v W_v), (a, b, g, c) = (u W_out) * scale_l + bias_l   (model.md section 1)
+- u = act(h W_h + b_h + x W_x + v W_v), (a, b, g, c) = (u W_out) * scale_l + bias_l; the step itself is in dynamics.py.
 - `h W_h + b_h` does not depend on t: `hoist` computes it once a layer.
 - scale_l is folded into the small matrix W_out (C x GD), never multiplied onto (B, S, GD).
 - Legend: B batch, S sequence, D d_model, C width, G output groups (4 with a candidate, else 3).
@@ -10,13 +10,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inl_core.model.normed_linear import normed_linear
 from inl_core.recipe import IntegratorConfig
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
 
 def num_groups(config: IntegratorConfig) -> int:
@@ -33,7 +29,6 @@ class Controller(nn.Module):
     def __init__(self, config: IntegratorConfig, dim: int, context_dim: int | None = None) -> None:
         super().__init__()
         width = config.controller.width
-        self.dim, self.activation = dim, ACTIVATIONS[config.controller.activation]
         self.context = nn.Linear(context_dim or dim, width)
         # [W_x; W_v] is one parameter of shape (C, 2D).
         self.state_velocity = nn.Linear(2 * dim, width, bias=False)
@@ -41,20 +36,7 @@ class Controller(nn.Module):
 
     def hoist(self, h: Tensor) -> Tensor:
         """h W_h + b_h, (B, S, D) -> (B, S, C)."""
-        return normed_linear(None, self.context, h)
-
-    @property
-    def context_layer(self) -> tuple[Tensor, Tensor]:
-        """W_h (C, K) and b_h (C,)."""
-        return self.context.weight, self.context.bias
-
-    def hidden(self, hoisted: Tensor, x: Tensor, v: Tensor | None) -> Tensor:
-        """u, (B, S, C); `v` None is a velocity of zeros."""
-        weight = self.state_velocity.weight
-        total = hoisted + F.linear(x, weight[:, : self.dim])
-        if v is not None:
-            total = total + F.linear(v, weight[:, self.dim :])
-        return self.activation(total)
+        return self.context(h)
 
 
 class Head(NamedTuple):

@@ -12,12 +12,13 @@
 - Legend: B batch, S sequence, N = B*S tokens, D d_model, E experts, k experts per token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from inl_core.model.controller import Controller
+from inl_core.model.dynamics import Drive, Dynamics, Gains
 from inl_core.recipe import IntegratorConfig
 
 
@@ -67,7 +68,7 @@ class Router(nn.Module):
 
 
 class Share(NamedTuple):
-    """One expert's tokens: their rows in (N, D) tensors, and the weight of its step in theirs (rows, 1)."""
+    """One expert's tokens: their rows in (N, D) tensors, and the weight of its step in theirs, (rows, 1)."""
 
     rows: Tensor
     weight: Tensor
@@ -81,3 +82,30 @@ def shares(routing: Routing) -> list[Share]:
         rows = weights[:, expert].nonzero().squeeze(-1)
         found.append(Share(rows, weights[rows, expert, None]))
     return found
+
+
+class MixedDrive(NamedTuple):
+    """What a layer's steps need from each expert, on that expert's tokens."""
+
+    shares: list[Share]
+    drives: list[Drive]
+    mu: Tensor
+    """(D,), shared"""
+
+
+class MixedDynamics(Dynamics):
+    """The dynamics of several controllers, whose steps are mixed."""
+
+    branches_on_values = True
+
+    def step_with_gains(self, drive: Any, x: Tensor, v: Tensor, forcing: Tensor) -> tuple[Tensor, Tensor, Gains]:
+        """The experts' steps on their tokens, mixed; `drive` is a MixedDrive. The gains are mixed alike, fortoo."""
+        flat_x, flat_v = x.flatten(0, -2), v.flatten(0, -2)  # (N, D)
+        sums = [torch.zeros_like(flat_x) for _ in range(6)]
+        for share, own in zip(drive.shares, drive.drives, strict=True):
+            state, velocity, gains = super().step_with_gains(own, flat_x[share.rows], flat_v[share.rows], forcing)
+            for index, value in enumerate((state, velocity, *gains)):
+                if value is not None:
+                    sums[index] = sums[index].index_add(0, share.rows, share.weight.to(value.dtype) * value)
+        state, velocity, *mixed = (total.view_as(x) for total in sums)
+        return state, velocity, Gains(*mixed)

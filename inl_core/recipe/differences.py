@@ -21,7 +21,6 @@ _KINDS: dict[str, Kind] = {
     "": "identity",
     "name": "operational",  # the run directory decides where a run lives
     "model": "identity",  # the weights belong to this function
-    "model.integrator.backend": "operational",
     "data": "identity",  # the run's progress is counted in samples of this data
     # A data set and its sources may move: resume compares the fingerprints of the prepared data.
     "data.directory": "operational",
@@ -42,6 +41,7 @@ _KINDS: dict[str, Kind] = {
     "training.micro_batch_size": "operational",  # gradients are accumulated to the same
     "training.device": "operational",
     "training.compile": "operational",
+    "training.operations": "operational",  # rounding alone differs, and a resume says so
     "training.recomputation": "operational",
     "training.evaluation": "operational",  # only reads the weights
     "training.checkpoint": "operational",

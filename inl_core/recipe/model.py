@@ -5,6 +5,7 @@
 - Symbols are those of docs/model.md: D d_model, L num_layers, T iterations, C controller width, R embedding rank.
 """
 
+import warnings
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -120,9 +121,6 @@ class IntegratorConfig(Section):
     """Each layer starts with the velocity that the layer before ended with; if false, each starts at rest."""
     readout: Literal["delta", "state"] = "delta"
     """What joins the residual stream: layer_gain (s_T - s_0), or s_T as in the code released with the documents."""
-    backend: Literal["auto", "eager", "native", "compiled", "triton"] = "auto"
-    """How the iterations are computed, never what: auto is triton on a GPU, native (C++) on a CPU with a compiler, else
-    eager. None keeps every iteration."""
     mu: MuConfig = MuConfig()
     """The equilibrium."""
     excitation: ExcitationConfig = ExcitationConfig()
@@ -133,6 +131,16 @@ class IntegratorConfig(Section):
     """Per-token early stopping in evaluation."""
     budget: BudgetConfig = BudgetConfig()
     """Division of the iterations among the layers; measured every training.evaluation.every steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired_keys(cls, values: Any) -> Any:
+        """Recipes and checkpoints of earlier versions say how the iterations are computed, which changes no result."""
+        if not isinstance(values, dict) or "backend" not in values:
+            return values
+        if values["backend"] != "auto":
+            warnings.warn("model.integrator.backend is not used any more: see training.operations", stacklevel=2)
+        return {key: value for key, value in values.items() if key != "backend"}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

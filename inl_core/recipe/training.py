@@ -163,6 +163,9 @@ class TrainingSettings(Section):
     """bf16 is torch's autocast to bfloat16; weights stay fp32. auto is bf16 on GPUs that have it, else fp32."""
     compile: bool = False
     """Compile each block with torch.compile."""
+    operations: Literal["auto", "plain"] = "auto"
+    """auto takes, for each part of the model, the operation that was measured to be the fastest on this machine; plain
+    takes torch's own everywhere."""
     recomputation: Literal["none", "block", "integrator"] = "none"
     """What the backward pass computes again to save memory: nothing, each block, or each integrator's iterations."""
     min_iterations: Iterations | None = None

@@ -1,7 +1,7 @@
 """The processes of a run: one is world size 1, `torchrun` gives more, and the code above sees no difference.
 
 - DDP averages gradients over ranks; the losses are shares of a global sum, so the trainer multiplies by the world size.
-- Gloo on CPUs, NCCL on GPUs. Parallelism, compilation and recomputation are applied to the model from here.
+- Gloo on CPUs, NCCL on GPUs.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch._functorch.config as compiler_config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from inl_core.errors import InlError, RecipeError
 from inl_core.launcher import read_place, refuse_separate_tasks
-from inl_core.recipe import TrainingSettings
 
 Result = TypeVar("Result")
 
@@ -26,10 +23,6 @@ Result = TypeVar("Result")
 # for gloo's worker threads while it holds Python's lock. A worker thread that has yet to free its last tensor waits for
 # that lock, and neither ever continues (torch 2.13: about one two-rank run in fifty on a busy machine).
 _REDUCERS: list[Any] = []
-
-_ACTIVATION_BUDGET = 0.8
-"""Of what the compiler would keep of a block for its backward pass; the rest it computes again, elementwise operations
-first. A quarter of a v4 block less for one percent of the time; less than this costs more (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -119,44 +112,6 @@ def start_world(device: str) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
-
-
-def prepare_blocks(blocks: nn.ModuleList, settings: TrainingSettings) -> None:
-    """Apply recomputation and compilation to each block, in place; parameter names stay as they are.
-
-    An integrator that recomputes its iterations by itself is left to it: any but the plain loop.
-    """
-    how = {"is_compiled": settings.compile, "is_low_precision": settings.precision == "bf16"}
-    for block in blocks:
-        part: Any = block if settings.recomputation == "block" else block.integrator
-        alone = settings.recomputation == "integrator" and part.recomputes(**how)
-        if settings.recomputation != "none" and not alone:
-            part.forward = _recomputed(part.forward)
-        if settings.compile:
-            _compile(block)
-
-
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` that keeps its inputs alone and runs again in the backward pass.
-
-    A function of this file: a compiler starts at no function of torch's own, such as checkpoint itself.
-    """
-
-    def again(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return again
-
-
-def _compile(block: nn.Module) -> None:
-    """`block.compile()`, keeping `_ACTIVATION_BUDGET` for its backward pass."""
-    compiled = torch.compile(block._call_impl)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with compiler_config.patch(activation_memory_budget=_ACTIVATION_BUDGET):
-            return compiled(*args, **kwargs)
-
-    block._compiled_call_impl = call
 
 
 def parallelize(module: nn.Module, world: World) -> nn.Module:

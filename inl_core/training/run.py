@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
 from inl_core.files import read_json, write_whole
 from inl_core.inference.data_location import record_location
+from inl_core.kernels import Choice
 from inl_core.recipe import Recipe
 from inl_core.recipe.load import dump_recipe, load_recipe
 from inl_core.training.checkpoint import TrainState
@@ -40,6 +41,13 @@ class RunFiles:
     data_directory: Path
     provenance: tuple[dict[str, Any], ...] = ()
     """What happened to the weights before this session, oldest first."""
+    operations: dict[str, Choice] = field(default_factory=dict)
+    """How each part of the model is computed in this session, and why."""
+
+    @property
+    def computed_by(self) -> list[str]:
+        """How each part of the model is computed, as `attention: C++ with MKL`."""
+        return [f"{part}: {choice.way}" for part, choice in self.operations.items()]
 
     @property
     def checkpoints(self) -> Path:
@@ -60,6 +68,7 @@ class RunFiles:
                 write_whole(self.path / "recipe.yaml.damaged", before)
             write_whole(path, text)
         path, environment = self.path / "environment.json", describe_environment()
+        environment["operations"] = {part: f"{choice.way}: {choice.why}" for part, choice in self.operations.items()}
         if _lasting(environment) != _lasting(_read_environment(path)):
             write_whole(path, json.dumps(environment, indent=1))
 
@@ -73,6 +82,8 @@ class RunFiles:
             "data": state.data_fingerprint,
             "inl": version("inl"),
             "torch": torch.__version__,
+            "operations": self.recipe.training.operations,
+            "computed_by": self.computed_by,
         }
         model = self.recipe.model.with_vocab_size(self.tokenizer.vocab_size)
         config = {

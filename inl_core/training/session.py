@@ -23,8 +23,8 @@ import torch
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, read_config
+from inl_core.kernels.cpu.library import is_to_be_compiled
 from inl_core.model import IntegratorLanguageModel
-from inl_core.model.native.build import is_to_be_compiled
 from inl_core.recipe import Recipe
 from inl_core.training.checkpoint import START_ANEW
 from inl_core.training.claim import claim, claim_new, join
@@ -151,6 +151,7 @@ class Session:
     def _resumed_trainer(self, data: RunData, checkpoint: Path) -> Trainer:
         provenance = self.world.on_main(lambda: tuple(read_config(checkpoint).provenance))
         trainer = self._new_trainer(data, provenance)
+        self._tell_of_other_operations(trainer.run)
         trainer.resume(checkpoint)
         before, now = trainer.state.data_fingerprint, data.train.fingerprint
         if before != now:
@@ -164,6 +165,15 @@ class Session:
         model = build_model(self.recipe, data.tokenizer, self.world)
         run = RunFiles(self.directory, self.recipe, data.tokenizer, data.directory, provenance)
         return Trainer(model, data, run, self.world, self.observer)
+
+    def _tell_of_other_operations(self, run: RunFiles) -> None:
+        """Say so where the model computes by other operations than before: the numbers then differ by rounding."""
+        before, now = run.provenance[-1].get("computed_by") if run.provenance else None, run.computed_by
+        if before is not None and before != now:
+            self.observer.on_warning(
+                f"computed by other operations than before ({', '.join(before)}; now {', '.join(now)}): the run goes "
+                "on, but not bit for bit as it would have"
+            )
 
     def _accept(self, trainer: Trainer) -> None:
         """Write what a new session changes in the run; not earlier, since a refused session changes nothing."""

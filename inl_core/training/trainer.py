@@ -12,6 +12,7 @@
 
 import math
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from inl_core.corpus.loader import BatchLoader
@@ -19,11 +20,13 @@ from inl_core.errors import InlError, Interrupted, NonFiniteError
 from inl_core.inference.evaluate import Evaluation
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.checkpoint import TrainState, load_checkpoint, restore_rng
-from inl_core.training.distributed import World, prepare_blocks
+from inl_core.training.distributed import World
+from inl_core.training.execution import prepare_model
 from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import stream_metrics
 from inl_core.training.observer import Observer
 from inl_core.training.optimizers import build_optimizers
+from inl_core.training.precision import uses_bf16
 from inl_core.training.retention import remove_leftovers
 from inl_core.training.run import PREEMPTED, RunFiles, write_preempted
 from inl_core.training.run_data import RunData
@@ -41,8 +44,10 @@ class Trainer:
         self, model: IntegratorLanguageModel, data: RunData, run: RunFiles, world: World, observer: Observer
     ) -> None:
         settings = run.recipe.training
-        self.settings, self.run, self.world, self.observer = settings, run, world, observer
         self.model = model.to(world.device)
+        operations = prepare_model(self.model, settings, bf16=uses_bf16(run.recipe, world.device))
+        run = replace(run, operations=operations)  # so that each checkpoint says how it was computed
+        self.settings, self.run, self.world, self.observer = settings, run, world, observer
         self.loader = BatchLoader(
             data.train,
             sequence_length=settings.sequence_length,
@@ -52,7 +57,6 @@ class Trainer:
             world_size=world.size,
         )
         self.optimizers = build_optimizers(self.model, settings.optimizer, world.device)
-        prepare_blocks(self.model.blocks, settings)
         self.state = TrainState(data_fingerprint=data.train.fingerprint, world_size=world.size)
         self.stepper = Stepper(self.model, self.loader, self.optimizers, run, world, observer)
         self.log = RunLog(self.model, run, world, observer, self.loader.num_windows)

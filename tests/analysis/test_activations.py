@@ -6,23 +6,35 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from inl_core.analysis.planning.activations import recompute, saved_activations
+from inl_core.analysis.planning.activations import saved_activations
+from inl_core.kernels import Choice, choose, put
 from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.recipe import ModelConfig
-from tests.plain_loop import without_native
+from inl_core.training.execution import recompute
 
 ROWS, LENGTH = 5, 64
 KEYS = {"d_model": 64, "num_heads": 4, "vocab_size": 700, "max_seq_len": LENGTH}
 PRESETS = ("v1", "v2", "v3", "v4", "transformer")
 
 
+def choices(config: ModelConfig, operations: str, *, bf16: bool = False) -> dict[str, Choice]:
+    return choose(config, torch.device("cpu"), operations=operations, bf16=bf16)
+
+
 def real_bytes(
-    config: ModelConfig, mode: str, *, bf16: bool = False, documents: bool = False, energy_power: float | None = None
+    config: ModelConfig,
+    mode: str,
+    operations: str = "plain",
+    *,
+    bf16: bool = False,
+    documents: bool = False,
+    energy_power: float | None = None,
 ) -> int:
-    """Bytes of all storages that a real forward pass and its loss save, without the parameters."""
-    model = IntegratorLanguageModel(config)
+    """Every storage that a real forward pass and its loss save, except the parameters."""
+    model = IntegratorLanguageModel(config).train()
     model.initialise(0)
-    recompute(model.train().blocks, mode)
+    put(model, choices(config, operations, bf16=bf16))
+    recompute(model, mode)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -56,15 +68,14 @@ def cases() -> Iterator[tuple[str, str, dict]]:
     yield "v3", "integrator", {"energy_power": 2.0}
 
 
+@pytest.mark.parametrize("operations", ["auto", "plain"])
 @pytest.mark.parametrize(("preset", "mode", "circumstances"), list(cases()))
-def test_the_plan_is_what_autograd_keeps(preset: str, mode: str, circumstances: dict) -> None:
-    """The plan is for torch's own operations; those in C++ keep some percent less."""
+def test_the_plan_is_what_autograd_keeps(preset: str, mode: str, circumstances: dict, operations: str) -> None:
     config = ModelConfig.model_validate({"preset": preset, "num_layers": 3} | KEYS)
     named = {"document_mask" if key == "documents" else key: value for key, value in circumstances.items()}
+    named["operations"] = choices(config, operations, bf16=circumstances.get("bf16", False))
     planned = saved_activations(config, LENGTH, recomputation=mode, **named).bytes(ROWS)
-    assert 0.75 * planned <= real_bytes(config, mode, **circumstances) <= 1.02 * planned
-    with without_native():
-        assert planned == pytest.approx(real_bytes(config, mode, **circumstances), rel=0.02)
+    assert planned == pytest.approx(real_bytes(config, mode, operations, **circumstances), rel=0.02)
 
 
 @pytest.mark.parametrize("preset", ["v2", "v4", "transformer"])
@@ -75,8 +86,7 @@ def test_more_layers_and_iterations_are_extrapolated_exactly(preset: str) -> Non
     config = ModelConfig.model_validate(keys)
     for mode in ("none", "block"):
         planned = saved_activations(config, LENGTH, recomputation=mode)
-        with without_native():
-            assert planned.bytes(ROWS) == pytest.approx(real_bytes(config, mode), rel=0.02)
+        assert planned.bytes(ROWS) == pytest.approx(real_bytes(config, mode), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +105,7 @@ def test_mixtures_and_budgets_are_planned_as_if_even(integrator: dict) -> None:
     config = ModelConfig.model_validate(keys)
     for mode in ("none", "integrator"):
         planned = saved_activations(config, LENGTH, recomputation=mode).bytes(ROWS)
-        with without_native():
-            assert planned == pytest.approx(real_bytes(config, mode), rel=0.03)
+        assert planned == pytest.approx(real_bytes(config, mode), rel=0.03)
 
 
 def test_what_does_not_grow_with_the_batch_is_the_heads_gradient_and_under_autocast_the_converted_weights() -> None:

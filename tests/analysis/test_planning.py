@@ -23,7 +23,6 @@ from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.checkpoint import training_bytes
 from inl_core.training.optimizers import build_optimizers
 from tests.inference.tiny import config, recipe
-from tests.plain_loop import the_plain_loop
 
 PRESETS = ("v1", "v2", "v3", "v4", "transformer")
 LENGTH = 48
@@ -55,7 +54,7 @@ def test_parameters_by_part_are_all_parameters(preset: str) -> None:
 @pytest.mark.parametrize("changes", [{}, {"tie_head": False}], ids=["tied", "untied"])
 def test_forward_flops_are_those_torch_counts(preset: str, changes: dict) -> None:
     model = model_of(preset, **changes)
-    with the_plain_loop(), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(torch.zeros(1, LENGTH, dtype=torch.long)).hidden)
     parts = flops_by_part(model.config, LENGTH)
     scores = parts.pop("attention scores")
@@ -67,7 +66,7 @@ def test_forward_flops_are_those_torch_counts(preset: str, changes: dict) -> Non
 @pytest.mark.parametrize("preset", ["v2", "v4"])
 def test_flops_at_other_iterations_are_those_torch_counts(preset: str, iterations: int) -> None:
     model = model_of(preset, integrator={"num_iterations": iterations})
-    with the_plain_loop(), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.logits(model(torch.zeros(1, LENGTH, dtype=torch.long)).hidden)
     parts = flops_by_part(model_of(preset).config, LENGTH, iterations=iterations)
     assert (sum(parts.values()) - parts["attention scores"]) * LENGTH == counted(counter)["products"]
@@ -77,8 +76,8 @@ def test_flops_at_other_iterations_are_those_torch_counts(preset: str, iteration
 @pytest.mark.parametrize("preset", PRESETS)
 def test_training_flops_are_those_torch_counts_forward_and_backward(preset: str, mode: str) -> None:
     model, ids = model_of(preset).train(), torch.zeros(2, LENGTH, dtype=torch.long)
-    recompute(model.blocks, mode)
-    with the_plain_loop(), FlopCounterMode(display=False) as counter:
+    recompute(model, mode)
+    with FlopCounterMode(display=False) as counter:
         hidden = model(ids).hidden
         torch.nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), ids.flatten()).backward()
     passes = 4 if mode == "block" else 3
@@ -163,5 +162,5 @@ def test_a_plan_adds_up() -> None:
     assert plan.total_parameters == sum(plan.parameters.values())
     assert plan.train_tokens == 640
     assert plan.epochs == pytest.approx(0.2)
-    assert plan.flops_per_token == 3 * sum(flops_by_part(config("v4").with_vocab_size(300), 32).values())
+    assert plan.flops_per_token == training_flops(config("v4").with_vocab_size(300), 32)
     assert plan.checkpoint_bytes < plan.disk_bytes

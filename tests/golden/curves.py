@@ -9,7 +9,7 @@
 import json
 import random
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from inl_core.model import plain_operations
 from inl_core.recipe import recipe_from_mapping
 from inl_core.recipe.presets import PRESETS, merge
 from inl_core.training.distributed import start_world
@@ -116,9 +115,9 @@ def train(
     if not text.exists():
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in _documents()), encoding="utf-8")
     source = {"data": {"sources": [str(text)], "directory": str(directory / "data")}}
-    settings = recipe_from_mapping(merge(merge(COMMON, source), recipe))
-    operations = plain_operations() if is_plain else nullcontext()
-    with TemporaryDirectory() as place, start_world("cpu") as world, operations, suppress(_Enough):
+    operations = {"training": {"operations": "plain" if is_plain else "auto"}}
+    settings = recipe_from_mapping(merge(merge(merge(COMMON, source), operations), recipe))
+    with TemporaryDirectory() as place, start_world("cpu") as world, suppress(_Enough):
         data = open_data(settings, world)
         curve = Curve(data=data.train.fingerprint)
         model = build_model(settings, data.tokenizer, world).to(getattr(torch, dtype))

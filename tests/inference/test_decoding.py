@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from inl_core.inference import decoding, packing
+from inl_core.inference import linear_layouts
 from inl_core.inference.decoding import Decoder
 from inl_core.inference.generate import GenerationSettings, generate
-from inl_core.inference.layer_step import Iterated
-from inl_core.inference.packing import can_pack, pack
+from inl_core.inference.linear_layouts import ReorderedLinear, SharedLinear, SummedLinear, laid_out
+from inl_core.kernels import compilation
 from inl_core.model import IntegratorLanguageModel, Options
+from inl_core.model.dynamics import Dynamics
 from tests.inference.tiny import tiny_model, tokenizer
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("v4", {"integrator": {"controller": {"modulation": "channel", "activation": "tanh"}, "dynamic_alpha": False}}),
     ("v4", {"embedding_rank": 16, "integrator": {"controller": {"shared": False}, "excitation": {"sparsity": 0.2}}}),
 ]
-FALLBACKS: list[dict[str, Any]] = [
+OTHERS: list[dict[str, Any]] = [
     {"integrator": {"controller": {"experts": 2}}},
     {"integrator": {"budget": {"strategy": "learned"}}},
 ]
@@ -55,17 +55,16 @@ def step_by_step(decoder: Decoder, ids: Tensor, *, prompt: int, padding: Tensor 
 @pytest.fixture
 def reordering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix in oneDNN's layout, however small."""
-    monkeypatch.setattr(packing, "_FEWEST_REORDERED", 0)
+    monkeypatch.setattr(linear_layouts, "_FEWEST_REORDERED", 0)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_large_matrices_are_reordered_and_small_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_FEWEST_REORDERED", 32 * 300)
-    packed = pack(tiny_model("v4"), None, rows=1)
-    assert packed.head.is_reordered
-    assert not packed.layers[0].attention_output.is_reordered
-    assert pack(tiny_model("v4"), None, rows=2, compiled=True).head.is_reordered
-    assert not pack(tiny_model("v4"), None, rows=1, compiled=True).head.is_reordered
+    monkeypatch.setattr(linear_layouts, "_FEWEST_REORDERED", 32 * 300)
+    large, small = torch.zeros(300, 32), torch.zeros(32, 32)
+    assert type(laid_out(large, None, one_row=False)) is ReorderedLinear
+    assert type(laid_out(small, None, one_row=False)) is SharedLinear
+    assert type(laid_out(large, None, one_row=True)) is SummedLinear
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -75,18 +74,17 @@ def test_large_matrices_are_reordered_and_small_ones_are_not(monkeypatch: pytest
 def test_a_step_at_a_time_gives_the_whole_text_s_logits(preset: str, changes: dict[str, Any], rows: int) -> None:
     model = tiny_model(preset, **changes)
     ids = random_ids(model, rows, 12)
-    assert can_pack(model)
     found, _ = step_by_step(Decoder(model, Options(early_stopping=False), rows=rows), ids, prompt=5)
     whole = model.logits(model(ids, options=Options(early_stopping=False)).hidden[:, 4:])
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", FALLBACKS)
+@pytest.mark.parametrize("changes", OTHERS)
+@pytest.mark.usefixtures("compiler")
 @torch.no_grad()
-def test_what_cannot_be_packed_is_the_model_s_own_step(changes: dict[str, Any]) -> None:
+def test_mixtures_and_budgets_decode_too(changes: dict[str, Any]) -> None:
     model = tiny_model("v4", **changes)
     ids = random_ids(model, 2, 9)
-    assert not can_pack(model)
     found, _ = step_by_step(Decoder(model, Options(), rows=len(ids), compiled=True), ids, prompt=5)
     torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
 
@@ -124,21 +122,25 @@ def test_tokens_stop_where_the_model_s_own_integrator_stops_them(preset: str, mi
 
 
 def test_a_single_row_runs_no_iteration_after_it_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = [], decoding.integrator_step
+    calls, original = [], Dynamics.step_with_gains
 
-    def counted(*arguments: Any, **options: Any) -> Iterated:
+    def counted(*arguments: Any) -> Any:
         calls.append(1)
-        return original(*arguments, **options)
+        return original(*arguments)
 
-    monkeypatch.setattr(decoding, "integrator_step", counted)
     model = stopping_model("v4", 1)
     ids = random_ids(model, 1, 24)
-    _, used = step_by_step(Decoder(model, Options(), rows=len(ids)), ids, prompt=4)
-    assert len(calls) == int(used[:, 1:].sum() * 2)  # two layers
+    decoder = Decoder(model, Options(), rows=len(ids))
+    with torch.inference_mode():
+        slots = decoder.new_cache(*ids.shape)
+        decoder.prefill(ids[:, :4], slots)
+        monkeypatch.setattr(Dynamics, "step_with_gains", counted)
+        used = [decoder.step(ids[:, place], slots).iterations for place in range(4, 24)]
+    assert len(calls) == int(torch.stack(used).sum() * 2)  # two layers
     assert len(calls) < 20 * 2 * 6
 
 
-def test_the_packed_weights_do_not_change_the_model() -> None:
+def test_decoding_does_not_change_the_model() -> None:
     model = tiny_model("v4")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     step_by_step(Decoder(model, Options(), rows=1), random_ids(model, 1, 9), prompt=4)
@@ -149,8 +151,8 @@ def test_the_packed_weights_do_not_change_the_model() -> None:
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`eager` traces the same graphs with the same guards, and runs them without generating code."""
     torch._dynamo.reset()
-    traced = cache(lambda function: torch.compile(function, fullgraph=True, backend=request.param))
-    monkeypatch.setattr(decoding, "compiled_function", traced)
+    if request.param == "eager":
+        monkeypatch.setattr(compilation, "generate_code", lambda graph, inputs: graph.forward)
     yield
     torch._dynamo.reset()
 
@@ -194,10 +196,8 @@ def test_compiled_rows_end_one_by_one_as_uncompiled_ones_do() -> None:
 
 
 @pytest.mark.parametrize("positions", ["rope", "sinusoidal"])
-def test_a_compiled_row_that_fills_the_context_does_not_stop_shorter_ones(
-    positions: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoding, "compiled_function", lambda function: function)
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_row_that_fills_the_context_does_not_stop_shorter_ones(positions: str) -> None:
     model = tiny_model("v4", positions=positions, max_seq_len=24)
     settings = GenerationSettings(max_new_tokens=60, temperature=0.0)
     prompts = ["def greet(name): retu", "The", "T"]

@@ -11,7 +11,6 @@ from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import IntegratorConfig, ModelConfig
 from inl_core.recipe.presets import merge
 from tests.model.test_language_model import PRESETS, VOCAB, build, some_ids
-from tests.plain_loop import the_plain_loop
 
 BASE = {"d_model": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "max_seq_len": 64}
 
@@ -51,7 +50,6 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "integrator.candidate": ({}, "controller"),
     "integrator.carry_velocity": ({}, False),
     "integrator.readout": ({}, "state"),
-    "integrator.backend": ({}, "compiled"),
     "integrator.mu.form": ({}, "hierarchical"),
     "integrator.mu.group_size": ({"integrator": {"mu": {"form": "hierarchical"}}}, 32),
     "integrator.mu.init": ({}, 0.5),
@@ -125,11 +123,7 @@ def test_the_table_of_changes_names_every_field():
     assert sorted(leaves(ModelConfig)) == sorted(CHANGES)
 
 
-# How the same function is computed: tests/model/test_backends.py holds each to the plain loop.
-MEANS = {"integrator.backend"}
-
-
-@pytest.mark.parametrize("path", [path for path in CHANGES if path not in MEANS])
+@pytest.mark.parametrize("path", CHANGES)
 def test_every_field_changes_something(path):
     also, value = CHANGES[path]
     base = merge({"vocab_size": VOCAB} if path == "size" else BASE, also)
@@ -202,7 +196,7 @@ def test_a_shared_controller_is_called_by_every_layer_and_modulated_by_each():
     model, ids = build("v2"), some_ids()
     calls, hoist = [], model.controller.hoist
     model.controller.hoist = lambda h: (calls.append(1), hoist(h))[1]
-    with torch.no_grad(), the_plain_loop():
+    with torch.no_grad():
         before = model(ids).layers[2].state
         assert len(calls) == 3
         model.blocks[2].integrator.modulation.scale.mul_(1.5)

@@ -110,8 +110,9 @@ def make_trainer(data_directory, tmp_path):
         opened = RunData.load(data or data_directory / "set", recipe)
         model = build_model(recipe, opened.tokenizer, world)
         run = RunFiles(tmp_path / name, recipe, opened.tokenizer, opened.directory)
-        run.create()
-        return Trainer(model, opened, run, world, listener), listener
+        trainer = Trainer(model, opened, run, world, listener)
+        trainer.run.create()
+        return trainer, listener
 
     return make
 

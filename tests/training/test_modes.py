@@ -5,9 +5,9 @@ import torch
 
 from inl_core.analysis.planning.activations import saved_bytes
 from inl_core.inference.evaluate import evaluate
+from inl_core.kernels import compilation
 from inl_core.model import IntegratorLanguageModel
-from inl_core.training import distributed
-from inl_core.training.distributed import prepare_blocks
+from inl_core.training.execution import prepare_model
 from inl_core.training.metrics import read_metrics
 from inl_core.training.schedules import drawn_iterations
 
@@ -91,11 +91,11 @@ def test_a_compiled_block_keeps_less_than_the_compiler_would(make_recipe, monkey
         torch.compiler.reset()
         model = IntegratorLanguageModel(recipe.model.with_vocab_size(64))
         model.initialise(0)
-        prepare_blocks(model.blocks, recipe.training)
+        prepare_model(model, recipe.training, bf16=False)
         return sum(saved_bytes(model, lambda: model(torch.zeros(4, 64, dtype=torch.long))))
 
     ours = kept()
-    monkeypatch.setattr(distributed, "_ACTIVATION_BUDGET", 1.0)  # torch's own
+    monkeypatch.setattr(compilation, "_ACTIVATION_BUDGET", 1.0)  # torch's own
     assert ours < 0.95 * kept()
 
 

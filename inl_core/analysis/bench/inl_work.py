@@ -21,27 +21,21 @@ from inl_core.analysis.bench.work import Work, autocast, on_random_prompts, opti
 from inl_core.corpus.loader import Batch
 from inl_core.corpus.tokenizer import SPECIAL_TOKENS, Tokenizer
 from inl_core.errors import RecipeError
-from inl_core.inference import decoding, layer_step
+from inl_core.inference.decoding import Decoder
 from inl_core.inference.generate import GenerationSettings, generate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.attention import Attention
+from inl_core.model.block import Block
+from inl_core.model.embedding import Embedding
 from inl_core.model.feed_forward import FeedForward
 from inl_core.model.integrator import Integrator
-from inl_core.model.language_model import Embedding
 from inl_core.training.cycles import regime
-from inl_core.training.distributed import World, prepare_blocks
+from inl_core.training.distributed import World
+from inl_core.training.execution import prepare_model
 from inl_core.training.gradients import Gradients
 from inl_core.training.loss_module import micro_batches
 
 _PARTS = {Attention: "attention", Integrator: "integrator", FeedForward: "feed-forward", Embedding: "embedding"}
-# Generation decodes with functions of its own instead of the modules.
-_DECODING: list[Timed] = [
-    (layer_step, "attend", "attention"),
-    (layer_step, "feed_forward", "feed-forward"),
-    (layer_step, "integrator_step", "integrator"),
-    (decoding, "integrator_step", "integrator"),
-    (decoding, "head_logits", "head"),
-]
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
@@ -50,7 +44,7 @@ def build_inl_work(candidate: Candidate, settings: BenchSettings, *, compiled: b
     model = build_model(candidate, settings)
     is_decode = settings.task == "decode"
     training = candidate.recipe.training.model_copy(update={"compile": compiled and not is_decode})
-    prepare_blocks(model.blocks, training)
+    prepare_model(model, training, bf16=settings.bf16)
     if settings.task == "train":
         run = _training_step(candidate, settings, model)
     elif is_decode and candidate.kind == "inl":
@@ -58,10 +52,22 @@ def build_inl_work(candidate: Candidate, settings: BenchSettings, *, compiled: b
     else:
         use = _without_cache(settings, model) if is_decode else _prefill(model)
         run = on_random_prompts(settings, model.vocab_size, use)
-    timed: list[Timed] = [(model, "loss_sum" if settings.task == "train" else "logits", "head")]
+    return Work(run, model, _timed(model, settings, compiled=compiled))
+
+
+def _timed(model: IntegratorLanguageModel, settings: BenchSettings, *, compiled: bool) -> list[Timed]:
+    """What the parts of the time are called by. What stands inside a compiled function cannot be told apart."""
+    if settings.task == "decode":  # generation copies the model's modules, so their classes are timed
+        found: list[Timed] = [(Decoder, "logits", "head"), (model, "logits", "head")]
+        return found + [(kind, "forward", name) for kind, name in _PARTS.items() if not compiled or kind is Integrator]
+    found = [(model, "loss_sum" if settings.task == "train" else "logits", "head")]
     for module in model.modules():
-        timed += [(module, "forward", name) for kind, name in _PARTS.items() if isinstance(module, kind)]
-    return Work(run, model, timed + (_DECODING if is_decode else []))
+        if compiled and isinstance(module, Block):
+            entered = "attention and feed-forward" if module.feeds_candidate else "attention"
+            found += [(module, "enter", entered), (module, "leave", "feed-forward")]
+        elif not (compiled and isinstance(module, Attention | FeedForward)):
+            found += [(module, "forward", name) for kind, name in _PARTS.items() if isinstance(module, kind)]
+    return found
 
 
 def build_model(candidate: Candidate, settings: BenchSettings) -> IntegratorLanguageModel:

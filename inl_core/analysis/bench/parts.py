@@ -22,7 +22,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from inl_core.analysis.bench.measuring import synchronize
 
-PARTS = ("attention", "integrator", "feed-forward", "embedding", "head", "optimizer", "data", "other", "idle")
+PARTS = (
+    "attention",
+    "attention and feed-forward",
+    "integrator",
+    "feed-forward",
+    "embedding",
+    "head",
+    "optimizer",
+    "data",
+    "other",
+    "idle",
+)
 Timed = tuple[Any, str, str]
 """An object, the name of one of its attributes that is called, and the part that its time counts to."""
 
@@ -62,17 +73,17 @@ def ranges(timed: list[Timed]) -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    """The attribute of this one object is `value`; its class is not touched."""
+    """The attribute of this object, which may be a class, is `value`; the class of an object is not touched."""
     missing = object()
     before = vars(owner).get(attribute, missing)
-    vars(owner)[attribute] = value
+    setattr(owner, attribute, value)
     try:
         yield
     finally:
         if before is missing:
-            del vars(owner)[attribute]
+            delattr(owner, attribute)
         else:
-            vars(owner)[attribute] = before
+            setattr(owner, attribute, before)
 
 
 def _ranged(function: Callable[..., Any], name: str) -> Callable[..., Any]:

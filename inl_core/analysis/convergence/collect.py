@@ -43,7 +43,7 @@ def trace(
         if index not in statistics:
             statistics[index] = LayerStatistics(num_iterations, used, epsilon)
         mu, forcing = layer.equilibrium(), layer.excitation(num_iterations, amplitude)
-        measures = statistics[index].add(path, mu, forcing, layer.stride)
+        measures = statistics[index].add(path, mu, forcing, layer.dynamics.stride)
         if sample and kept is not None:
             sample.add(index, used, kept, path, mu, measures)
 

@@ -12,8 +12,7 @@
 - The number of rows is a large prime number. A storage whose size it divides grows with the batch; others do not.
 - Kernels of a GPU save the same tensors; its autocast keeps a few operations in float32 that a CPU's does not, and
   without autocast it keeps the outputs of norms too, D or 2 D numbers a token and block.
-  `training.compile` saves less than counted here, and so do a CPU's operations in C++, which keep no document mask, and
-  of a norm and of the context's projection nothing.
+  `training.compile` saves less than counted here.
 """
 
 import sys
@@ -29,12 +28,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from inl_core.model import IntegratorLanguageModel, Options, by_rows, vocabulary
+from inl_core.kernels import Choice, choose, loss, put
+from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.model import integrator as integrator_module
 from inl_core.model.budget import Budget, LayerBudget
 from inl_core.model.mixture import Routing, Share
-from inl_core.recipe import ModelConfig, TrainingSettings
-from inl_core.training.distributed import prepare_blocks
+from inl_core.recipe import ModelConfig
+from inl_core.training.execution import recompute
 
 Recomputation = Literal["none", "block", "integrator"]
 RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "integrator", "block")
@@ -71,6 +71,7 @@ def saved_activations(
     bf16: bool = False,
     document_mask: bool = False,
     energy_power: float | None = None,
+    operations: dict[str, Choice] | None = None,
 ) -> Saved:
     """What autograd saves in one forward pass over windows of `length`, loss included.
 
@@ -78,11 +79,14 @@ def saved_activations(
         bf16: under bfloat16 autocast.
         document_mask: attention is kept inside documents, by a mask (B, 1, S, S).
         energy_power: p, when the speed and energy losses are on.
+        operations: how each part is computed, as `inl_core.kernels.choose` says it; None is by torch's own operations.
     """
+
+    choices = operations or choose(config, torch.device("cpu"), operations="plain")
 
     def at(layers: int, iterations: int) -> Saved:
         smaller = _reduced(config, layers, iterations)
-        return _trace(smaller, length, recomputation, bf16, document_mask, Options(energy_power=energy_power))
+        return _trace(smaller, length, recomputation, bf16, document_mask, Options(energy_power=energy_power), choices)
 
     def over_layers(iterations: int) -> Saved:
         if config.num_layers <= 3:
@@ -92,7 +96,7 @@ def saved_activations(
 
     fewer = _fewer_experts(config)
     if fewer:
-        given = {"recomputation": recomputation, "bf16": bf16, "document_mask": document_mask}
+        given = {"recomputation": recomputation, "bf16": bf16, "document_mask": document_mask, "operations": choices}
         some, more = (saved_activations(model, length, **given, energy_power=energy_power) for model in fewer)
         experts, (first, second) = _num_experts(config), map(_num_experts, fewer)
         return some.plus(more - some, (experts - first) / (second - first))
@@ -101,11 +105,6 @@ def saved_activations(
         return over_layers(int(mean))
     two, three = over_layers(2), over_layers(3)
     return two.plus(three - two, mean - 2)
-
-
-def recompute(blocks: nn.ModuleList, mode: Recomputation) -> None:
-    """Apply the trainer's recomputation, and nothing else of its preparations."""
-    prepare_blocks(blocks, TrainingSettings(steps=1, recomputation=mode))
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], None]) -> list[int]:
@@ -153,12 +152,19 @@ def _fewer_experts(config: ModelConfig) -> tuple[ModelConfig, ModelConfig] | Non
 
 
 def _trace(
-    config: ModelConfig, length: int, mode: Recomputation, bf16: bool, document_mask: bool, options: Options
+    config: ModelConfig,
+    length: int,
+    mode: Recomputation,
+    bf16: bool,
+    document_mask: bool,
+    options: Options,
+    choices: dict[str, Choice],
 ) -> Saved:
     top_k = config.integrator.controller.top_k if config.integrator else 0
     with FakeTensorMode(), _without_values(top_k):
         model = IntegratorLanguageModel(config).train()
-        recompute(model.blocks, mode)
+        put(model, choices)
+        recompute(model, mode)
         ids = torch.zeros(_ROWS, length, dtype=torch.long)
         documents = {"document_ids": ids, "positions": ids} if document_mask else {}
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
@@ -185,8 +191,7 @@ def _without_values(top_k: int) -> Iterator[None]:
         patch.object(Budget, "forward", _even_budget),
         patch.object(integrator_module, "shares", partial(_even_shares, top_k)),
         # What is kept is the same in one chunk, and tracing costs as much for a chunk of few rows.
-        patch.object(by_rows, "_MOST_CHUNKS", 1),
-        patch.object(vocabulary, "logit_rows", lambda vocab_size, device: sys.maxsize),
+        patch.object(loss, "logit_rows", lambda vocab_size, device: sys.maxsize),
     ):
         yield
 

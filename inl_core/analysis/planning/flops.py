@@ -4,7 +4,7 @@
   where a token sees (S + 1) / 2 on average; a document mask makes it less.
 - The backward pass does every product twice (for the input and for the weight): training is 3 times forward.
   Recomputation does a part of the forward pass once more; that is work of the machine, not of the model.
-- The product of a low-rank embedding counts. W_v does not count in a step whose velocity is zero by definition.
+- The product of a low-rank embedding counts.
 - What is not a matrix product is left out, as everywhere in the literature. Norms, softmax, activations and the
   dynamics themselves come to some 30 operations for each dimension and iteration. The sines, and the folding of a
   layer's modulation into W_out, are done once a step, not once a token.
@@ -46,7 +46,17 @@ def training_flops(
         if config.integrator is None or config.integrator.candidate != "feed_forward":
             # Recomputation stops when the last tensor that was saved is there again: the input of the last product.
             again -= 2 * config.num_layers * config.d_model * config.hidden_dim
-    return 3 * sum(parts.values()) + again
+    return 3 * sum(parts.values()) + again - _gradients_of_rest(config)
+
+
+def _gradients_of_rest(config: ModelConfig) -> int:
+    """What the backward pass need not compute: the gradient of a velocity that is zero because nothing carried it."""
+    integrator = config.integrator
+    if integrator is None:
+        return 0
+    at_rest = 1 if integrator.carry_velocity else config.num_layers
+    experts = integrator.controller.top_k if integrator.controller.experts > 1 else 1
+    return 2 * config.d_model * integrator.controller.width * at_rest * experts
 
 
 def _controller_products(config: ModelConfig, iterations: float) -> int:
@@ -59,8 +69,7 @@ def _controller_products(config: ModelConfig, iterations: float) -> int:
     if integrator is None:
         return 0
     per_matrix, layers = config.d_model * integrator.controller.width, config.num_layers
-    at_rest = 1 if integrator.carry_velocity else layers  # layers whose v_0 is zeros: no W_v in their first step
-    products = per_matrix * (layers + round(layers * iterations) * (2 + num_groups(integrator)) - at_rest)
+    products = per_matrix * (layers + round(layers * iterations) * (2 + num_groups(integrator)))
     mixture = integrator.controller
     if mixture.experts == 1:
         return products

@@ -16,6 +16,7 @@ import torch
 
 from inl_core.analysis.planning.activations import RECOMPUTATIONS, Recomputation, Saved, saved_activations
 from inl_core.analysis.planning.parameters import meta_model
+from inl_core.kernels import Choice
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig, OptimizerSettings, Recipe
 from inl_core.training.optimizers import build_optimizers
@@ -81,7 +82,12 @@ def cache_bytes(config: ModelConfig, value_bytes: int) -> int:
 
 
 def trace_modes(
-    recipe: Recipe, config: ModelConfig, *, bf16: bool, modes: tuple[Recomputation, ...] = RECOMPUTATIONS
+    recipe: Recipe,
+    config: ModelConfig,
+    *,
+    bf16: bool,
+    operations: dict[str, Choice] | None = None,
+    modes: tuple[Recomputation, ...] = RECOMPUTATIONS,
 ) -> dict[Recomputation, Saved]:
     """What autograd saves under each recomputation mode, for the recipe's windows, masks and losses."""
     settings = recipe.training
@@ -97,6 +103,7 @@ def trace_modes(
             bf16=bf16,
             document_mask=recipe.data.document_mask,
             energy_power=losses.energy_power if has_terms else None,
+            operations=operations,
         )
         for mode in modes
     }

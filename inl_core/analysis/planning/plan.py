@@ -22,7 +22,7 @@ from inl_core.analysis.planning.memory import (
 from inl_core.analysis.planning.optimisations import Saving, compare_optimisations
 from inl_core.analysis.planning.parameters import count_parameters, meta_model
 from inl_core.corpus.manifest import MANIFEST, load_manifest
-from inl_core.model.backends.select import describe_backend
+from inl_core.kernels import Choice, choose
 from inl_core.recipe import ModelConfig, Recipe
 from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.precision import uses_bf16
@@ -87,7 +87,7 @@ class ModelPlan:
     """The model, with its vocabulary."""
     vocabulary: Vocabulary
     bf16: bool
-    backend: str | None
+    operations: dict[str, Choice]
     """What computes the integrator's iterations on this machine."""
     run: Plan
     savings: list[Saving]
@@ -106,7 +106,8 @@ class ModelPlan:
 def plan_recipe(recipe: Recipe, *, vocab_size: int, num_windows: int | None = None, world_size: int = 1) -> Plan:
     """The plan of a recipe for a vocabulary; `num_windows` of the data set gives the epochs."""
     config, settings = recipe.model.with_vocab_size(vocab_size), recipe.training
-    saved = trace_modes(recipe, config, bf16=plans_bf16(recipe), modes=(settings.recomputation,))
+    operations = plans_operations(recipe, config)
+    saved = trace_modes(recipe, config, bf16=plans_bf16(recipe), operations=operations, modes=(settings.recomputation,))
     return _run_plan(recipe, config, num_windows, saved[settings.recomputation].bytes(settings.micro_batch(world_size)))
 
 
@@ -115,14 +116,15 @@ def plan_model(recipe: Recipe) -> ModelPlan:
     vocabulary = find_vocabulary(recipe)
     config, settings = recipe.model.with_vocab_size(vocabulary.size), recipe.training
     length, bf16 = settings.sequence_length, plans_bf16(recipe)
-    saved = trace_modes(recipe, config, bf16=bf16)
+    operations = plans_operations(recipe, config)
+    saved = trace_modes(recipe, config, bf16=bf16, operations=operations)
     iterations = sorted({*_OTHER_ITERATIONS, round(config.mean_iterations)}) if config.integrator else []
     return ModelPlan(
         recipe=recipe,
         config=config,
         vocabulary=vocabulary,
         bf16=bf16,
-        backend=plans_backend(recipe),
+        operations=operations,
         run=_run_plan(
             recipe, config, vocabulary.num_windows, saved[settings.recomputation].bytes(settings.micro_batch(1))
         ),
@@ -179,19 +181,10 @@ def plans_bf16(recipe: Recipe) -> bool:
     return uses_bf16(recipe, _planned_device(recipe))
 
 
-def plans_backend(recipe: Recipe, device: "torch.device | None" = None) -> str | None:
-    """What computes the integrator's iterations on a device, this machine's by default; None without an integrator."""
-    where, settings = device or _planned_device(recipe), recipe.training
-    return describe_backend(
-        recipe.model.integrator, where, is_compiled=settings.compile, is_low_precision=uses_bf16(recipe, where)
-    )
-
-
-def describe_operations(recipe: Recipe, device: "torch.device") -> str | None:
-    """What computes everything around the iterations on a CPU in one precision; None elsewhere, where it is torch."""
-    from inl_core.model.native.calls import describe
-
-    return None if device.type != "cpu" or uses_bf16(recipe, device) else describe(is_compiled=recipe.training.compile)
+def plans_operations(recipe: Recipe, config: ModelConfig) -> dict[str, Choice]:
+    """How each part of the model is computed on this machine, and why."""
+    where = _planned_device(recipe)
+    return choose(config, where, operations=recipe.training.operations, bf16=uses_bf16(recipe, where))
 
 
 def _planned_device(recipe: Recipe) -> "torch.device":

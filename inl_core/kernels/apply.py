@@ -1,0 +1,133 @@
+"""Which operations a model computes with: decided here, once, for each part of it, and put into it from outside.
+
+    choices = apply(model, operations="auto", bf16=False)      # part -> Choice
+
+- `auto` takes for each part what was measured to be the fastest on this machine (measuring.py); `plain` takes torch's
+  own operations everywhere. A way that cannot run here is left out without an error, and its `Choice` says why.
+- Two ways differ in their rounding, so the choices are written into `environment.json` and into each checkpoint.
+- The parts that are replaced have no parameters: a state dict does not know of them.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from inl_core.kernels.loss import ChunkedLoss, CpuLoss, SharedLookup
+from inl_core.model import IntegratorLanguageModel
+from inl_core.model.attention import InnerAttention, Visibility
+from inl_core.model.block import Block
+from inl_core.model.dynamics import Dynamics
+from inl_core.model.embedding import Lookup
+from inl_core.model.mixture import MixedDynamics
+from inl_core.recipe import IntegratorConfig, ModelConfig
+
+Operations = Literal["auto", "plain"]
+TORCH = "torch"
+
+
+class Choice(NamedTuple):
+    """How one part is computed, and why."""
+
+    way: str
+    """`torch`, `C++ with MKL` or `C++ with oneDNN` (the library whose matrix product it calls); `own chunks` of the
+    loss."""
+    why: str
+
+
+def apply(model: IntegratorLanguageModel, *, operations: Operations = "auto", bf16: bool = False) -> dict[str, Choice]:
+    """Put the chosen operations into a model that has its weights; what was there before goes.
+
+    Args:
+        operations: the recipe's `training.operations`.
+        bf16: the forward passes will run under bfloat16 autocast.
+    """
+    device = model.embedding.table.weight.device
+    choices = choose(model.config, device, operations=operations, bf16=bf16)
+    put(model, choices)
+    return choices
+
+
+def choose(
+    config: ModelConfig, device: torch.device, *, operations: Operations = "auto", bf16: bool = False
+) -> dict[str, Choice]:
+    """The choice for each part of a model, without the model; the first call on a machine compiles and measures."""
+    reason = _why_only_torch(device, operations, bf16)
+    names = ["attention", *(["integrator"] if config.integrator else [])]
+    if reason:
+        return {name: Choice(TORCH, reason) for name in (*names, "loss")}
+    from inl_core.kernels.measuring import fastest
+
+    found = {name: fastest(name) for name in names}
+    if config.integrator and config.integrator.controller.experts > 1:
+        found["integrator"] = Choice(TORCH, "the experts of a mixture are run one by one")
+    return found | {"loss": Choice("own chunks", "less memory than torch's, which is as fast")}
+
+
+def put(model: IntegratorLanguageModel, choices: dict[str, Choice]) -> None:
+    """Put what `choose` found into a model."""
+    _put_loss(model, choices["loss"].way)
+    _put_attention(model, choices["attention"].way)
+    for integrator in model.integrators():
+        integrator.dynamics = build_dynamics(integrator.config, choices["integrator"].way)
+
+
+def describe(choices: dict[str, Choice]) -> str:
+    """One line for a plan: `attention by C++ with MKL, integrator and loss by torch (training.operations is plain)`."""
+    by_choice: dict[str, list[str]] = {}
+    for part, (way, why) in choices.items():
+        by_choice.setdefault(f"{way} ({why})" if way == TORCH else way, []).append(part)
+    return ", ".join(f"{' and '.join(parts)} by {way}" for way, parts in by_choice.items())
+
+
+def _why_only_torch(device: torch.device, operations: Operations, bf16: bool) -> str:
+    """Why no operation of our own can be used at all; empty where some can."""
+    if operations == "plain":
+        return "training.operations is plain"
+    if bf16:
+        return "those of our own are for single or double precision"
+    if device.type != "cpu":
+        return "those of our own are for CPUs"
+    return ""
+
+
+def _put_loss(model: IntegratorLanguageModel, way: str) -> None:
+    is_own = way != TORCH
+    model.vocabulary_loss = CpuLoss() if is_own else ChunkedLoss()
+    model.embedding.lookup = SharedLookup() if is_own and model.head is None else Lookup()
+
+
+def _put_attention(model: IntegratorLanguageModel, way: str) -> None:
+    model.visibility = Visibility()
+    if way != TORCH:
+        from inl_core.kernels.attention import DocumentStarts
+
+        model.visibility = DocumentStarts()
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.inner_attention = build_attention(model.config, way)
+
+
+def build_attention(config: ModelConfig, way: str) -> InnerAttention:
+    """The inner attention of one layer, the given way."""
+    if way == TORCH:
+        return InnerAttention(config)
+    # Imported here: a registered operation brings torch's compiler with it.
+    from inl_core.kernels.attention import CppAttention
+
+    return CppAttention(config, _product(way))
+
+
+def build_dynamics(config: IntegratorConfig, way: str) -> Dynamics:
+    """The dynamics of one layer, the given way."""
+    if config.controller.experts > 1:
+        return MixedDynamics(config)
+    if way == TORCH:
+        return Dynamics(config)
+    from inl_core.kernels.integrator import CppDynamics
+
+    return CppDynamics(config, _product(way))
+
+
+def _product(way: str) -> str:
+    """`C++ with MKL` -> `MKL`."""
+    return way.rpartition(" ")[2]

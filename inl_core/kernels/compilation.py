@@ -1,0 +1,99 @@
+"""torch.compile for the parts of a model that are functions of tensors alone.
+
+- Compiled are a block's two halves and the integrator's step (`Block.enter`, `Block.leave`, `Dynamics.step`), never the
+  loop over T between them. So nothing is compiled again when T is drawn anew or divided by a budget, or when single
+  states are looked at.
+- Each part is compiled once with gradients, for the one shape of training, and once without, for any shape; all layers
+  share it. Attention is compiled separately with a document mask and without, and in inference mode. Compiling any of
+  these a second time is worth a warning: after a few times torch gives up and runs the rest eagerly.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config as compiler_config
+from torch import Tensor
+
+from inl_core.model import IntegratorLanguageModel
+from inl_core.model.block import Block
+from inl_core.model.dynamics import Dynamics
+
+_ACTIVATION_BUDGET = 0.8
+"""Of what the compiler would keep of a block for its backward pass; the rest it computes again, elementwise operations
+first. A quarter of a v4 block less for one percent of the time; less than this costs more (docs/performance.md)."""
+
+
+def compile_parts(model: IntegratorLanguageModel, *, any_shape: bool = True) -> None:
+    """Compile the parts of every layer, in place; the first forward pass of each kind then takes its time.
+
+    Args:
+        any_shape: False compiles evaluation, too, for the shapes of its first pass alone, which are then faster.
+    """
+    enter, leave = _Compiled(Block.enter, any_shape), _Compiled(Block.leave, any_shape)
+    step, step_with_gains = _Compiled(Dynamics.step, any_shape), _Compiled(Dynamics.step_with_gains, any_shape)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.enter = partial(enter, block)  # type: ignore[method-assign]
+        block.leave = partial(leave, block)  # type: ignore[method-assign]
+        dynamics = block.integrator.dynamics if block.integrator else None
+        if isinstance(dynamics, Dynamics) and not dynamics.branches_on_values:
+            dynamics.step = partial(step, dynamics)  # type: ignore[method-assign]
+            dynamics.step_with_gains = partial(step_with_gains, dynamics)  # type: ignore[method-assign]
+
+
+class _Compiled:
+    """A method as torch compiles it, once for each kind of pass."""
+
+    def __init__(self, method: Callable[..., Any], any_shape: bool) -> None:
+        self.method, self.any_shape = method, any_shape
+        self.kinds: dict[tuple[bool, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():  # a part inside of another one, as the step with gains is of the step
+            return self.method(*args)
+        trains = torch.is_grad_enabled()
+        # A mask or a cache that is not there, and inference mode, make other code of the same method.
+        kind = (trains, torch.is_inference_mode_enabled(), *(value is None for value in args))
+        if kind not in self.kinds:
+            purpose = "training" if trains else "evaluation"
+            self.kinds[kind] = _compile(self.method, purpose, any_shape=self.any_shape and not trains)
+        if not trains:
+            return self.kinds[kind](*args)
+        with compiler_config.patch(activation_memory_budget=_ACTIVATION_BUDGET):
+            return self.kinds[kind](*map(_differentiable, args))
+
+
+def _differentiable(value: Any) -> Any:
+    """A state that does not need a gradient, as if it did: the first velocity must not be a case of its own."""
+    is_state = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
+    return value.detach().requires_grad_() if is_state and not value.requires_grad else value
+
+
+def _compile(method: Callable[..., Any], purpose: str, *, any_shape: bool) -> Callable[..., Any]:
+    """`method` compiled by inductor, with a warning when it is compiled a second time."""
+    name, compilations = method.__qualname__, 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal compilations
+        compilations += 1
+        if compilations > 1:
+            warnings.warn(
+                f"{name} is compiled for {purpose} again, number {compilations}: something about it changes between "
+                "calls (TORCH_LOGS=recompiles says what); after a few more times it would run uncompiled",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return generate_code(graph, inputs)
+
+    compiler: Any = torch.compile  # whose type stubs do not know isolate_recompiles
+    return compiler(method, backend=backend, fullgraph=True, dynamic=any_shape, isolate_recompiles=True)
+
+
+def generate_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """A function that computes what the graph does, by torch's own compiler."""
+    from torch._inductor.compile_fx import compile_fx  # imported here: it takes a second
+
+    return compile_fx(graph, inputs)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Operations in C++: the sources; library.py compiles and finds them, cache.py keeps them, calls.py calls them."""

@@ -1,0 +1,102 @@
+"""Which way is chosen by what was measured, and how that is remembered."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from inl_core.kernels import measuring
+from inl_core.kernels.cpu import cache
+from inl_core.kernels.measuring import fastest
+from tests.kernels.native import PRODUCTS, needs_library, without_library
+
+pytestmark = needs_library
+MKL, ONEDNN = "C++ with MKL", "C++ with oneDNN"
+SECONDS = {
+    "attention": {"torch": 3.0, MKL: 2.0, ONEDNN: 1.5},
+    "integrator": {"torch": 1.0, MKL: 0.99, ONEDNN: 1.2},
+}
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A machine on which nothing is remembered; the numbers of threads that something was measured with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found: list[int] = []
+    monkeypatch.setattr(measuring, "measure", lambda: (found.append(torch.get_num_threads()), SECONDS)[1])
+    measuring._remembered.cache_clear()
+    yield found
+    measuring._remembered.cache_clear()
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_fastest_way_is_chosen_where_it_saves_something():
+    assert fastest("attention") == (ONEDNN, "measured on this machine: 2.00 times as fast as torch")
+    assert fastest("integrator").way == "torch"
+    assert "C++ is not faster than torch (1.01 times)" in fastest("integrator").why
+
+
+def test_what_was_measured_is_remembered_from_one_process_to_the_next(measured):
+    first = fastest("attention")
+    assert fastest("integrator")
+    measuring._remembered.cache_clear()  # as a new process begins
+    assert fastest("attention") == first
+    assert len(measured) == 1
+
+
+def test_another_number_of_threads_is_measured_anew(measured):
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            fastest("attention")
+    finally:
+        torch.set_num_threads(threads)
+    assert measured == [1, 2]
+
+
+def test_another_library_is_measured_anew(measured, monkeypatch):
+    fastest("attention")
+    measuring._remembered.cache_clear()
+    monkeypatch.setattr(measuring, "fingerprint", lambda: "another")
+    fastest("attention")
+    assert len(measured) == 2
+
+
+def test_what_was_damaged_is_measured_anew_with_a_warning(measured):
+    fastest("attention")
+    (kept,) = cache.cache_directory().iterdir()
+    assert json.loads(kept.read_bytes()[:-32]) == SECONDS
+    kept.write_bytes(kept.read_bytes()[:-1])
+    measuring._remembered.cache_clear()
+    with pytest.warns(RuntimeWarning, match="damaged; remove it"):
+        assert fastest("attention").way == ONEDNN
+    assert len(measured) == 2
+
+
+def test_where_nothing_can_be_kept_it_is_measured_in_each_process(measured, tmp_path):
+    (tmp_path / "inl").write_text("a file in its place")
+    for _ in range(2):
+        measuring._remembered.cache_clear()
+        assert fastest("attention").way == ONEDNN
+    assert len(measured) == 2
+
+
+def test_without_a_library_nothing_is_measured(measured):
+    with without_library():
+        assert fastest("attention") == ("torch", "no operations in C++: this torch has no MKL")
+    assert measured == []
+
+
+def test_a_measurement_tries_every_way_and_leaves_random_numbers_and_gradient_mode_as_they_were():
+    state = torch.get_rng_state()
+    with torch.no_grad(), patch.object(measuring, "_TURNS", 1):
+        found = measuring.measure()
+        assert not torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
+    ways = {"torch", *(f"C++ with {product}" for product in PRODUCTS)}
+    assert {part: set(seconds) for part, seconds in found.items()} == {"attention": ways, "integrator": ways}
+    assert all(0 < value < float("inf") for seconds in found.values() for value in seconds.values())

@@ -1,0 +1,94 @@
+"""Each part of a compiled model is compiled once for training and once for evaluation, whatever a run does."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from inl_core.kernels import compilation
+from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe import ModelConfig, TrainingSettings
+from inl_core.training.execution import prepare_model
+
+EVERYTHING = {
+    "steps": 5,
+    "compile": True,
+    "evaluation": {"every": 3, "final_tokens": 512},
+    "logging": {"every": 1, "dynamics_every": 2},
+}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A compiler that traces, guards and remembers as torch's own does, but runs each graph as it is; the graphs."""
+    graphs: list[str] = []
+
+    def generate_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compilation, "generate_code", generate_code)
+    yield graphs
+    torch._dynamo.reset()
+
+
+LAYERS = {"num_layers": 3, "max_seq_len": 32}
+GROUPS = {"mu": {"group_size": 8}}
+LOSSES = {"lambda_mean": 0.1, "lambda_speed": 0.1, "lambda_energy": 0.1}
+CYCLE = {"num_cycles": 1, "warmup_epochs": 0}
+RUNS: dict[str, dict[str, Any]] = {
+    "v1": {"model": {"preset": "v1"}},
+    "v3, whose budget moves": {"model": {"preset": "v3", "integrator": GROUPS}},
+    "transformer, no document mask": {"model": {"preset": "transformer"}, "data": {"document_mask": False}},
+    "all at once": {
+        "model": {"num_layers": 12, "integrator": {"num_iterations": 3}},
+        "training": {"min_iterations": 1, "cycle": CYCLE, "losses": LOSSES, "micro_batch_size": 4},
+    },
+}
+MORE_RUNS: dict[str, dict[str, Any]] = {
+    "transformer": {"model": {"preset": "transformer"}},
+    "no document mask": {"data": {"document_mask": False}},
+    "v2": {"model": {"preset": "v2", "integrator": GROUPS}},
+    "v4": {"model": {"preset": "v4"}},
+    "iterations of each layer": {"model": {"integrator": {"iterations_per_layer": (1, 3, 2)}}},
+    "a learned budget": {"model": {"integrator": {"num_iterations": 3, "budget": {"strategy": "learned"}}}},
+    "recomputed blocks": {"training": {"recomputation": "block"}},
+    "recomputed integrators": {"training": {"recomputation": "integrator"}},
+    "plain operations": {"training": {"operations": "plain"}},
+    "early stopping": {"model": {"integrator": {"early_stopping": {"convergence_threshold": 0.01}}}},
+    "experts": {"model": {"integrator": {"controller": {"experts": 2}}}},
+    "twelve layers of v3": {"model": {"num_layers": 12, "preset": "v3", "integrator": GROUPS}},
+}
+CASES = [
+    *(pytest.param(changes, id=name) for name, changes in RUNS.items()),
+    *(pytest.param(changes, id=name, marks=pytest.mark.slow) for name, changes in MORE_RUNS.items()),
+]
+
+
+@pytest.mark.parametrize("changes", CASES)
+def test_a_run_compiles_nothing_twice(compiled, changes, make_recipe, make_trainer):
+    """Training, records of the dynamics, evaluations, and training again."""
+    training = EVERYTHING | changes.get("training", {})
+    recipe = make_recipe(model=LAYERS | changes.get("model", {}), training=training, data=changes.get("data", {}))
+    trainer, _ = make_trainer(recipe)
+    prepare_model(trainer.model, recipe.training, bf16=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* is compiled for")
+        trainer.fit()
+    # Block.enter with a document mask and without, Block.leave, Dynamics.step and step_with_gains; both ways
+    assert 4 <= len(compiled) <= 10
+
+
+def test_a_second_compilation_is_warned_of(compiled):
+    config = {"preset": "v4", "d_model": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 20, "max_seq_len": 32}
+    model = IntegratorLanguageModel(ModelConfig.model_validate(config))
+    model.initialise(0)
+    prepare_model(model, TrainingSettings(steps=1, compile=True, operations="plain"), bf16=False)
+    model(torch.zeros(2, 32, dtype=torch.long))
+    before = len(compiled)
+    with pytest.warns(RuntimeWarning, match=r"Block\.enter is compiled for training again, number 2: .* uncompiled"):
+        model(torch.zeros(3, 16, dtype=torch.long))  # training is compiled for one shape
+    assert len(compiled) > before
