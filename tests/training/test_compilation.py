@@ -13,9 +13,9 @@ from inl_core.recipe import ModelConfig, TrainingSettings
 from inl_core.training.execution import prepare_model
 
 EVERYTHING = {
-    "steps": 5,
+    "steps": 4,
     "compile": True,
-    "evaluation": {"every": 3, "final_tokens": 512},
+    "evaluation": {"every": 3, "final_tokens": 256},
     "logging": {"every": 1, "dynamics_every": 2},
 }
 
