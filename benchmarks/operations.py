@@ -1,135 +1,151 @@
-"""The operations in C++ (inl_core/model/native), forward and backward, against what runs without them.
+"""The operations of our own (inl_core/kernels), forward and backward, against torch's in the same module.
 
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/operations.py            # --repeats --only
 
-- `library`: the same module on a machine without a compiler, which is torch's own kernels and the hand-written passes
-  around them. `MKL`, `oneDNN`: the operation in C++ with its products by one and by the other.
-- The three alternate call by call in one process, so that a busy machine slows all alike; between two calls, 16 MB are
-  written, so that no tensor waits in a core's own cache. Medians, and least times behind them, ms.
+- `torch`: what `training.operations: plain` computes with. `C++ with MKL`, `C++ with oneDNN`: ours, by the product of
+  the one library and of the other. `own chunks`: the loss.
+- The ways take turns call by call in one process, so that a busy moment slows all of them; between two calls, 16 MB are
+  written, so that no tensor waits in a core's own cache. Medians, and least times behind them, ms; and the megabytes
+  that autograd keeps between the passes.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
+from collections.abc import Callable
 
 import torch
-from inl_core.model.native import build
-from inl_core.model.normed_linear import normed_linear
-from inl_core.model.norms import RMSNorm
-from inl_core.model.vocabulary import cross_entropy_sum
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from inl_core.model.attention import Attention, first_of_document, plan_attention, rotary_tables
-from inl_core.model.feed_forward import FeedForward
+from inl_core.kernels.apply import TORCH, build_attention, build_dynamics
+from inl_core.kernels.cpu.library import library
+from inl_core.kernels.loss import ChunkedLoss, CpuLoss
+from inl_core.model.attention import first_of_document, rotary_tables
+from inl_core.model.dynamics import Drive
 from inl_core.recipe import ModelConfig
 
-WAYS = ("library", "MKL", "oneDNN")
 Run = Callable[[], Tensor]
 
 
-@contextmanager
-def way(name: str) -> Iterator[None]:
-    """One of WAYS inside."""
-    with (
-        patch.object(build, "_mkl", (lambda: None) if name == "library" else build._mkl),
-        torch.backends.mkldnn.flags(enabled=name != "MKL"),
-    ):
-        build.library.cache_clear()
-        if name != "library" and (found := build.library()) is not None:
-            assert found.has_brgemm(torch.float32) == (name == "oneDNN"), "torch has no such product here"
-        yield
+def attention(batch: int, length: int, heads: int, key_heads: int, size: int, *, documents: bool = False) -> Callable:
+    """A call of the inner attention for each way; documents as `training.data.document_mask` has them."""
+
+    def build(way: str) -> Run:
+        values = {"d_model": heads * size, "num_heads": heads, "num_kv_heads": key_heads}
+        config = ModelConfig.model_validate(values)
+        inner = build_attention(config, way)
+        packed = torch.randn(batch, length, (heads + 2 * key_heads) * size, requires_grad=True)
+        cos, sin = (table[:, None] for table in rotary_tables(length, size, 10_000.0))
+        ids = (torch.arange(length) // max(1, length // 3)).expand(batch, -1)
+        first = first_of_document(ids)
+        slots = torch.arange(length)
+        mask = ((first[:, :, None] <= slots) & (slots <= slots[:, None]))[:, None] if way == TORCH else first
+        return lambda: inner(packed, (cos, sin), mask if documents else None, None)
+
+    return build
 
 
-def attention(batch: int, length: int, dim: int, heads: int, key_heads: int, *, documents: float = 0.0) -> Run:
-    """Rotation and attention of what the projection wrote; a document begins at each token with these odds."""
-    keys = {"d_model": dim, "num_heads": heads, "num_kv_heads": key_heads, "max_seq_len": length}
-    config = ModelConfig.model_validate({"preset": "transformer", **keys})
-    module, size = Attention(config), dim // heads
-    packed = torch.randn(batch, length, (heads + 2 * key_heads) * size, requires_grad=True)
-    ids = torch.zeros(batch, length, dtype=torch.int64)
-    runs = (torch.rand(batch, length) < documents).cumsum(1) if documents else None
-    positions = None if runs is None else torch.arange(length) - first_of_document(runs)
-    cos, sin = rotary_tables(length, size, 10_000.0)
+def integrator(tokens: int, dim: int, iterations: int) -> Callable:
+    """A call of the dynamics for each way, as v4 has them."""
 
-    def run() -> Tensor:
-        plan = plan_attention(ids, torch.float32, positions=positions, document_ids=runs, cache=None)
-        rotary = cos[plan.positions].unsqueeze(-2), sin[plan.positions].unsqueeze(-2)
-        if plan.is_native:
-            return module._attend_native(packed, plan, rotary)
-        return module._attend(packed, plan, rotary, None, 0)
+    def build(way: str) -> Run:
+        config = ModelConfig.model_validate({"d_model": dim}).integrator
+        assert config is not None
+        dynamics, width = build_dynamics(config, way), config.controller.width
+        x, v, candidate = (torch.randn(1, tokens, dim, requires_grad=True) for _ in range(3))
+        hoisted = torch.randn(1, tokens, width, requires_grad=True)
+        inner = (torch.randn(width, 2 * dim) * 0.05).requires_grad_()
+        outer = (torch.randn(3 * dim, width) * 0.05).requires_grad_()
+        drive = Drive(hoisted, inner, outer, torch.randn(3 * dim).requires_grad_(), candidate, torch.zeros(dim))
+        forcing = torch.randn(iterations, dim).mul(0.03).requires_grad_()
+        return lambda: dynamics(drive, x, v, forcing).state
 
-    return run
+    return build
 
 
-def feed_forward(tokens: int, dim: int, hidden: int) -> Run:
-    """Norm and gated feed-forward."""
-    config = ModelConfig.model_validate({"preset": "v4", "d_model": dim, "num_heads": 4, "feedforward_hidden": hidden})
-    module, norm, x = FeedForward(config), RMSNorm(dim, eps=1e-6), torch.randn(tokens, dim, requires_grad=True)
-    return lambda: module(x, norm)[0]
+def loss(tokens: int, dim: int, vocabulary: int) -> Callable:
+    """A call of the loss over the vocabulary."""
+
+    def build(way: str) -> Run:
+        module = ChunkedLoss() if way == TORCH else CpuLoss()
+        z, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocabulary, dim, requires_grad=True)
+        targets = torch.randint(vocabulary, (tokens,))
+        return lambda: module(z, weight, targets)
+
+    return build
 
 
-def projection(tokens: int, dim: int, outputs: int) -> Run:
-    """Norm and linear layer."""
-    linear, norm, x = nn.Linear(dim, outputs, bias=False), RMSNorm(dim, eps=1e-6), torch.randn(tokens, dim)
-    x.requires_grad_()
-    return lambda: normed_linear(norm, linear, x)
-
-
-def head(tokens: int, dim: int, vocabulary: int) -> Run:
-    """The loss over the vocabulary."""
-    z, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocabulary, dim, requires_grad=True)
-    targets = torch.randint(vocabulary, (tokens,))
-    return lambda: cross_entropy_sum(z, weight, targets)
-
-
-OPERATIONS = {
-    "attention, 16 x 128, 4 heads of 32, documents": lambda: attention(16, 128, 128, 4, 2, documents=0.01),
-    "attention, 16 x 128, 4 heads of 32": lambda: attention(16, 128, 128, 4, 2),
-    "attention, 4 x 256, 8 heads of 64": lambda: attention(4, 256, 512, 8, 2),
-    "attention, 2 x 1,024, 8 heads of 64": lambda: attention(2, 1024, 512, 8, 2),
-    "feed-forward, 2,048 x 128, H = 320": lambda: feed_forward(2048, 128, 320),
-    "feed-forward, 1,024 x 512, H = 1,344": lambda: feed_forward(1024, 512, 1344),
-    "projection, 2,048 x 128 to 256": lambda: projection(2048, 128, 256),
-    "projection, 1,024 x 512 to 768": lambda: projection(1024, 512, 768),
-    "loss, 2,048 x 128, V = 2,048": lambda: head(2048, 128, 2048),
-    "loss, 1,024 x 512, V = 16,384": lambda: head(1024, 512, 16384),
+CASES: dict[str, Callable] = {
+    "attention, tiny: 16 x 128, 4 heads of 32": attention(16, 128, 4, 4, 32),
+    "attention, tiny, documents": attention(16, 128, 4, 4, 32, documents=True),
+    "attention, d = 512: 4 x 256, 8 heads of 64, 2 for keys": attention(4, 256, 8, 2, 64),
+    "attention, d = 512, documents": attention(4, 256, 8, 2, 64, documents=True),
+    "attention, d = 768: 4 x 256, 12 heads of 64": attention(4, 256, 12, 12, 64),
+    "attention, d = 512, long: 2 x 1,024, 8 heads of 64": attention(2, 1024, 8, 8, 64),
+    "integrator, tiny: 2,048 x 128, T = 2": integrator(2048, 128, 2),
+    "integrator, tiny, T = 5": integrator(2048, 128, 5),
+    "integrator, d = 512: 1,024 x 512, T = 2": integrator(1024, 512, 2),
+    "integrator, d = 512, T = 5": integrator(1024, 512, 5),
+    "integrator, d = 768: 1,024 x 768, T = 2": integrator(1024, 768, 2),
+    "loss, tiny: 2,048 x 128, V = 2,048": loss(2048, 128, 2048),
+    "loss, d = 512: 1,024 x 512, V = 16,384": loss(1024, 512, 16_384),
+    "loss, d = 768: 1,024 x 768, V = 50,304": loss(1024, 768, 50_304),
 }
 
 
-def measure(run: Run, repeats: int) -> dict[str, list[float]]:
-    """Seconds of a forward and backward pass, by way."""
-    cold, found = torch.zeros(4_000_000), {name: [] for name in WAYS}
-    for turn in range(repeats + 3):
-        for name in WAYS:
-            with way(name):
-                cold.add_(1)
-                start = time.perf_counter()
-                run().sum().backward()
-                seconds = time.perf_counter() - start
-            if turn >= 3:  # kernels are made in the first calls
-                found[name].append(seconds)
-    return found
+def measure(build: Callable[[str], Run], ways: list[str], repeats: int) -> dict[str, list[float]]:
+    """way -> milliseconds of each forward and backward pass."""
+    runs, flush = {way: build(way) for way in ways}, torch.empty(4 * 2**20)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(repeats + 2):
+        for way, run in runs.items():
+            flush.fill_(float(turn))
+            start = time.perf_counter()
+            run().sum().backward()
+            if turn > 1:
+                times[way].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def kept_megabytes(run: Run) -> float:
+    """What autograd keeps between the passes, what the operation was given included."""
+    kept: dict[int, int] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        held = run()
+    assert held.requires_grad
+    return sum(kept.values()) / 1e6
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--only", nargs="+", default=[""], help="operations whose names begin with one of these")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--only", default="", help="a word that a row's name must hold")
     arguments = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(f"| forward and backward | {' | '.join(WAYS)} | library / oneDNN |\n|---|---|---|---|---|")
-    for name, make in OPERATIONS.items():
-        if not name.startswith(tuple(arguments.only)):
+    found = library()
+    if found is None:
+        raise SystemExit("there are no operations in C++ on this machine")
+    in_cpp = [f"C++ with {product}" for product in found.products]
+    print("| forward and backward | torch | " + " | ".join(in_cpp) + " | torch / best | MB kept: torch, ours |")
+    print("|---|---|" + "---|" * len(in_cpp) + "---|---|")
+    for name, build in CASES.items():
+        if arguments.only not in name:
             continue
         torch.manual_seed(0)
-        found = measure(make(), arguments.repeats)
-        medians = {way: statistics.median(times) for way, times in found.items()}
-        cells = [f"{1e3 * medians[way]:.2f} ({1e3 * min(times):.2f})" for way, times in found.items()]
-        print(f"| {name} | {' | '.join(cells)} | {medians['library'] / medians['oneDNN']:.2f} |", flush=True)
+        ways = [TORCH, "own chunks"] if name.startswith("loss") else [TORCH, *in_cpp]
+        times = measure(build, ways, arguments.repeats)
+        medians = {way: statistics.median(values) for way, values in times.items()}
+        cells = [f"{medians[way]:.2f} ({min(times[way]):.2f})" for way in ways]
+        cells += [""] * (1 + len(in_cpp) - len(cells))
+        best = min(medians[way] for way in ways[1:])
+        kept = ", ".join(f"{kept_megabytes(build(way)):.1f}" for way in ways[:2])
+        print(f"| {name} | {' | '.join(cells)} | {medians[TORCH] / best:.2f} | {kept} |", flush=True)
 
 
 if __name__ == "__main__":

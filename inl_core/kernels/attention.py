@@ -21,7 +21,7 @@ from inl_core.model.attention import InnerAttention, KVCache, LayerCache, Rotary
 from inl_core.model.derivatives import needs_plain_operations
 from inl_core.recipe import ModelConfig
 
-_Call: Any = calls.structure(
+_Structure: Any = calls.structure(
     "attention",
     ("threads", "batch", "length", "heads", "key_heads", "size", "tables"),
     ("scale",),
@@ -137,7 +137,7 @@ def _run(name: str, given: Any, **others: Tensor) -> None:
     size = width // (heads + 2 * key_heads)
     if packed.numel() == 0:
         return
-    call = _Call(
+    call = _Structure(
         threads=torch.get_num_threads(),
         batch=batch,
         length=length,

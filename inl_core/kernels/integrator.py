@@ -10,7 +10,7 @@
 
 import ctypes
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,6 @@ from inl_core.kernels.cpu.library import NAMES
 from inl_core.model.derivatives import needs_plain_operations
 from inl_core.model.dynamics import Drive, Dynamics, Iterated, speed_weights
 from inl_core.recipe import IntegratorConfig
-
-if TYPE_CHECKING:
-    from inl_core.model.early_stopping import EarlyStopping
-    from inl_core.model.trajectory import Recorder
 
 _ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 _KEPT_ITERATIONS = 2
@@ -38,7 +34,7 @@ _FEWEST_ROWS = 32
 
 _INPUTS = ("x", "v", "hoisted", "candidate", "inner", "outer", "bias", "mu", "forcing", "fraction")
 _RESULTS = ("x_out", "v_out", "speed", "energy")
-_Call: Any = calls.structure(
+_Structure: Any = calls.structure(
     "integrator",
     ("threads", "rows", "dim", "width", "groups", "iterations", "kept", "activation", "tile"),
     ("stride", "kappa", "beta_max", "power"),
@@ -70,12 +66,12 @@ class CppDynamics(Dynamics):
         forcing: Tensor,
         last_fraction: Tensor | None = None,
         energy_power: float | None = None,
-        stopping: "EarlyStopping | None" = None,
-        recorder: "Recorder | None" = None,
+        **observers: Any,
     ) -> Iterated:
         """T iterations from x_0, v_0 (B, S, D); the arguments are those of the model's own `Dynamics`."""
-        if stopping or recorder or not _takes(drive, x, forcing):
-            return super().forward(drive, x, v, forcing, last_fraction, energy_power, stopping, recorder)
+        is_observed = any(observer is not None for observer in observers.values())
+        if is_observed or not _can_run(drive, x, forcing):
+            return super().forward(drive, x, v, forcing, last_fraction, energy_power, **observers)
         tokens = [_of_tokens(tensor, x) for tensor in (x, v, drive.hoisted, drive.candidate)]
         fraction = None if last_fraction is None else last_fraction.to(x.dtype)
         # mu's moving average may move it in place before the backward pass, which needs the mu of this pass.
@@ -86,8 +82,8 @@ class CppDynamics(Dynamics):
         return Iterated(state, velocity) if energy_power is None else Iterated(state, velocity, speed, energy)
 
 
-def _takes(drive: Drive, x: Tensor, forcing: Tensor) -> bool:
-    """Whether the operation takes these tensors: enough tokens in a CPU's memory, all of one precision."""
+def _can_run(drive: Drive, x: Tensor, forcing: Tensor) -> bool:
+    """Whether the operation can be used: enough tokens, in a CPU's memory, all tensors of one precision."""
     one_precision = all(
         tensor is None or tensor.dtype == x.dtype for tensor in (drive.mu, drive.hoisted, drive.inner, forcing)
     )
@@ -220,7 +216,7 @@ def _run(name: str, given: _Arguments, hidden: Tensor, others: Any) -> None:
     if rows == 0:
         return
     shrink = min(1.0, _MOST_TILES / total)
-    call = _Call(
+    call = _Structure(
         threads=calls.num_threads(rows),
         rows=rows,
         dim=dim,

@@ -30,7 +30,7 @@ def fastest(part: str) -> Choice:
     found = library()
     if found is None:
         return Choice(TORCH, f"no operations in C++: {why_missing()}")
-    seconds = _remembered(torch.get_num_threads())[part]
+    seconds = _remembered(torch.get_num_threads(), found.products)[part]
     best = min(seconds, key=lambda way: seconds[way])
     ratio = seconds[TORCH] / seconds[best]
     if ratio < _LEAST_GAIN:
@@ -39,9 +39,9 @@ def fastest(part: str) -> Choice:
 
 
 @lru_cache
-def _remembered(threads: int) -> dict[str, dict[str, float]]:
+def _remembered(threads: int, products: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """part -> way -> seconds, as kept on this machine or measured now."""
-    name = f"measured-{fingerprint()}-{threads}.json"
+    name = f"measured-{fingerprint()}-{'-'.join(products)}-{threads}.json"
     kept = cache.find(name, [""])
     if kept is not None:
         return json.loads(kept)

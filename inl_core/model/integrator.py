@@ -122,7 +122,9 @@ class Integrator(nn.Module):
         stops = early_stopping and not self.training and self.config.early_stopping.convergence_threshold > 0
         stopping = EarlyStopping(self.config.early_stopping, state) if stops else None
         recorder = Recorder(state, velocity) if keep_trajectory else None
-        found = self.dynamics(drive, state, velocity, forcing, last_fraction, energy_power, stopping, recorder)
+        found = self.dynamics(
+            drive, state, velocity, forcing, last_fraction, energy_power, stopping=stopping, recorder=recorder
+        )
         return IntegratorOutput(
             found.state,
             found.velocity,

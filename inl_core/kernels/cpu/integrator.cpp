@@ -13,9 +13,9 @@
 
 namespace {
 
-inline int64_t tile_rows(const Call &call) { return std::min(call.tile, call.rows); }
+inline int64_t tile_rows(const Integrator &call) { return std::min(call.tile, call.rows); }
 
-template <typename T> bool forward(const Call &call) {
+template <typename T> bool forward(const Integrator &call) {
     const Layer<T> layer(call);
     const int64_t dim = call.dim, width = call.width;
     std::atomic<bool> failed{false};
@@ -56,7 +56,7 @@ template <typename T> bool forward(const Call &call) {
 // Sums over tokens of the gradients of rows: bias, mu and one step's forcing.
 template <typename T> struct RowSums {
     std::vector<T> bias, mu, forcing;
-    explicit RowSums(const Call &c) : bias(c.groups * c.dim), mu(c.dim), forcing(c.dim) {}
+    explicit RowSums(const Integrator &c) : bias(c.groups * c.dim), mu(c.dim), forcing(c.dim) {}
 };
 
 // One thread's sums of the gradients that all tokens share. Those of rows are double: their terms are many and small.
@@ -65,7 +65,7 @@ template <typename T> struct Sums {
     std::vector<double> bias, mu, forcing;
     double fraction = 0;
 
-    explicit Sums(const Call &c)
+    explicit Sums(const Integrator &c)
         : inner(c.width * 2 * c.dim), outer(c.width * c.groups * c.dim),
           bias(c.groups * c.dim), mu(c.dim), forcing(c.iterations * c.dim) {}
 
@@ -86,7 +86,7 @@ template <typename T> struct Sums {
 // One thread's backward pass over its tiles.
 template <typename T> struct Back {
     const Layer<T> &layer;
-    const Call &call;
+    const Integrator &call;
     int64_t dim, width, iterations, most;
     bool reads_last;
     Sums<T> &sums;
@@ -213,7 +213,7 @@ template <typename T> struct Back {
     }
 };
 
-template <typename T> bool backward(const Call &call) {
+template <typename T> bool backward(const Integrator &call) {
     const Layer<T> layer(call);
     Parts<Sums<T>> sums(call.threads);
     std::atomic<bool> failed{false};
@@ -242,7 +242,7 @@ template <typename T> bool backward(const Call &call) {
 
 }  // namespace
 
-extern "C" int64_t size_of_integrator() { return sizeof(Call); }
+extern "C" int64_t size_of_integrator() { return sizeof(Integrator); }
 
-IN_BOTH_PRECISIONS(iterate, forward, Call)
-IN_BOTH_PRECISIONS(iterate_back, backward, Call)
+IN_BOTH_PRECISIONS(iterate, forward, Integrator)
+IN_BOTH_PRECISIONS(iterate_back, backward, Integrator)

@@ -9,7 +9,7 @@
 #include "tiles.h"
 
 // The same fields in the same order as in kernels/integrator.py; their sizes are compared at the first call.
-struct Call {
+struct Integrator {
     int64_t threads, rows, dim, width, groups, iterations, kept, activation, tile;
     double stride;
     double kappa;     // < 0: no dynamic alpha
@@ -107,13 +107,13 @@ template <typename F> inline void with_activation(int64_t kind, F f) {
 
 // What one call needs everywhere, typed.
 template <typename T> struct Layer {
-    const Call &call;
+    const Integrator &call;
     int64_t dim, width, groups, iterations;
     T stride, kappa, beta_max, power;
     const T *inner, *outer, *bias, *mu;
     std::vector<T> zeros, inner_turned, outer_turned;  // (D,), (2 D, C), (C, G D)
 
-    explicit Layer(const Call &c)
+    explicit Layer(const Integrator &c)
         : call(c), dim(c.dim), width(c.width), groups(c.groups), iterations(c.iterations), stride(T(c.stride)),
           kappa(T(c.kappa)), beta_max(T(c.beta_max)), power(T(c.power)), inner((const T *)c.inner),
           outer((const T *)c.outer), bias((const T *)c.bias), mu((const T *)c.mu), zeros(c.dim, T(0)),
