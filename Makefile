@@ -46,7 +46,7 @@ faults: $(BIN)/.dev  ## kills, failing writes, damaged files; INL_FAULT_SEED=1 t
 
 # What other machines compute in other ways: one without a compiler has none of the operations in C++, and another
 # processor adds in another order and with shorter vectors.
-NUMERICAL ?= tests/golden tests/model tests/documents tests/inference
+NUMERICAL ?= tests/golden tests/model tests/kernels tests/documents tests/inference
 
 test-no-compiler: $(BIN)/.dev  ## the numerical tests as on a machine without a compiler
 	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && set -x && \
