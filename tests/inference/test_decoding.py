@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,6 +154,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     torch._dynamo.reset()
     if request.param == "eager":
         monkeypatch.setattr(compilation, "generate_code", lambda graph, inputs: graph.forward)
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     yield
     torch._dynamo.reset()
 
