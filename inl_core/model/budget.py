@@ -7,7 +7,7 @@
 
 - The total is preserved always. The remainder gives w its true gradient: b is continuous in w, and so is the function,
   because at a remainder of 1 the last step is a full one and at 0 it changes neither state nor velocity.
-- Source: doc 000 level 3 (adaptive budget allocation), model.md section 2.
+- Source: docs/model.md, "Budgets".
 - Legend: L layers, T iterations per layer on average.
 """
 

@@ -8,7 +8,7 @@
     v_{t+1} = alpha v_t + (1 - alpha) v_cand - beta error + A sin(gamma t + phi)
     x_{t+1} = x_t + dt velocity_scale gate v_{t+1}
 
-- Source: documents 000 and 002. Two things differ from them: beta is bounded, and their norm of the error is the rms.
+- Source: docs/model.md, "One step".
 - This is the reference. `inl_core.kernels.apply` may put a faster `Dynamics` with the same results in its place.
 - Legend: B batch, S sequence, D d_model, C controller width, G output groups, T iterations.
 """
@@ -76,7 +76,7 @@ def step_velocity(gains: Gains, v: Tensor, error: Tensor, forcing: Tensor) -> Te
 
 
 def speed_weights(num_iterations: int) -> list[float]:
-    """w_t proportional to exp(-t / tau), tau = T/3, t = 1..T, summing to 1 (document 002, speed loss)."""
+    """w_t proportional to exp(-t / tau), tau = T/3, t = 1..T, summing to 1 (docs/model.md, "Losses")."""
     tau = num_iterations / 3
     weights = [math.exp(-t / tau) for t in range(1, num_iterations + 1)]
     return [weight / sum(weights) for weight in weights]
@@ -164,6 +164,6 @@ class Dynamics(nn.Module):
         return Iterated(x, v, speed, energy)
 
     def loss_terms(self, error: Tensor, v: Tensor, weight: float, power: float, total: int) -> tuple[Tensor, Tensor]:
-        """One step's part of sum_t w_t mean_D |x_t - mu| and of mean_t mean_D |v_t|^p, (B, S) each (document 002)."""
+        """One step's part of sum_t w_t mean_D |x_t - mu| and of mean_t mean_D |v_t|^p, (B, S) each."""
         size = v.square() if power == 2.0 else v.abs().pow(power)
         return weight * error.abs().mean(-1), size.mean(-1) / total

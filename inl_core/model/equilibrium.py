@@ -1,6 +1,6 @@
 """The learned equilibrium mu of one layer, in its three forms, and its moving average.
 
-- Source: doc 002 pillar 1 (per_dim, EMA), doc 001 level 2 (hierarchical).
+- Source: docs/model.md, "The equilibrium".
 - mu gets no weight decay: it is a place, not a weight.
 """
 
@@ -41,7 +41,7 @@ class Equilibrium(nn.Module):
 
     @torch.no_grad()
     def adapt(self, mean_state: Tensor, rate: float) -> None:
-        """mu <- (1 - rate) mu + rate mean_state (D,), the seeds' moving average; group means when hierarchical.
+        """mu <- (1 - rate) mu + rate mean_state (D,), a moving average; of group means when hierarchical.
 
         For `hierarchical` the movement of the group values splits into the global value (their mean) and the offsets.
         """

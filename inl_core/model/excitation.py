@@ -1,6 +1,6 @@
 """The deterministic harmonic excitation A sin(gamma t + phi), dense or sparse.
 
-- Source: doc 002 pillar 2 (dense), doc 001 level 2 (sparse).
+- Source: docs/model.md, "The excitation".
 - A is state of the run: the cycle sets it, the checkpoint stores it, so it comes in as a tensor.
 - The start draws no random numbers: the fractional parts of i * (powers of the plastic and golden ratios) spread
   gamma and phi evenly over their ranges for any D.

@@ -8,7 +8,7 @@
 - Batched by expert: each expert takes its tokens in one gather and its results return in one scatter; no token loop.
 - Every expert runs in training also when it has no token: its parameters then get a gradient of zeros, which DDP needs.
 - Load balancing (Switch Transformer, arXiv 2101.03961), E sum_e f_e P_e over target tokens: training/losses.py.
-- Source: doc 002, "Mixture of Integrators"; model.md section 2.
+- Source: docs/model.md, "Mixture of integrators".
 - Legend: B batch, S sequence, N = B*S tokens, D d_model, E experts, k experts per token.
 """
 
