@@ -2,13 +2,14 @@
 //
 //   score_ij = scale (R_i q_i) . (R_j k_j)     out_i = sum_j softmax_j(score_ij) v_j     first_i <= j <= i
 //
-// - Queries, keys and values are read where the projection wrote them, side by side in `packed`, and their gradients are
-//   written so. What a query does not see is not computed, but for what lies in its block of rows.
+// - Queries, keys and values are read where the projection wrote them, side by side in `packed`, and their gradients
+//   are written so. What a query does not see is not computed, but for what lies in its block of rows.
 // - A block of queries meets a chunk of keys at a time: the softmax is online, and no (S, S) matrix exists.
 // - Kept for the backward pass: the output, and one number a query and head. It computes the scores again.
 // - One task is a row of the batch and a head (forward) or a key-value head (backward, whose queries' heads share the
 //   gradients of keys and values): the same bits by any number of threads.
-// - Legend: B batch, S sequence, H query heads, K key-value heads, F head size; M queries of a block, W keys of a chunk.
+// - Legend: B batch, S sequence, H query heads, K key-value heads, F head size; M queries of a block,
+//   W keys of a chunk.
 
 #include <limits>
 
@@ -32,7 +33,8 @@ struct Attention {
 namespace {
 
 constexpr int64_t BLOCK = 64, CHUNK = 512, LANES = 16;
-constexpr int64_t STEP = CHUNK + LANES;  // of rows of scores: steps of a power of two would share a few places of the cache
+// The step of rows of scores: steps of a power of two would share a few places of the cache.
+constexpr int64_t STEP = CHUNK + LANES;
 
 inline int64_t down(int64_t i) { return i / LANES * LANES; }
 inline int64_t up(int64_t i) { return (i + LANES - 1) / LANES * LANES; }
@@ -92,7 +94,7 @@ template <typename T> struct Heads {
 
     // Blocks and chunks are of whole LANES, the rest of them zeros, and steps of few sizes: a kernel is made for each.
     int64_t padded() const { return up(length); }
-    int64_t across() const { return (length + 255) / 256 * 256 + LANES; }  // the step of what is kept transposed, (F, S)
+    int64_t across() const { return (length + 255) / 256 * 256 + LANES; }  // of what is kept transposed, (F, S)
 
     // The first key that the block of queries from `start` on meets.
     int64_t meets(int64_t b, int64_t start) const { return down(first(b, start)); }
@@ -152,7 +154,8 @@ template <typename T> struct Forward {
         take_keys(b, k);
         for (int64_t start = 0; start < heads.length; start += BLOCK) {
             const int64_t n = std::min(BLOCK, heads.length - start), end = start + n;
-            heads.rotate(b, start, n, heads.query(b, h) + start * heads.width, heads.width, heads.scale, queries.data());
+            heads.rotate(b, start, n, heads.query(b, h) + start * heads.width, heads.width, heads.scale,
+                         queries.data());
             heads.clear(n, queries.data());
             std::fill(largest, largest + n, -std::numeric_limits<T>::infinity());
             std::fill(sums, sums + n, T(0));
@@ -263,8 +266,8 @@ template <typename T> struct Backward {
         std::fill(grad_queries.data(), grad_queries.data() + up(n) * size, T(0));
         for (int64_t from = heads.meets(b, start); from < start + n; from += CHUNK)
             chunk(b, h, start, n, from, std::min(CHUNK, up(start + n) - from));
-        heads.rotate_back(b, start, n, grad_queries.data(), heads.scale,
-                          heads.grad_query(b, h) + start * heads.width, heads.width);
+        heads.rotate_back(b, start, n, grad_queries.data(), heads.scale, heads.grad_query(b, h) + start * heads.width,
+                          heads.width);
     }
 
     void chunk(int64_t b, int64_t h, int64_t start, int64_t n, int64_t from, int64_t width) {
@@ -309,7 +312,8 @@ template <typename T> bool attend(const Attention &call) {
 }
 
 template <typename T> bool attend_back(const Attention &call) {
-    return for_heads<T, Backward<T>>(call, call.key_heads, [](Backward<T> &w, int64_t b, int64_t k) { w.key_head(b, k); });
+    return for_heads<T, Backward<T>>(call, call.key_heads,
+                                     [](Backward<T> &w, int64_t b, int64_t k) { w.key_head(b, k); });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // What the operations in C++ share: matrix products, polynomials for exp and log, scratch memory.
 //
-// - exp and log1p are polynomials so that the compiler makes vectors of them, within 2 units of the last place; NaN stays
-//   NaN. In double precision, which tests use, they are the library's.
+// - exp and log1p are polynomials so that the compiler makes vectors of them, within 2 units of the last place; NaN
+//   stays NaN. In double precision, which tests use, they are the library's.
 // - Matrices are row-major.
 
 #pragma once
@@ -16,8 +16,8 @@
 #include <omp.h>
 #include <type_traits>
 
-// The libraries' functions, by address: MKL's product, how many threads this thread's products of MKL take, and oneDNN's
-// product in single precision, which may be missing.
+// The libraries' functions, by address: MKL's product, how many threads this thread's products of MKL take, and
+// oneDNN's product in single precision, which may be missing.
 struct Blas {
     void *gemm, *set_threads, *brgemm;
 };
@@ -63,19 +63,20 @@ inline double log1p_by_quotient(double e, double) { return std::log1p(e); }
 
 constexpr int64_t WHOLE_BYTES = 256 * 1024, COLUMNS = 64;
 
-// out (m, n) = left (m, k) right (k, n), added to what is there or not; a matrix's rows lie `step` apart. oneDNN's kernel is
-// made for one set of sizes and steps, so there should be few. Which product is called is chosen by measuring.
+// out (m, n) = left (m, k) right (k, n), added to what is there or not; a matrix's rows lie `step` apart. oneDNN's
+// kernel is made for one set of sizes and steps, so there should be few. Which product is called is chosen by
+// measuring.
 template <typename T>
 inline void product(const Blas &blas, int64_t m, int64_t n, int64_t k, const T *left, int64_t left_step, const T *right,
                     int64_t right_step, bool add, T *out, int64_t out_step) {
     if constexpr (std::is_same_v<T, float>) {
-        using Brgemm = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float *, const float *,
-                                float *, bool);
+        using Brgemm = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float *,
+                                const float *, float *, bool);
         if (blas.brgemm) {
             const int64_t columns = k * n * int64_t(sizeof(T)) <= WHOLE_BYTES ? n : COLUMNS;  // of `right` at a time
             for (int64_t j = 0; j < n; j += columns)
-                reinterpret_cast<Brgemm>(blas.brgemm)(m, std::min(columns, n - j), k, left_step, right_step, out_step, add,
-                                                      left, right + j, out + j, false);
+                reinterpret_cast<Brgemm>(blas.brgemm)(m, std::min(columns, n - j), k, left_step, right_step, out_step,
+                                                      add, left, right + j, out + j, false);
             return;
         }
     }
@@ -116,7 +117,8 @@ template <typename T> struct Scratch {
     T *data() { return place.get(); }
 };
 
-// f(), which no exception may leave: it runs in a thread of its own. Memory may be missing, also for a kernel of oneDNN's.
+// f(), which no exception may leave: it runs in a thread of its own. Memory may be missing, also for a kernel of
+// oneDNN's.
 template <typename F> void unless_out_of_memory(std::atomic<bool> &failed, F f) {
     try {
         f();
@@ -137,6 +139,6 @@ template <typename Call, bool pass(const Call &)> int completed(const Call *call
 }  // namespace
 
 // pass<T>(call) for the Python side, in both precisions: 1, or 0 when there was not the memory.
-#define IN_BOTH_PRECISIONS(name, pass, Call)                                                                            \
+#define IN_BOTH_PRECISIONS(name, pass, Call)                                                                           \
     extern "C" int name##_float32(const Call *call) { return completed<Call, pass<float>>(call); }                     \
     extern "C" int name##_float64(const Call *call) { return completed<Call, pass<double>>(call); }

@@ -4,8 +4,8 @@
 //   v_new = alpha (v - c) + c + beta (mu - x) + forcing        alpha = sigmoid(a) (1 - exp(-kappa rms(x - mu)))
 //   x_new = x + stride gate v_new                              beta = min(softplus(b), beta_max), gate = sigmoid(g)
 //
-// - A tile of tokens goes through all iterations in its thread's own cache. The matrix products are a library's, called for
-//   one tile in one thread; the rest is one pass.
+// - A tile of tokens goes through all iterations in its thread's own cache. The matrix products are a library's, called
+//   for one tile in one thread; the rest is one pass.
 // - The backward pass computes the iterations again; u of the first `kept` iterations is kept.
 // - Legend: N tokens, n rows of a tile, D dim, C width, G groups, T iterations; matrices are row-major.
 
@@ -66,8 +66,8 @@ template <typename T> struct Sums {
     double fraction = 0;
 
     explicit Sums(const Integrator &c)
-        : inner(c.width * 2 * c.dim), outer(c.width * c.groups * c.dim),
-          bias(c.groups * c.dim), mu(c.dim), forcing(c.iterations * c.dim) {}
+        : inner(c.width * 2 * c.dim), outer(c.width * c.groups * c.dim), bias(c.groups * c.dim), mu(c.dim),
+          forcing(c.iterations * c.dim) {}
 
     // Take the sums of one tile's step t, and leave zeros.
     void take(RowSums<T> &tile, int64_t t) {
@@ -129,9 +129,9 @@ template <typename T> struct Back {
             for (int64_t i = 0; i < n; i += SUMMED_ROWS) {
                 const int64_t at = i * dim;
                 layer.step_back(t + 1 == iterations, std::min(SUMMED_ROWS, n - i), output(t) + at * layer.groups,
-                                slope(t) + at, x + at, v + at, c ? c + at : nullptr, layer.forcing(t),
-                                gx + at, gv + at, gc ? gc + at : nullptr, of_rows.bias.data(), of_rows.mu.data(),
-                                of_rows.forcing.data(), of_x.data(), of_candidate.data());
+                                slope(t) + at, x + at, v + at, c ? c + at : nullptr, layer.forcing(t), gx + at, gv + at,
+                                gc ? gc + at : nullptr, of_rows.bias.data(), of_rows.mu.data(), of_rows.forcing.data(),
+                                of_x.data(), of_candidate.data());
                 sums.take(of_rows, t);
             }
             through_controller(start, n, t, x, v, gx, gv, g_hoisted);

@@ -195,7 +195,8 @@ template <typename T> struct Layer {
     }
 
     // Gradients of n rows of one step: `o`, the gains, becomes that of the controller's output, gv that of v; gx gains
-    // that of x past the controller; gcs (or null) is written by the `first` step, and added to like the sums over rows.
+    // that of x past the controller; gcs (or null) is written by the `first` step, and added to like the sums over
+    // rows.
     void step_back(bool first, int64_t n, T *o, const T *slopes, const T *xs, const T *vs, const T *candidates,
                    const T *f, T *gxs, T *gvs, T *gcs, T *of_bias, T *of_mu, T *of_forcing, T *of_x,
                    T *of_candidate) const {

@@ -1,7 +1,7 @@
 // Tokens in tiles, and the sums over all tokens of the gradients of weights.
 //
-// - Each thread takes an even share of the tokens, a tile at a time, and sums the gradients for itself; the threads' sums
-//   are added in the threads' order: with the same number of threads, the same bits.
+// - Each thread takes an even share of the tokens, a tile at a time, and sums the gradients for itself; the threads'
+//   sums are added in the threads' order: with the same number of threads, the same bits.
 
 #pragma once
 
@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t SUMMED_ROWS = 64;  // at most these are summed in the rows' own precision, the sums in double
 
-// f(first row, rows) for tiles of `most` of this thread's share of the rows, and one of the rest: few sizes, for a kernel is
-// made for each.
+// f(first row, rows) for tiles of `most` of this thread's share of the rows, and one of the rest: few sizes, for a
+// kernel is made for each.
 template <typename F> void for_tiles(int64_t rows, int64_t most, F f) {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t begin = rows * me / threads, end = rows * (me + 1) / threads;
