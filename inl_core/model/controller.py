@@ -1,6 +1,7 @@
 """The controller's matrices, from which a step computes alpha, beta, gate and, where nothing else gives it, v_cand.
 
 - u = act(h W_h + b_h + x W_x + v W_v), (a, b, g, c) = (u W_out) * scale_l + bias_l; the step itself is in dynamics.py.
+- Source: docs/model.md, "The controller".
 - `h W_h + b_h` does not depend on t: `hoist` computes it once a layer.
 - scale_l is folded into the small matrix W_out (C x GD), never multiplied onto (B, S, GD).
 - Legend: B batch, S sequence, D d_model, C width, G output groups (4 with a candidate, else 3).

@@ -1,7 +1,7 @@
 """Per-token early stopping: a token whose state has stopped moving by itself is frozen exactly.
 
 The displacement that the excitation causes in a step is known and does not count as movement: with it, a driven system
-would never be seen to converge. Legend: B batch, S sequence, D d_model.
+would never be seen to converge (docs/model.md, "Early stopping"). Legend: B batch, S sequence, D d_model.
 """
 
 import torch

@@ -9,6 +9,7 @@
   spread; the table is the smaller one because a step of Adam is as large whatever the size of what it changes, and a
   row of R numbers has to move as far as one of D.
 - mu, gamma, phi, modulation and gains draw nothing.
+- Source: docs/model.md, "Initialisation".
 """
 
 import hashlib

@@ -158,7 +158,7 @@ def test_every_parameter_gets_a_gradient_in_the_first_training_step(preset):
     assert silent == []
 
 
-# The seeds' own features, each turned off alone in the generation that has it.
+# The documents' own features, each turned off alone in the generation that has it.
 FEATURES = {
     "excitation": {"excitation": {"amplitude": 0.0}},
     "dynamic alpha": {"dynamic_alpha": False},

@@ -40,7 +40,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def reference(layer: Integrator, controller: Controller, h, x, v, candidate, amplitude: float):
-    """The equations of model.md section 1, one token and one dimension at a time."""
+    """The equations of docs/model.md, "One step", one token and one dimension at a time."""
     config, dim = layer.config, x.shape[-1]
     weights = {name: value.detach().numpy() for name, value in controller.named_parameters()}
     mu = np.empty(dim)

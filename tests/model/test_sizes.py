@@ -15,7 +15,7 @@ MODERN = {"v3", "v4", "transformer"}
 
 
 def by_hand(preset: str, d: int, layers: int) -> dict[str, int]:
-    """What model.md's tables say of a preset, without reading the configuration that is tested."""
+    """What docs/model.md, "The generations", says of a preset, without reading the configuration that is tested."""
     c, rank = 64, max(64, d // 8)
     bias = 0 if preset in MODERN else 1
     kv = d // 4 if preset in MODERN else d  # four queries to one key

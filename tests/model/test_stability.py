@@ -1,4 +1,4 @@
-"""The stability laws of one frozen step (model.md section 1) against eigenvalues of the code's own Jacobian."""
+"""The laws of docs/model.md, "Stability of a frozen step", against eigenvalues of the code's own Jacobian."""
 
 import math
 
