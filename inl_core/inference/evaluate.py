@@ -91,7 +91,7 @@ class Evaluation:
         return "-" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}"
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as other passes of a trainer's model: a compiler would take inference mode for another kind
 def evaluate(
     model: IntegratorLanguageModel,
     batches: Iterable[Batch],

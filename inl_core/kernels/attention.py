@@ -34,10 +34,10 @@ class DocumentStarts(Visibility):
     """Who sees whom, as the operation wants it: where each token's document begins; with a cache, the usual mask."""
 
     def forward(self, ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """(B, S) int64, or None where every earlier token is seen."""
+        """(B, S) int64; zeros where every earlier token is seen, so that a compiler meets one kind of mask."""
         if cache is not None or needs_plain_operations():
             return super().forward(ids, document_ids, cache)
-        return None if document_ids is None else first_of_document(document_ids)
+        return torch.zeros_like(ids) if document_ids is None else first_of_document(document_ids)
 
 
 class CppAttention(InnerAttention):
@@ -53,7 +53,7 @@ class CppAttention(InnerAttention):
         if cache is not None or is_plain or packed.dtype not in NAMES or packed.device.type != "cpu":
             return super().forward(packed, rotary, _as_mask(mask), cache)
         cos, sin = rotary or (None, None)
-        if cos is not None and sin is not None:  # ((B,) S, 1, F/2) -> (1 or B, S, F/2)
+        if cos is not None and sin is not None:  # (B, S, 1, F/2) -> (B, S, F/2)
             cos, sin = (table.to(packed.dtype).reshape(-1, packed.shape[1], self.head_dim // 2) for table in (cos, sin))
         out, _ = torch.ops.inl.attention(
             packed.contiguous(), cos, sin, mask, self.num_heads, self.num_kv_heads, self.product

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from inl_core.recipe import ModelConfig
 
 Rotary = tuple[Tensor, Tensor]
-"""cos and sin of each position's angles, each ((B,) S, 1, F/2)."""
+"""cos and sin of each position's angles, each (B, S, 1, F/2)."""
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> Rotary:
@@ -90,8 +90,8 @@ class KVCache:
         self.padding = None if self.padding is None else self.padding[rows]
 
 
-def token_positions(num_new: int, positions: Tensor | None, cache: KVCache | None, last: int) -> Tensor | slice:
-    """(S,) or (B, S): the position of each new token inside its document.
+def token_positions(ids: Tensor, positions: Tensor | None, cache: KVCache | None, last: int) -> Tensor:
+    """(B, S): the position of each new token of `ids` (B, S) inside its document.
 
     Args:
         positions: (B, S) where the caller knows them.
@@ -101,9 +101,9 @@ def token_positions(num_new: int, positions: Tensor | None, cache: KVCache | Non
     if positions is not None:
         return positions
     start = cache.length if cache else 0
+    slots = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape)
     if cache is None or cache.padding is None:
-        return slice(start, start + num_new)
-    slots = torch.arange(start, start + num_new, device=cache.keys.device)
+        return slots
     return (slots - cache.padding[:, None]).clamp(min=0, max=last)
 
 

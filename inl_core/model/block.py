@@ -44,7 +44,7 @@ class SharedInputs:
     """What one forward pass gives to all of its layers."""
 
     rotary: Rotary | None
-    """cos and sin at the tokens' positions, each ((B,) S, 1, F/2); None with sinusoidal positions."""
+    """cos and sin at the tokens' positions, each (B, S, 1, F/2); None with sinusoidal positions."""
     mask: Tensor | None
     """Who sees whom, as attention.Visibility makes it."""
     controller: Controller | Experts | None

@@ -126,7 +126,7 @@ class IntegratorLanguageModel(nn.Module):
         """
         num_new = ids.shape[1]
         x, table = self.embedding(ids)
-        x, rotary = self._place(x, token_positions(num_new, positions, cache, self.config.max_seq_len - 1))
+        x, rotary = self._place(x, token_positions(ids, positions, cache, self.config.max_seq_len - 1))
         mask = self.visibility(ids, document_ids, cache)
         shared = SharedInputs(rotary, mask, self.controller, self.excitation_amplitude, options)
         still = torch.zeros_like(x)
@@ -142,11 +142,11 @@ class IntegratorLanguageModel(nn.Module):
             cache.length += num_new
         return ModelOutput(self.norm_final(x), outputs, table if self.head is None else None)
 
-    def _place(self, x: Tensor, positions: Tensor | slice) -> tuple[Tensor, Rotary | None]:
+    def _place(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotary | None]:
         """Positions, as sines added to x or as the angles of every layer's queries and keys."""
         if self.config.positions == "sinusoidal":
             return x + self.position_table[positions], None
-        cos, sin = self.position_table[:, positions].unsqueeze(-2)  # ((B,) S, 1, F/2)
+        cos, sin = self.position_table[:, positions].unsqueeze(-2)  # (B, S, 1, F/2)
         return x, (cos, sin)
 
     def _budgets(self, options: Options) -> list[LayerBudget]:
