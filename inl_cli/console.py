@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ import typer
 
 from inl_cli.memory import describe_out_of_memory, is_out_of_memory
 from inl_cli.progress import LineProgress, Progress, open_bar
-from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
+from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError, RecipeWarning
 from inl_core.files import describe_os_error, expand_home, shortened
 from inl_core.launcher import place_or_alone
 
@@ -134,7 +135,8 @@ def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:
             for name, value in kwargs.items():
                 if isinstance(value, Path):
                     kwargs[name] = expand_home(value)
-            return command(*args, **kwargs)
+            with _recipe_warnings_shown():
+                return command(*args, **kwargs)
         except InlError as error:
             if is_main_process():
                 show_error(str(error))
@@ -155,6 +157,22 @@ def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:
 
     run.__dict__["maps_errors"] = True
     return run
+
+
+@contextmanager
+def _recipe_warnings_shown() -> Iterator[None]:
+    """A warning about a recipe becomes a line of the console; Python shows all others as before."""
+    with warnings.catch_warnings():
+        show_other = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, RecipeWarning):
+                Console().warn(str(message))
+            else:
+                show_other(message, category, *place)
+
+        warnings.showwarning = show
+        yield
 
 
 def exit_code(error: InlError) -> int:

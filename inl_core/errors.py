@@ -16,6 +16,10 @@ class RecipeError(InlError):
     """A recipe, an override or an argument that cannot be used (exit code 2)."""
 
 
+class RecipeWarning(UserWarning):
+    """A recipe holds something that has no effect. `inl_cli` shows it as a line that begins with `warning:`."""
+
+
 class NonFiniteError(InlError):
     """The loss or the gradient became NaN or infinite (exit code 3)."""
 

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from inl_core.errors import RecipeError
 from inl_core.recipe.base import Section
-from inl_core.recipe.problems import dotted, find_problems
+from inl_core.recipe.problems import did_you_mean, dotted, find_problems
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -40,9 +39,7 @@ def validated(
 def check_name(kind: str, name: str, valid: Collection[str]) -> None:
     """Refuse a name that is not one of `valid` with a RecipeError (a ValueError), which names the nearest and all."""
     if name not in valid:
-        by_lower = {other.lower(): other for other in valid}
-        near = get_close_matches(str(name).lower(), by_lower, n=1)
-        hint = f"; did you mean {by_lower[near[0]]!r}?" if near else ";"
+        hint = did_you_mean(str(name), valid) or ";"
         raise RecipeError(f"unknown {kind} {name!r}{hint} valid are {', '.join(valid)}")
 
 

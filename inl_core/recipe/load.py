@@ -7,6 +7,7 @@
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
@@ -15,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError, RecipeError, RecipeWarning
 from inl_core.files import expand_home, read_bytes, shortened
 from inl_core.recipe.problems import MOST_PROBLEMS, dotted, find_problems, section_at, shown, unknown_key
 from inl_core.recipe.recipe import Recipe
@@ -25,11 +26,15 @@ _ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("training", "steps"): ("training", "tokens"),
     ("training", "tokens"): ("training", "steps"),
 }
+_RETIRED = ("model", "integrator", "backend")
+"""A key of earlier versions, which changes nothing."""
 _LONGEST_RECIPE = 1 << 20
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pipe: bool = True) -> Recipe:
     """Read a recipe, change what the overrides say, and validate; RecipeError lists all problems.
+
+    A key that is not used any more gives a RecipeWarning, unless it stands in the recipe of a run or checkpoint.
 
     Args:
         overrides: such as `training.steps=100`; the values are YAML.
@@ -43,7 +48,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pipe: 
         raise RecipeError(f"{source}: the recipe is empty; it needs at least name and training")
     if not isinstance(document.values, dict):
         raise RecipeError(f"{source}:1: a recipe is a mapping of keys, got {shown(document.values)}")
-    return _validated(document, overrides, source)
+    return _validated(document, overrides, source, is_record=not allow_pipe)
 
 
 def recipe_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
@@ -66,17 +71,22 @@ def shipped_recipes() -> dict[str, Path]:
     return {}
 
 
-def _validated(document: Document, overrides: Sequence[str], source: str) -> Recipe:
+def _validated(document: Document, overrides: Sequence[str], source: str, *, is_record: bool = False) -> Recipe:
     values, placed = _with_overrides(document.values, overrides)
+    places = _Places(document, placed, source)
     try:
-        return Recipe.model_validate_json(json.dumps(values), strict=True)
+        recipe = Recipe.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        places = _Places(document, placed, source)
         problems = sorted(find_problems(error, Recipe).items(), key=lambda problem: places.line(problem[0]))
         lines = [f"{places.head(path)}: {message}" for path, message in problems]
         if len(lines) < error.error_count() > MOST_PROBLEMS:
             lines.append(f"{source}: {error.error_count():,} problems in all")
         raise RecipeError("\n".join(lines)) from None
+    integrator = values.get("model", {}).get("integrator") or {}
+    if integrator.get("backend", "auto") != "auto" and (_RETIRED in placed or not is_record):
+        text = f"{places.head(_RETIRED)}: this key is not used any more: training.operations chooses"
+        warnings.warn(text, RecipeWarning, stacklevel=3)
+    return recipe
 
 
 def _read_text(path: Path, *, allow_pipe: bool) -> str:
@@ -112,7 +122,7 @@ def _with_overrides(values: Any, overrides: Sequence[str]) -> tuple[Any, dict[Ke
     problems: list[str] = []
     placed: dict[KeyPath, str] = {}
     for path, value, text in parsed:
-        if problem := _problem_with_path(path):
+        if problem := problem_with_path(path):
             problems.append(f"{text}: {problem}")
             continue
         _put(values, path, value)
@@ -136,8 +146,10 @@ def _parse_override(text: str) -> tuple[tuple[str, ...], Any, str]:
     return path, parse_yaml(value, shown_as).values, shown_as
 
 
-def _problem_with_path(path: tuple[str, ...]) -> str | None:
-    """What is wrong with the path of an override, or None; a wrong one could replace a value by a section."""
+def problem_with_path(path: tuple[str, ...]) -> str | None:
+    """What is wrong with a key's path, or None; an override of a wrong one could replace a value by a section."""
+    if path == _RETIRED:
+        return None
     for depth in range(1, len(path) + 1):
         above = section_at(Recipe, path[: depth - 1])
         if above is None:

@@ -5,14 +5,13 @@
 - Symbols are those of docs/model.md: D d_model, L num_layers, T iterations, C controller width, R embedding rank.
 """
 
-import warnings
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from inl_core.recipe.base import Iterations, Length, NonNegative, Positive, Section, Vocabulary, Width
 from inl_core.recipe.presets import PRESETS, merge
-from inl_core.recipe.problems import shown
+from inl_core.recipe.problems import did_you_mean, shown
 from inl_core.recipe.sizes import ALIASES, SIZES, find_size
 
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
@@ -135,11 +134,17 @@ class IntegratorConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_retired_keys(cls, values: Any) -> Any:
-        """Recipes and checkpoints of earlier versions say how the iterations are computed, which changes no result."""
+        """Recipes and checkpoints of earlier versions say how the iterations are computed, which changes no result.
+
+        recipe/load.py warns of it.
+        """
         if not isinstance(values, dict) or "backend" not in values:
             return values
-        if values["backend"] != "auto":
-            warnings.warn("model.integrator.backend is not used any more: see training.operations", stacklevel=2)
+        if values["backend"] not in ("auto", "eager", "native", "compiled", "triton"):
+            raise ValueError(
+                f"backend {shown(values['backend'])}: this key is not used any more (training.operations chooses); "
+                "remove it"
+            )
         return {key: value for key, value in values.items() if key != "backend"}
 
     @model_validator(mode="after")
@@ -222,8 +227,9 @@ class ModelConfig(Section):
             raise ValueError("the transformer preset has no integrator: remove the integrator section")
         size = values.get("size")
         if isinstance(size, str):
-            if size not in SIZES and size not in ALIASES:
-                raise ValueError(f"size {shown(size)} is not one of {', '.join((*SIZES, *ALIASES))}")
+            names = (*SIZES, *ALIASES)
+            if size not in names:
+                raise ValueError(f"size {shown(size)} is not one of {', '.join(names)}{did_you_mean(size, names)}")
             preset = merge(preset, find_size(size).keys(str(values.get("preset", "v4"))))
         return merge(preset, values)
 

@@ -5,7 +5,7 @@ For example `unknown key; did you mean 'num_iterations'?`, before which load.py 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import islice, takewhile
 from typing import Any, get_args
@@ -75,6 +75,13 @@ def unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
     return f"unknown key; the keys here are {', '.join(here)}" if here else "unknown key"
 
 
+def did_you_mean(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """`; did you mean 'small'?`, or nothing where no valid name is near. Capital letters count as small ones."""
+    by_lower = {other.lower(): other for other in valid}
+    near = get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return f"; did you mean '{by_lower[near[0]]}'?" if near else ""
+
+
 def dotted(path: KeyPath) -> str:
     """A path as text: `model.integrator.dt`. Very long names, which no real key has, are cut."""
     return shortened(".".join(map(str, path)))
@@ -121,8 +128,7 @@ def _hint(value: Any, group: list[ErrorDetails]) -> str:
     if kinds & {"tuple_type", "list_type"}:
         return f"; write [{value}]"
     choices = " ".join(str(finding.get("ctx", {}).get("expected", "")) for finding in group)
-    near = get_close_matches(value, re.findall(r"'([^']*)'", choices), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return did_you_mean(value, re.findall(r"'([^']*)'", choices), cutoff=0.5)
 
 
 def _purpose(path: KeyPath, root: type[BaseModel]) -> str:

@@ -201,3 +201,18 @@ def test_the_committed_page_is_what_the_command_writes(inl: Callable[..., Result
     result = inl("--all-sizes")
     assert result.exit_code == 0
     assert result.stdout == (ROOT / "docs" / "sizes.md").read_text(), "run `inl plan --all-sizes > docs/sizes.md`"
+
+
+@pytest.mark.parametrize("value", ["auto", "eager", "native", "compiled", "triton"])
+def test_a_key_that_is_not_used_any_more_is_one_warning(inl: Callable[..., Result], tmp_path: Path, value: str) -> None:
+    path = Path(recipe_file(tmp_path))
+    told = "this key is not used any more: training.operations chooses\n"
+    by_option = inl(str(path), "--set", f"model.integrator.backend={value}")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("model: {", f"model: {{integrator: {{backend: {value}}}, "), encoding="utf-8")
+    in_file = inl(str(path))
+    assert (by_option.exit_code, in_file.exit_code) == (0, 0)
+    warned = [result.stderr[result.stderr.find("warning:") :] for result in (by_option, in_file)]
+    expected = [f"warning: --set model.integrator.backend={value}: {told}"]
+    expected += [f"warning: {path}:2 model.integrator.backend: {told}"]
+    assert [text if "warning:" in text else "" for text in warned] == (["", ""] if value == "auto" else expected)

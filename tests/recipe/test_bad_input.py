@@ -117,6 +117,15 @@ ADDED_TO_MINIMAL = [
     ("  device: a\0b\n", ""),
     ("  1: 2\n", "4 training.1: unknown key"),
     (f"  {'k' * 900}: 2\n", "4 training.kkk"),
+    (
+        "model:\n  integrator:\n    backend: foo\n",
+        "5 model.integrator: backend 'foo': this key is not used any more (training.operations chooses); remove it",
+    ),
+    (
+        "model:\n  size: 13b\n",
+        "4 model: size '13b' is not one of small, medium, large, xlarge, 3B, 7B, 13B, 3072x32, 2B, 2.2B, 5B, 10B; "
+        "did you mean '13B'?",
+    ),
     ("model:\n  size: [1]\n", "5 model.size: expected text, got [1]"),
     (f"  seed: {'[' * 100_000}\n", "4: not valid YAML: more than 50 levels deep, or more than 20,000 values"),
     (f"  seed: {'[a, ' * 10}{'b, ' * 20_001}\n", "4: not valid YAML: more than 50 levels deep, or more than"),
