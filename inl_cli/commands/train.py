@@ -100,7 +100,11 @@ def run_training(
         data = session.open_data(prepare)
         trainer = session.build_trainer(data)
         view.first_step = trainer.state.step
-        show_plan(console, trainer, data)
+        if trainer.state.step < recipe.training.num_steps:
+            show_plan(console, trainer, data)
+        else:
+            path = trainer.run.path
+            console.info(f"{path}: at its last step already; `inl resume {path} --steps N` trains up to step N")
         with view:
             evaluation = trainer.fit(stop)
     state = trainer.state

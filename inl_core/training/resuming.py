@@ -8,10 +8,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from inl_core.errors import ArtefactError, InlError, RecipeError
-from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints
+from inl_core.inference.checkpoint_files import CONFIG, WEIGHTS, checkpoint_step, is_checkpoint, list_checkpoints
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import Difference, recipe_differences
-from inl_core.recipe.load import load_recipe
+from inl_core.recipe.load import load_recipe, problem_with_path
 from inl_core.training.checkpoint import START_ANEW, newest_valid
 from inl_core.training.metrics import read_metrics
 from inl_core.training.run import is_taken
@@ -30,9 +30,14 @@ def changed_recipe(
         allowed: keys whose change is accepted although it makes another experiment.
 
     Raises:
-        RecipeError: a change would make this another experiment and is not `allowed`, or no run can change that key.
+        RecipeError: a change would make this another experiment and is not `allowed`, or no run can change that key;
+            or `allowed` names a key that does not exist, or `run` is a file.
         ArtefactError: the directory is not a run.
     """
+    check_is_run_directory(run)
+    for key in allowed:
+        if problem := problem_with_path(tuple(key.split("."))):
+            raise RecipeError(f"--allow-change {key}: {problem}")
     path = _recipe_file(run, warn)
     old, new = (load_recipe(path, given, allow_pipe=False) for given in ((), overrides))
     changes = recipe_differences(old, new)
@@ -47,6 +52,25 @@ def changed_recipe(
         names = ", ".join(change.path for change in refused)
         raise RecipeError(f"{run}: {names} would make this another experiment; if it is meant: {_flags(refused)}")
     return new
+
+
+def check_is_run_directory(path: Path) -> None:
+    """Refuse a path that can never be a run's: a file, or a checkpoint, into which nothing may be written.
+
+    Raises:
+        RecipeError: it is a file.
+        ArtefactError: it is a checkpoint.
+    """
+    if path.exists() and not path.is_dir():
+        raise RecipeError(
+            f"{path}: a file, not a run's directory; `inl train RECIPE` starts a run, `inl resume RUN` continues one"
+        )
+    real = path.resolve()
+    has_files = any(os.path.lexists(real / name) for name in (CONFIG, WEIGHTS))
+    if has_files or (is_checkpoint(real) and real.parent.name == "checkpoints"):
+        run = Path(os.path.normpath(path / "../.."))
+        advice = f"`inl resume {run}` continues its run" if (run / "recipe.yaml").is_file() else "name a run instead"
+        raise ArtefactError(f"{path}: is a checkpoint; {advice}")
 
 
 def choose_checkpoint(

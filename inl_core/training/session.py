@@ -34,7 +34,7 @@ from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import cut_metrics
 from inl_core.training.mirrors import check_mirrors
 from inl_core.training.observer import LogObserver, Observer
-from inl_core.training.resuming import choose_checkpoint
+from inl_core.training.resuming import check_is_run_directory, choose_checkpoint
 from inl_core.training.run import PREEMPTED, RunFiles, is_taken, write_preempted
 from inl_core.training.run_data import Prepare, RunData, open_data, prepare_or_wait
 from inl_core.training.trainer import Trainer
@@ -209,6 +209,7 @@ def _claim_directory(
         path = held.enter_context(claim_new(first, lambda path: not is_taken(path), observer.on_warning))
     else:
         path = Path(run_dir)
+        check_is_run_directory(path)  # before the lock, which is a file in it
         held.enter_context(claim(path, observer.on_warning))
     # Before anything is refused: a scheduler that finds this file would start the run again and again.
     (path / PREEMPTED).unlink(missing_ok=True)

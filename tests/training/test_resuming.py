@@ -6,11 +6,12 @@ import shutil
 import pytest
 
 from inl_core import files
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError, RecipeError, RecipeWarning
 from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.recipe.load import dump_recipe
 from inl_core.training.resuming import changed_recipe, choose_checkpoint
 from inl_core.training.run_data import _describes_same_data
+from inl_core.training.session import Resumption, open_session
 
 
 @pytest.fixture
@@ -150,3 +151,67 @@ def test_what_is_the_same_is_not_written_again(trained):
     before = [path.stat().st_ino for path in files]
     run.create()
     assert [path.stat().st_ino for path in files] == before
+
+
+@pytest.mark.parametrize("start", ["changed_recipe", "resume", "train"])
+@pytest.mark.parametrize("lost", [(), ("config.json", "model.safetensors", "manifest.json")], ids=["sealed", "damaged"])
+def test_a_checkpoint_in_the_place_of_a_run_is_refused_and_nothing_is_written_into_it(trained, start, lost):
+    run, recipe = trained
+    checkpoint = list_checkpoints(run.checkpoints)[-1]
+    for name in lost:
+        (checkpoint / name).unlink()
+    (checkpoint / "preempted.json").touch()
+    before = sorted(checkpoint.rglob("*"))
+    starts = {
+        "changed_recipe": lambda: changed(checkpoint),
+        "resume": lambda: open_session(recipe, checkpoint, resumption=Resumption()).__enter__(),
+        "train": lambda: open_session(recipe, checkpoint).__enter__(),
+    }
+    with pytest.raises(ArtefactError, match=f"step-00000004: is a checkpoint; `inl resume {run.path}` continues"):
+        starts[start]()
+    assert sorted(checkpoint.rglob("*")) == before
+
+
+def test_a_checkpoint_that_was_copied_out_of_its_run_is_refused_too(trained, tmp_path):
+    shutil.copytree(list_checkpoints(trained[0].checkpoints)[-1], tmp_path / "copy")
+    with pytest.raises(ArtefactError, match="is a checkpoint; name a run instead"):
+        changed(tmp_path / "copy")
+
+
+def test_a_recipe_in_the_place_of_a_run_is_refused_with_the_way_to_start_one(inl, recipe_file):
+    for words in (["resume", recipe_file()], ["train", recipe_file(), "--run-dir", recipe_file()]):
+        refused = inl(*words)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert "recipe.yaml: a file, not a run's directory; `inl train RECIPE` starts a run" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"), [("foo", "; the keys here are name"), ("training.sed", r"; did you mean 'seed'\?")]
+)
+def test_an_allowed_change_must_be_of_a_key_that_exists(trained, key, advice):
+    with pytest.raises(RecipeError, match=f"--allow-change {key}: unknown key{advice}"):
+        changed(trained[0].path, allowed=(key,))
+
+
+def test_a_recipe_of_an_earlier_version_is_resumed_without_a_word_and_without_a_difference(trained, recwarn):
+    run, recipe = trained
+    checkpoint = list_checkpoints(run.checkpoints)[-1]
+    text = dump_recipe(recipe).replace("  integrator:\n", "  integrator:\n    backend: native\n")
+    for directory in (run.path, checkpoint):
+        (directory / "recipe.yaml").write_text(text)
+    seen = []
+    resumed = changed_recipe(run.path, (), (), show=seen.append, warn=pytest.fail)
+    assert (resumed, seen, recwarn.list) == (recipe, [], [])
+    with pytest.warns(RecipeWarning, match="--set model.integrator.backend=eager: this key is not used any more"):
+        assert changed(run.path, "model.integrator.backend=eager", allowed=("model.integrator.backend",)) == recipe
+
+
+def test_a_finished_run_says_so_and_is_evaluated_again(inl, trained):
+    done = inl("resume", trained[0].path)
+    assert done.exit_code == 0
+    lines = done.stderr.splitlines()
+    assert lines[0] == (
+        f"{trained[0].path}: at its last step already; `inl resume {trained[0].path} --steps N` trains up to step N"
+    )
+    assert "eta" not in done.stderr
+    assert "step 4: validation loss" in done.stderr
