@@ -73,7 +73,7 @@ class TrainingView(Observer):
         self.console, self.num_steps, self.first_step = console, num_steps, 0
         self.start = self.last_line = time.monotonic()
         self.row: dict[str, Any] = {}
-        self.evaluation, self.alpha = "", None
+        self.evaluation = self.alpha = ""
         self.live: Any = None
 
     def __enter__(self) -> "TrainingView":
@@ -93,7 +93,8 @@ class TrainingView(Observer):
     def on_metrics(self, row: dict[str, Any]) -> None:
         """Show a row: in the live view at once, as a line when the interval is over."""
         self.row = row
-        self.alpha = row.get("alpha_mean", self.alpha)  # measured at some steps only
+        if row.get("alpha_mean") is not None:  # measured at some steps only
+            self.alpha = f"{row['alpha_mean']:.3f} at step {row['step']}"
         if self.live is not None:
             self.live.update(self._panel())
             return
@@ -101,6 +102,7 @@ class TrainingView(Observer):
         if now - self.last_line >= _SECONDS_BETWEEN_LINES or row["step"] in (1, self.num_steps):
             self.last_line = now
             self.console.info("  ".join(f"{name} {value}" for name, value in self._figures().items()))
+            self.alpha = ""  # not said again until it is measured again
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """One line, and the score in the live view from then on."""
@@ -133,9 +135,10 @@ class TrainingView(Observer):
             "norm": "-" if row["gradient_norm"] is None else f"{row['gradient_norm']:.2f}",
         }
         if "phase" in row:
-            figures |= {"phase": row["phase"], "A": f"{row['A']:.3g}", "T": f"{row['iterations']:.2g}"}
-        if self.alpha is not None:
-            figures["alpha"] = f"{self.alpha:.3f}"
+            cycle = {} if row["phase"] == "constant" else {"cycle": row["phase"]}  # constant: there is no cycle
+            figures |= cycle | {"A": f"{row['A']:.3g}", "T": f"{row['iterations']:.2g}"}
+        if self.alpha:
+            figures["alpha"] = self.alpha
         return figures
 
     def _eta(self, step: int) -> str:
