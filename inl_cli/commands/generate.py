@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _DEFAULTS = GenerationSettings()
 
 PromptOption = Annotated[
-    list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated; none starts from nothing.")
+    list[str] | None, typer.Option("--prompt", help="Text to continue; may be repeated; default: begin a new text.")
 ]
 PromptFileOption = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""`inl plan`: what a recipe or a model would cost, before anything is allocated."""
+"""`inl plan`: what a recipe or a model would cost, without putting the model into memory."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,14 +49,15 @@ def plan(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Show parameters, FLOPs, memory, disk and schedule of a recipe or a model; nothing is allocated.
+    """Show parameters, FLOPs, memory, disk and schedule of a recipe or a model, without putting the model into memory.
 
     inl plan recipes/medium.yaml --micro-batch-size 8
 
     inl plan --preset v3 --size 13B --vocab-size 50000
 
     Memory is that of one device, by recomputation mode and by the number of devices over which weights, gradients and
-    optimizer are sharded. FLOPs are those of the matrix products.
+    optimizer would be sharded; inl train cannot shard yet. FLOPs are those of the matrix products. The first plan on a
+    machine compiles and measures the operations in C++, which takes some seconds.
     """
     console = Console(json=json, quiet=quiet)
     chosen = (recipe, preset, size, vocab_size, sequence_length, micro_batch_size)

@@ -1,10 +1,11 @@
 """Which way of computing a part is the fastest on this machine: measured once, then remembered.
 
 - Forward and backward passes of small, usual sizes, the ways in turn, so that a busy moment slows all of them; the
-  least time of each counts. It takes a fraction of a second.
+  least time of each counts. It takes some seconds at most, once for each number of threads.
 - Remembered beside the compiled library (cpu/cache.py), for the same processor, compiler flags, torch and number of
   threads. So a run that is resumed on its machine finds the same answer; where nothing can be kept it is measured anew.
-- A way in C++ must save at least a twentieth of the library's time, or the library stays.
+- C++ is taken where it is at least 1.05 times as fast as torch; a smaller gain is within the measurement's error. To be
+  kept in the project, an operation must gain more: 1.15 (CONTRIBUTING.md, "An operation of our own").
 """
 
 import json
@@ -26,7 +27,7 @@ _LEAST_GAIN = 1.05
 
 
 def fastest(part: str) -> Choice:
-    """The fastest way of `attention` or `integrator`; torch's where there is no library."""
+    """The fastest way of `attention` or `integrator`; torch's where there is no library in C++."""
     found = library()
     if found is None:
         return Choice(TORCH, f"no operations in C++: {why_missing()}")

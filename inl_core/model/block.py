@@ -3,9 +3,11 @@
     h   = attention(norm_1(x));  x = x + h
     s_0 = norm_2(x);  s_T, v_T = integrator(h, s_0, v_0)
     x   = x + layer_gain * (s_T - s_0)        readout delta        x = x + s_T        readout state
-    x   = x + feed_forward(norm_3(x))         only when the feed-forward is not the integrator's candidate
+    x   = x + feed_forward(norm_3(x))         not with `candidate: feed_forward`
 
-- With `candidate: feed_forward` (v4) the feed-forward of s_0 is the candidate velocity and there is no third norm.
+- The candidate velocity is the velocity that the context proposes; the integrator's own velocity is drawn towards it in
+  each iteration (docs/model.md, "One step"). With `candidate: feed_forward` (v4) it is the feed-forward of s_0, and
+  there is no third norm.
 - Without an integrator (`transformer`) the block is x + attention(norm_1(x)), x + feed_forward(norm_3(x)).
 - `enter` and `leave` are functions of tensors alone, so that a compiler takes each whole, once for all layers, whatever
   the integrator does between them.

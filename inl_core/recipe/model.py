@@ -183,7 +183,7 @@ class ModelConfig(Section):
     num_kv_heads: Width | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
     feedforward_dim: Width | None = None
-    """Width of the feed-forward, of which SwiGLU takes two thirds; null means 4 d_model."""
+    """Hidden width of a GELU feed-forward; SwiGLU, with one more matrix, has two thirds of it; null means 4 d_model."""
     feedforward_hidden: Width | None = None
     """The hidden width that the feed-forward really has; null derives it from feedforward_dim, rounded as below."""
     max_seq_len: Length = 1024

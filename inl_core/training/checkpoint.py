@@ -6,7 +6,7 @@
 
 - Tensors are whole, in safetensors, so a checkpoint can be read by any number of processes; everything else is JSON.
   There is no pickle.
-- Evaluation, generation and inspection read the weights alone (inference/artefacts.py).
+- Evaluation, generation and inspection read the weights alone (inference/loading.py).
 """
 
 import json
