@@ -5,7 +5,7 @@
 - attention.py, integrator.py  two operations in C++, for CPUs;  loss.py  the loss over the vocabulary in chunks
 - cpu/          the sources in C++, how they are compiled and kept, and how they are called
 
-The model never imports this room. A model that nothing was applied to computes by the library's own operations.
+The model never imports this room. A model that nothing was applied to computes with torch's own operations.
 """
 
 from inl_core.kernels.apply import Choice, apply, choose, describe, put

@@ -4,7 +4,7 @@
   values where the projection wrote them and computes only what a query can see; no mask (B, 1, S, S) exists. Kept for
   the backward pass: what it was given, its output, and one number for each query and head.
 - `CppAttention` and `DocumentStarts` take the places of the model's `InnerAttention` and `Visibility`.
-- For CPUs, in single or double precision, without a cache; the library's attention does anything else.
+- For CPUs, in single or double precision, without a cache; torch's attention does anything else.
 - Legend: B batch, S sequence, H query heads, K key-value heads, F head size.
 """
 
@@ -119,7 +119,7 @@ attention.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.inl.attention)
 def _flops(packed_shape, cosines_shape, sines_shape, first_shape, heads, key_heads, *_rest, **_kwargs) -> int:
-    """Scores and mixtures over all keys, as the library counts them."""
+    """Scores and mixtures over all keys, as torch counts them."""
     batch, length, width = packed_shape
     return 4 * batch * length * length * heads * (width // (heads + 2 * key_heads))
 

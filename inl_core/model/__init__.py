@@ -6,7 +6,7 @@ In reading order:
 - integrator.py  one layer's second-order system; dynamics.py  the equation of one step and the loop over T steps
 - controller.py (alpha, beta, gate, v_cand), equilibrium.py (mu), excitation.py (gamma, phi)  what a step is made of
 - mixture.py  several controllers; budget.py  iterations of each layer; early_stopping.py and trajectory.py  by-products
-- initialisation.py  every starting value; derivatives.py  when only the library's own operations may run
+- initialisation.py  every starting value; derivatives.py  when only torch's own operations may run
 
 This is the reference: slow, obvious, with every derivative. `inl_core.kernels.apply` makes a model faster from outside.
 """

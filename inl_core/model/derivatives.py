@@ -1,8 +1,8 @@
-"""When a model must compute by the library's own operations, because others lack the derivatives that are wanted.
+"""When a model must compute with torch's own operations, because others lack the derivatives that are wanted.
 
 An operation of our own (inl_core/kernels) has first derivatives by backward() and nothing else. Under torch.func and
-forward-mode differentiation this is seen in the forward pass, and the library's operations run without being asked for.
-Second derivatives by backward(create_graph=True) cannot be foreseen there: whoever wants them asks for the library's
+forward-mode differentiation this is seen in the forward pass, and torch's operations run without being asked for.
+Second derivatives by backward(create_graph=True) cannot be foreseen there: whoever wants them asks for torch's
 operations with `plain_operations`.
 """
 
@@ -20,7 +20,7 @@ _asked: ContextVar[bool] = ContextVar("inl_plain_operations", default=False)
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Inside, models compute by the library's own operations: slower, in more memory, and with every derivative."""
+    """Inside, models compute with torch's own operations: slower, in more memory, and with every derivative."""
     token = _asked.set(True)
     try:
         yield
