@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/operations.py            # --repeats --only
 
 - `torch`: what `training.operations: plain` computes with. `C++ with MKL`, `C++ with oneDNN`: ours, by the product of
-  the one library and of the other. `own chunks`: the loss.
+  the one library and of the other. `inl's chunks`: the loss.
 - The ways take turns call by call in one process, so that a busy moment slows all of them; between two calls, 16 MB are
   written, so that no tensor waits in a core's own cache. Medians, and least times behind them, ms; and the megabytes
   that autograd keeps between the passes.
@@ -138,7 +138,7 @@ def main() -> None:
         if arguments.only not in name:
             continue
         torch.manual_seed(0)
-        ways = [TORCH, "own chunks"] if name.startswith("loss") else [TORCH, *in_cpp]
+        ways = [TORCH, "inl's chunks"] if name.startswith("loss") else [TORCH, *in_cpp]
         times = measure(build, ways, arguments.repeats)
         medians = {way: statistics.median(values) for way, values in times.items()}
         cells = [f"{medians[way]:.2f} ({min(times[way]):.2f})" for way in ways]

@@ -25,7 +25,7 @@ from inl_core.kernels.compilation import compile_parts
 from inl_core.model import Integrator, IntegratorLanguageModel, KVCache, Options
 from inl_core.model.controller import Controller, Head
 
-_BUCKET = 256
+_FEWEST_SLOTS = 256
 _PUT_ON = ("enter", "leave", "step", "step_with_gains", "forward")
 """What compilation and recomputation put on a module, which belongs to the original alone."""
 
@@ -48,6 +48,7 @@ class Decoder:
 
     def __init__(self, model: IntegratorLanguageModel, options: Options, *, rows: int, compiled: bool = False) -> None:
         self.model, self.options, self.is_compiled = model, options, compiled
+        self.slots = _FEWEST_SLOTS
         one_row = compiled and rows == 1
         with torch.inference_mode():
             self.steps = _sharing_copy(model, one_row=one_row)
@@ -62,9 +63,11 @@ class Decoder:
             self.head = torch.compile(self.head, fullgraph=True)
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache for `batch` rows of up to `slots` tokens; compiled, its length is rounded up to few sizes."""
+        """A cache for `batch` rows of up to `slots` tokens; compiled, of few lengths, and never a shorter one."""
         if self.is_compiled:
-            slots = -(-slots // _BUCKET) * _BUCKET
+            while self.slots < slots:
+                self.slots *= 2
+            slots = self.slots
         return self.model.new_cache(batch, slots, is_static=self.is_compiled)
 
     def prefill(self, ids: Tensor, cache: KVCache) -> Predicted:
@@ -91,8 +94,9 @@ def _sharing_copy(module: Any, *, one_row: bool) -> Any:
     copied = copy.copy(module)
     for name in _PUT_ON:
         copied.__dict__.pop(name, None)
-    # Of a controller's matrices all but the context's are read as they are, by `Integrator.drive`.
-    as_they_are = ("state_velocity", "output") if isinstance(module, Controller) else ()
+    # Of a controller's matrices all but the context's are read as they are, by `Integrator.drive`; the decoder has its
+    # own head.
+    as_they_are = ("state_velocity", "output") if isinstance(module, Controller) else ("head",)
     copied._modules = {
         name: child if child is None or name in as_they_are else _sharing_copy(child, one_row=one_row)
         for name, child in module._modules.items()

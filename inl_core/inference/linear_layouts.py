@@ -41,8 +41,7 @@ class ReorderedLinear(SharedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        product = torch.ops.inl.reordered_linear if torch.compiler.is_compiling() else _reordered_linear
-        return product(x, self.weight, self.bias)
+        return torch.ops.inl.reordered_linear(x, self.weight, self.bias)
 
 
 def laid_out(weight: Tensor, bias: Tensor | None, *, one_row: bool) -> nn.Module:

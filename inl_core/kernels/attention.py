@@ -37,7 +37,7 @@ class DocumentStarts(Visibility):
         """(B, S) int64; zeros where every earlier token is seen, so that a compiler meets one kind of mask."""
         if cache is not None or needs_plain_operations():
             return super().forward(ids, document_ids, cache)
-        return torch.zeros_like(ids) if document_ids is None else first_of_document(document_ids)
+        return torch.zeros_like(ids) if document_ids is None else first_of_document(document_ids.expand(ids.shape))
 
 
 class CppAttention(InnerAttention):
@@ -49,8 +49,7 @@ class CppAttention(InnerAttention):
 
     def forward(self, packed: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         """[queries | keys | values] (B, S, (H + 2K) F) -> the heads' outputs side by side (B, S, H F)."""
-        is_plain = not torch.compiler.is_compiling() and needs_plain_operations()
-        if cache is not None or is_plain or packed.dtype not in NAMES or packed.device.type != "cpu":
+        if cache is not None or needs_plain_operations() or packed.dtype not in NAMES or packed.device.type != "cpu":
             return super().forward(packed, rotary, _as_mask(mask), cache)
         cos, sin = rotary or (None, None)
         if cos is not None and sin is not None:  # (B, S, 1, F/2) -> (B, S, F/2)

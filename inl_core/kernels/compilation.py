@@ -4,8 +4,8 @@
   loop over T between them. So nothing is compiled again when T is drawn anew or divided by a budget, or when single
   states are looked at.
 - Each part is compiled once with gradients, for the one shape of training, and once without, for any shape; all layers
-  share it. Attention is compiled separately with a document mask and without, and in inference mode. Compiling any of
-  these a second time is worth a warning: after a few times torch gives up and runs the rest eagerly.
+  share it. With an attention mask and without, for a single row or token, and in inference mode, it is compiled
+  separately. Compiling any of these again is worth a warning, and after a few times the part runs uncompiled.
 """
 
 import warnings
@@ -24,6 +24,8 @@ from inl_core.model.dynamics import Dynamics
 _ACTIVATION_BUDGET = 0.8
 """Of what the compiler would keep of a block for its backward pass; the rest it computes again, elementwise operations
 first. A quarter of a v4 block less for one percent of the time; less than this costs more (docs/performance.md)."""
+_MOST_COMPILATIONS = 6
+"""Of one part for one kind of pass; torch itself gives up after eight."""
 
 
 def compile_parts(model: IntegratorLanguageModel, *, any_shape: bool = True) -> None:
@@ -49,47 +51,73 @@ class _Compiled:
 
     def __init__(self, method: Callable[..., Any], any_shape: bool) -> None:
         self.method, self.any_shape = method, any_shape
-        self.kinds: dict[tuple[bool, ...], Callable[..., Any]] = {}
+        self.kinds: dict[tuple[bool, ...], _Kind] = {}
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():  # a part inside of another one, as the step with gains is of the step
             return self.method(*args)
-        trains = torch.is_grad_enabled()
-        # A mask or a cache that is not there, and inference mode, make other code of the same method.
-        kind = (trains, torch.is_inference_mode_enabled(), *(value is None for value in args))
+        trains, args = torch.is_grad_enabled(), tuple(map(_alone, args))
+        # A mask or a cache that is not there, a single row or token, and inference mode make other code of one method.
+        kind = (trains, torch.is_inference_mode_enabled(), *(value is None for value in args), *map(_is_single, args))
         if kind not in self.kinds:
             purpose = "training" if trains else "evaluation"
-            self.kinds[kind] = _compile(self.method, purpose, any_shape=self.any_shape and not trains)
+            self.kinds[kind] = _Kind(self.method, purpose, any_shape=self.any_shape and not trains)
         if not trains:
             return self.kinds[kind](*args)
         with compiler_config.patch(activation_memory_budget=_ACTIVATION_BUDGET):
             return self.kinds[kind](*map(_differentiable, args))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What was compiled cannot be written to a file; it is compiled again."""
+        return {"method": self.method, "any_shape": self.any_shape, "kinds": {}}
+
+
+def _alone(value: Any) -> Any:
+    """A row (D,) of a table as a tensor of its own: of a view, a compiler would hold the whole table's length fast."""
+    is_row = isinstance(value, Tensor) and value.dim() == 1 and value._base is not None
+    return value.clone() if is_row else value
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 3 and 1 in value.shape[:2]
+
 
 def _differentiable(value: Any) -> Any:
-    """A state that does not need a gradient, as if it did: the first velocity must not be a case of its own."""
+    """A state (B, S, D) that needs no gradient, as one that needs one: else each would be compiled separately.
+
+    The velocity that the first layer starts with is the only such state.
+    """
     is_state = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
     return value.detach().requires_grad_() if is_state and not value.requires_grad else value
 
 
-def _compile(method: Callable[..., Any], purpose: str, *, any_shape: bool) -> Callable[..., Any]:
-    """`method` compiled by inductor, with a warning when it is compiled a second time."""
-    name, compilations = method.__qualname__, 0
+class _Kind:
+    """A method compiled for one kind of pass. A second compilation is warned of, and the last is followed by none."""
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        nonlocal compilations
-        compilations += 1
-        if compilations > 1:
+    def __init__(self, method: Callable[..., Any], purpose: str, *, any_shape: bool) -> None:
+        self.method, self.what, self.compilations = method, f"{method.__qualname__} is compiled for {purpose}", 0
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # a function: methods are taken for one
+            return self._generate(graph, inputs)
+
+        compiler: Any = torch.compile  # whose type stubs do not know isolate_recompiles
+        self.compiled = compiler(method, backend=backend, fullgraph=True, dynamic=any_shape, isolate_recompiles=True)
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.compiled if self.compilations < _MOST_COMPILATIONS else self.method)(*args)
+
+    def _generate(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        code = generate_code(graph, inputs)  # which may ask for another graph before it returns
+        self.compilations += 1
+        if self.compilations > 1:
+            after = "it runs uncompiled from now on" if self.compilations == _MOST_COMPILATIONS else "it takes its time"
             warnings.warn(
-                f"{name} is compiled for {purpose} again, number {compilations}: something about it changes between "
-                "calls (TORCH_LOGS=recompiles says what); after a few more times it would run uncompiled",
+                f"{self.what} again, number {self.compilations}: something about it changes between calls "
+                f"(TORCH_LOGS=recompiles says what); {after}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return generate_code(graph, inputs)
-
-    compiler: Any = torch.compile  # whose type stubs do not know isolate_recompiles
-    return compiler(method, backend=backend, fullgraph=True, dynamic=any_shape, isolate_recompiles=True)
+        return code
 
 
 def generate_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -44,6 +44,8 @@ class ChunkedLoss(VocabularyLoss):
 
     def in_chunks(self, z: Tensor, weight: Tensor, targets: Tensor, most: int) -> Tensor:
         """The same, at most so many rows of logits at a time."""
+        if z.dtype.itemsize < 4 and not torch.is_autocast_enabled(z.device.type):  # a sum in low precision is no sum
+            z, weight = z.float(), weight.float()
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=most)
         return F.linear_cross_entropy(z, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
 
@@ -99,12 +101,13 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each of the targets (n,), 0 for a negative one; logits (n, V) become its gradient.
+    """The cross-entropy of each of the targets (n,), 0 for an ignored one; logits (n, V) become its gradient.
 
     log sum exp is the largest logit less the logarithm of its probability, which is never below 1/V: a target's own
     probability may be zero in this precision, and its logarithm infinite.
     """
-    counted, target = (targets >= 0).unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
+    counted = (targets != IGNORED).unsqueeze(1)
+    target = targets.unsqueeze(1).masked_fill(~counted, 0)  # another negative one is out of bounds
     largest = logits.amax(-1, keepdim=True)
     of_target = logits.gather(1, target)
     torch.softmax(logits, -1, out=logits)

@@ -1,17 +1,17 @@
 """Which way of computing a part is the fastest on this machine: measured once, then remembered.
 
-- Forward and backward passes of small, usual sizes, the ways in turn, so that a busy moment slows all of them; the
-  least time of each counts. It takes some seconds at most, once for each number of threads.
+- Forward and backward passes in the model's widths over few tokens, the ways in turn, so that a busy moment slows all
+  of them; the least time of each counts. It takes some seconds at most, once for each number of threads.
 - Remembered beside the compiled library (cpu/cache.py), for the same processor, compiler flags, torch and number of
-  threads. So a run that is resumed on its machine finds the same answer; where nothing can be kept it is measured anew.
-- C++ is taken where it is at least 1.05 times as fast as torch; a smaller gain is within the measurement's error. To be
-  kept in the project, an operation must gain more: 1.15 (CONTRIBUTING.md, "An operation of our own").
+  threads; where nothing can be kept it is measured anew. Times scatter, so a run that is resumed keeps the ways it was
+  computed by before, unless another one is much faster here: it then goes on bit for bit.
+- A way in C++ must be a twentieth faster than torch's own operations, or those stay.
 """
 
 import json
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -23,40 +23,68 @@ from inl_core.model.dynamics import Drive
 from inl_core.recipe import ModelConfig
 
 _TURNS = 4
+_ELEMENTS = 2**18
+"""Of one tensor (tokens, D)."""
 _LEAST_GAIN = 1.05
+_MUCH_FASTER = 1.3
 
 
-def fastest(part: str) -> Choice:
-    """The fastest way of `attention` or `integrator`; torch's where there is no library in C++."""
+def fastest(part: str, config: ModelConfig, before: str | None = None) -> Choice:
+    """The fastest way of `attention` or `integrator` in a model, or the one `before` if that is nearly as fast.
+
+    It is torch's where there are no operations in C++.
+    """
     found = library()
     if found is None:
         return Choice(TORCH, f"no operations in C++: {why_missing()}")
-    seconds = _remembered(torch.get_num_threads(), found.products)[part]
+    seconds = _remembered(part, _sizes(part, config), torch.get_num_threads(), found.products)
     best = min(seconds, key=lambda way: seconds[way])
+    if before in seconds and seconds[before] < _MUCH_FASTER * seconds[best]:
+        return Choice(before, "as before")
     ratio = seconds[TORCH] / seconds[best]
     if ratio < _LEAST_GAIN:
-        return Choice(TORCH, f"measured on this machine: C++ is not faster than torch ({ratio:.2f} times)")
-    return Choice(best, f"measured on this machine: {ratio:.2f} times as fast as torch")
+        return Choice(TORCH, f"C++ is {ratio:.2f} times as fast, measured here")
+    return Choice(best, f"{ratio:.2f} times as fast as torch, measured here")
+
+
+def _sizes(part: str, config: ModelConfig) -> tuple[int, ...]:
+    """What the time depends on: heads, key-value heads and head size; or D, C and T."""
+    if part == "attention":
+        return config.num_heads, config.key_value_heads, config.head_dim
+    assert config.integrator is not None
+    return config.d_model, config.integrator.controller.width, config.integrator.num_iterations
 
 
 @lru_cache
-def _remembered(threads: int, products: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """part -> way -> seconds, as kept on this machine or measured now."""
-    name = f"measured-{fingerprint()}-{'-'.join(products)}-{threads}.json"
-    kept = cache.find(name, [""])
-    if kept is not None:
-        return json.loads(kept)
-    found = measure()
-    cache.keep(name, json.dumps(found).encode())
+def _remembered(part: str, sizes: tuple[int, ...], threads: int, products: tuple[str, ...]) -> dict[str, float]:
+    """way -> seconds, as kept on this machine or measured now."""
+    name = "-".join(("measured", fingerprint(), part, *map(str, (*sizes, threads)), *products))
+    found = _checked(cache.find(name, [".json"]), products)
+    if found is not None:
+        return found
+    found = measure(part, sizes, products)
+    cache.keep(f"{name}.json", json.dumps(found).encode())
     return found
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """part -> way -> seconds of one forward and backward pass, the least of a few."""
-    found = library()
-    assert found is not None
-    ways = [TORCH, *(f"C++ with {product}" for product in found.products)]
-    return {"attention": _time(_attention_pass, ways), "integrator": _time(_integrator_pass, ways)}
+def _checked(kept: bytes | None, products: tuple[str, ...]) -> dict[str, float] | None:
+    """What was kept, if it is a time for each way: another version may have written something else."""
+    try:
+        found = json.loads(kept or b"")
+        is_sound = set(found) == set(_ways(products)) and all(0 < seconds < 3600 for seconds in found.values())
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return found if is_sound else None
+
+
+def _ways(products: tuple[str, ...]) -> list[str]:
+    return [TORCH, *(f"C++ with {product}" for product in products)]
+
+
+def measure(part: str, sizes: tuple[int, ...], products: tuple[str, ...]) -> dict[str, float]:
+    """way -> seconds of one forward and backward pass, the least of a few."""
+    build = _attention_pass if part == "attention" else _integrator_pass
+    return _time(partial(build, *sizes), _ways(products))
 
 
 def _time(build: Callable[[str], Callable[[], Tensor]], ways: list[str]) -> dict[str, float]:
@@ -77,21 +105,26 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def _attention_pass(way: str) -> Callable[[], Tensor]:
-    """4 x 256 tokens, 8 heads of 64, 2 key-value heads."""
-    config = ModelConfig.model_validate({"d_model": 512, "num_heads": 8, "num_kv_heads": 2})
-    attention, packed = build_attention(config, way), _random(4, 256, 768)
-    cos, sin = _random(2, 256, 1, 32).detach()
-    return lambda: attention(packed, (cos, sin), None, None)
+def _attention_pass(heads: int, key_heads: int, size: int, way: str) -> Callable[[], Tensor]:
+    """Rows of 256 tokens."""
+    dim = heads * size
+    config = ModelConfig.model_validate({"d_model": dim, "num_heads": heads, "num_kv_heads": key_heads})
+    rows = max(1, _ELEMENTS // dim // 256)
+    attention, packed = build_attention(config, way), _random(rows, 256, (heads + 2 * key_heads) * size)
+    rotary = None if size % 2 else tuple(_random(2, rows, 256, 1, size // 2).detach())
+    mask = None if way == TORCH else torch.zeros(rows, 256, dtype=torch.int64)
+    return lambda: attention(packed, rotary, mask, None)
 
 
-def _integrator_pass(way: str) -> Callable[[], Tensor]:
-    """1,024 tokens of D = 256, C = 64, T = 2."""
-    config = ModelConfig.model_validate({"d_model": 256}).integrator
+def _integrator_pass(dim: int, width: int, iterations: int, way: str) -> Callable[[], Tensor]:
+    """Tokens one after another, of a layer whose candidate is given."""
+    config = ModelConfig.model_validate({"d_model": dim}).integrator
     assert config is not None
-    dynamics = build_dynamics(config, way)
-    x, v, candidate, hoisted = _random(1024, 256), _random(1024, 256), _random(1024, 256), _random(1024, 64)
-    inner, outer = (_random(*shape).detach().mul(0.05).requires_grad_() for shape in ((64, 512), (768, 64)))
-    drive = Drive(hoisted, inner, outer, _random(768), candidate, _random(256))
-    forcing = _random(2, 256)
+    dynamics, tokens = build_dynamics(config, way), max(64, _ELEMENTS // dim)
+    x, v, candidate = (_random(tokens, dim) for _ in range(3))
+    inner, outer = (
+        _random(*shape).detach().mul(0.05).requires_grad_() for shape in ((width, 2 * dim), (3 * dim, width))
+    )
+    drive = Drive(_random(tokens, width), inner, outer, _random(3 * dim), candidate, _random(dim))
+    forcing = _random(iterations, dim)
     return lambda: dynamics(drive, x, v, forcing).state

@@ -161,7 +161,7 @@ class InnerAttention(nn.Module):
             key = cache.keys.index_copy_(2, cache.slots, key.to(cache.keys.dtype))
             value = cache.values.index_copy_(2, cache.slots, value.to(cache.values.dtype))
             query = query.to(key.dtype)
-        is_causal = mask is None and length > 1
+        is_causal = True if mask is None and length > 1 else False  # noqa: SIM210 - a bool for a compiler, too
         scale, is_grouped = 1.0 / math.sqrt(self.head_dim), self.num_kv_heads != self.num_heads
         if length == 1 and is_grouped:
             # A group's queries stand where a sequence's would: they share a key head, and all see the same slots.

@@ -31,8 +31,10 @@ def plain_operations() -> Iterator[None]:
 def needs_plain_operations() -> bool:
     """Whether `plain_operations` was entered, or a transform of torch.func or forward-mode differentiation is at work.
 
-    Only for code that runs eagerly: a compiler cannot trace the question.
+    A compiler cannot trace the question: what it compiles is not asked.
     """
+    if torch.compiler.is_compiling():
+        return False
     return _asked.get() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -99,7 +99,7 @@ class MixedDynamics(Dynamics):
     branches_on_values = True
 
     def step_with_gains(self, drive: Any, x: Tensor, v: Tensor, forcing: Tensor) -> tuple[Tensor, Tensor, Gains]:
-        """The experts' steps on their tokens, mixed; `drive` is a MixedDrive. The gains are mixed alike, fortoo."""
+        """The experts' steps on their tokens, mixed; `drive` is a MixedDrive. The gains are mixed too."""
         flat_x, flat_v = x.flatten(0, -2), v.flatten(0, -2)  # (N, D)
         sums = [torch.zeros_like(flat_x) for _ in range(6)]
         for share, own in zip(drive.shares, drive.drives, strict=True):

@@ -78,6 +78,10 @@ class World:
         return found
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+"""The world of a model that no other process trains."""
+
+
 def choose_device(setting: str, local_rank: int = 0) -> torch.device:
     """The device a setting means on this machine; RecipeError when it is not there."""
     if setting == "cuda" and not torch.cuda.is_available():

@@ -45,9 +45,15 @@ class RunFiles:
     """How each part of the model is computed in this session, and why."""
 
     @property
+    def computed_before(self) -> dict[str, str]:
+        """How each part of the model was computed until now, by part; empty where nothing says so."""
+        before = self.provenance[-1].get("computed_by", []) if self.provenance else []
+        return dict(entry.partition(" (")[0].partition(": ")[::2] for entry in before)
+
+    @property
     def computed_by(self) -> list[str]:
-        """How each part of the model is computed, as `attention: C++ with MKL`."""
-        return [f"{part}: {choice.way}" for part, choice in self.operations.items()]
+        """How each part of the model is computed, and why, as `attention: C++ with MKL (...)`."""
+        return [f"{part}: {choice.way} ({choice.why})" for part, choice in self.operations.items()]
 
     @property
     def checkpoints(self) -> Path:

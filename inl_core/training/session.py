@@ -34,6 +34,7 @@ from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import cut_metrics
 from inl_core.training.mirrors import check_mirrors
 from inl_core.training.observer import LogObserver, Observer
+from inl_core.training.precision import uses_bf16
 from inl_core.training.resuming import check_is_run_directory, choose_checkpoint
 from inl_core.training.run import PREEMPTED, RunFiles, is_taken, write_preempted
 from inl_core.training.run_data import Prepare, RunData, open_data, prepare_or_wait
@@ -113,7 +114,9 @@ class Session:
         Raises:
             ArtefactError: no checkpoint can be read, or `data` is not the data that the run was trained on.
         """
-        if self.world.is_main and self.world.device.type == "cpu" and is_to_be_compiled():
+        can_use_cpp = self.world.device.type == "cpu" and not uses_bf16(self.recipe, self.world.device)
+        wants_cpp = can_use_cpp and self.recipe.training.operations == "auto"
+        if self.world.is_main and wants_cpp and is_to_be_compiled():
             self.observer.on_message("compiling the operations in C++ for this machine: some seconds, once")
         trainer = None
         while trainer is None and self.checkpoint is not None:
@@ -168,11 +171,12 @@ class Session:
 
     def _tell_of_other_operations(self, run: RunFiles) -> None:
         """Say so where the model computes by other operations than before: the numbers then differ by rounding."""
-        before, now = run.provenance[-1].get("computed_by") if run.provenance else None, run.computed_by
-        if before is not None and before != now:
+        before, now = run.computed_before, {part: choice.way for part, choice in run.operations.items()}
+        if before and before != now:
+            was, is_now = (", ".join(f"{part} by {way}" for part, way in ways.items()) for ways in (before, now))
             self.observer.on_warning(
-                f"computed by other operations than before ({', '.join(before)}; now {', '.join(now)}): the run goes "
-                "on, but not bit for bit as it would have"
+                f"computed by other operations than before ({was}; now {is_now}): the run goes on, but not bit for bit "
+                "as it would have"
             )
 
     def _accept(self, trainer: Trainer) -> None:

@@ -45,7 +45,8 @@ class Trainer:
     ) -> None:
         settings = run.recipe.training
         self.model = model.to(world.device)
-        operations = prepare_model(self.model, settings, bf16=uses_bf16(run.recipe, world.device))
+        bf16 = uses_bf16(run.recipe, world.device)
+        operations = prepare_model(self.model, settings, world, bf16=bf16, before=run.computed_before)
         run = replace(run, operations=operations)  # so that each checkpoint says how it was computed
         self.settings, self.run, self.world, self.observer = settings, run, world, observer
         self.loader = BatchLoader(

@@ -65,7 +65,7 @@ def build_model(preset: str = "v4", *, spread: float = 0.1, **changes) -> Integr
 def put_own(model: IntegratorLanguageModel, product: str = "MKL") -> IntegratorLanguageModel:
     """Every operation of our own put into a model, whatever is the fastest here."""
     way = Choice(f"C++ with {product}", "asked for by a test")
-    put(model, {"attention": way, "integrator": way, "loss": Choice("own chunks", "asked for by a test")})
+    put(model, {"attention": way, "integrator": way, "loss": Choice("inl's chunks", "asked for by a test")})
     return model
 
 

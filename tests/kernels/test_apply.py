@@ -34,7 +34,7 @@ OWN = Choice("C++ with MKL", "said by a test")
 @pytest.fixture
 def fastest_is_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which C++ is the fastest."""
-    monkeypatch.setattr(measuring, "fastest", lambda part: OWN)
+    monkeypatch.setattr(measuring, "fastest", lambda *_: OWN)
 
 
 def parts(model: IntegratorLanguageModel) -> set[type]:
@@ -69,7 +69,7 @@ def test_what_is_applied_last_is_what_is_there():
 def test_where_our_own_cannot_or_must_not_run_torch_does_everything_and_the_reason_is_said(how, reason):
     found = choose(build_model("v4").config, how.pop("device", CPU), **how)
     assert found == {part: Choice("torch", reason) for part in ("attention", "integrator", "loss")}
-    assert describe(found) == f"attention and integrator and loss by torch ({reason})"
+    assert describe(found) == f"attention, integrator, loss by torch ({reason})"
 
 
 def test_without_a_library_the_loss_alone_is_our_own():
@@ -77,7 +77,7 @@ def test_without_a_library_the_loss_alone_is_our_own():
         model = build_model("v4")
         found = apply(model)
     assert found["attention"] == found["integrator"] == ("torch", "no operations in C++: this torch has no MKL")
-    assert found["loss"].way == "own chunks"
+    assert found["loss"].way == "inl's chunks"
     assert parts(model) == {Visibility, CpuLoss, SharedLookup, InnerAttention, Dynamics}
 
 
@@ -98,14 +98,14 @@ def test_a_transformer_has_no_integrator_to_choose_for():
 
 
 @pytest.mark.usefixtures("fastest_is_own")
-def test_a_plan_says_each_way_once():
-    found = choose(build_model("v4").config, CPU)
-    assert describe(found) == "attention and integrator by C++ with MKL, loss by own chunks"
+def test_a_plan_says_each_way_once_and_why():
+    text = describe(choose(build_model("v4").config, CPU))
+    assert text.startswith(f"attention, integrator by {OWN.way} ({OWN.why}); loss by inl's chunks (less memory")
 
 
 def test_a_head_of_its_own_shares_no_table():
     model = build_model("v4", tie_head=False)
-    with patch.object(measuring, "fastest", lambda part: Choice("torch", "")):
+    with patch.object(measuring, "fastest", lambda *_: Choice("torch", "")):
         apply(model)
     assert type(model.embedding.lookup) is Lookup
     assert type(model.vocabulary_loss) is CpuLoss
@@ -169,3 +169,18 @@ def test_an_evaluation_that_stops_early_or_records_is_the_plain_one():
     assert "integrator" not in ran.found
     torch.testing.assert_close(found.hidden, plain.hidden, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.layers[0].trajectory.alpha, plain.layers[0].trajectory.alpha, rtol=1e-4, atol=1e-5)
+
+
+def test_an_operation_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="'eager': must be one of auto, plain"):
+        apply(build_model("v4"), operations="eager")  # type: ignore[arg-type]
+
+
+@needs_library
+@pytest.mark.usefixtures("fastest_is_own")
+def test_documents_that_are_the_same_in_every_row_may_be_given_once():
+    model, ids = build_model("v4"), torch.arange(40).view(2, 20) % 12
+    documents = (torch.arange(20) // 7)[None]
+    before = model(ids, document_ids=documents).hidden
+    apply(model)
+    torch.testing.assert_close(model(ids, document_ids=documents).hidden, before, rtol=1e-4, atol=1e-5)

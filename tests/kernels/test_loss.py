@@ -274,3 +274,18 @@ def test_without_gradients_or_off_the_cpu_nothing_is_shared(circumstance):
     assert table is weight
     if circumstance != "another device":
         torch.testing.assert_close(rows, F.embedding(ids, weight))
+
+
+@every_loss
+def test_a_negative_target_that_is_not_the_ignored_one_is_an_error(loss):
+    z, weight = torch.randn(3, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        loss(z, weight, torch.tensor([1, -1, 2]))
+
+
+@every_loss
+def test_weights_of_low_precision_give_a_sum_of_single_precision(loss):
+    z, weight, targets = torch.randn(400, WIDTH), torch.randn(VOCAB, WIDTH), torch.randint(VOCAB, (400,))
+    low = loss(z.bfloat16(), weight.bfloat16(), targets)
+    assert low.dtype == torch.float32
+    assert low.item() == pytest.approx(loss(z, weight, targets).item(), rel=5e-3)

@@ -16,7 +16,7 @@ import torch
 
 from inl_core.analysis.planning.activations import RECOMPUTATIONS, Recomputation, Saved, saved_activations
 from inl_core.analysis.planning.parameters import meta_model
-from inl_core.kernels import Choice
+from inl_core.kernels.apply import TORCH, Choice
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig, OptimizerSettings, Recipe
 from inl_core.training.optimizers import build_optimizers
@@ -92,7 +92,9 @@ def trace_modes(
     """What autograd saves under each recomputation mode, for the recipe's windows, masks and losses."""
     settings = recipe.training
     losses = settings.losses
-    if config.integrator is None:
+    # The integrator in C++ computes its iterations again in any case: the mode is shown only where it is asked for.
+    recomputes_itself = bool(operations) and operations.get("integrator", Choice(TORCH, "")).way != TORCH
+    if config.integrator is None or (recomputes_itself and settings.recomputation != "integrator"):
         modes = tuple(mode for mode in modes if mode != "integrator")
     has_terms = losses.lambda_speed > 0 or losses.lambda_energy > 0 or settings.cycle is not None
     return {
