@@ -25,6 +25,7 @@ from inl_core.recipe import ModelConfig
 _TURNS = 4
 _ELEMENTS = 2**18
 """Of one tensor (tokens, D)."""
+_MOST_HEADS, _WIDEST_HEAD, _WIDEST, _WIDEST_CONTROLLER, _MOST_ITERATIONS = 16, 128, 1024, 256, 8
 _LEAST_GAIN = 1.05
 _MUCH_FASTER = 1.3
 
@@ -48,11 +49,17 @@ def fastest(part: str, config: ModelConfig, before: str | None = None) -> Choice
 
 
 def _sizes(part: str, config: ModelConfig) -> tuple[int, ...]:
-    """What the time depends on: heads, key-value heads and head size; or D, C and T."""
+    """What the time depends on: heads, key-value heads and head size; or D, C and T.
+
+    None is more than a CPU trains in earnest: a plan of any model must not take time or memory.
+    """
     if part == "attention":
-        return config.num_heads, config.key_value_heads, config.head_dim
+        shared = min(_MOST_HEADS, config.num_heads // config.key_value_heads)
+        key_heads = max(1, min(_MOST_HEADS // shared, config.key_value_heads))
+        return shared * key_heads, key_heads, min(_WIDEST_HEAD, config.head_dim)
     assert config.integrator is not None
-    return config.d_model, config.integrator.controller.width, config.integrator.num_iterations
+    width, iterations = config.integrator.controller.width, config.integrator.num_iterations
+    return min(_WIDEST, config.d_model), min(_WIDEST_CONTROLLER, width), min(_MOST_ITERATIONS, iterations)
 
 
 @lru_cache

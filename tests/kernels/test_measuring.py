@@ -63,6 +63,19 @@ def test_other_widths_are_measured_anew(measured):
     assert len(measured) == 2
 
 
+def test_what_is_measured_is_small_whatever_the_model_is():
+    huge = {
+        "d_model": 2**20,
+        "num_heads": 2**12,
+        "integrator": {"num_iterations": 5000, "controller": {"width": 2**16}},
+    }
+    config = ModelConfig.model_validate(huge)
+    assert measuring._sizes("attention", config) == (16, 16, 128)
+    assert measuring._sizes("integrator", config) == (1024, 256, 8)
+    grouped = ModelConfig.model_validate({"d_model": 4096, "num_heads": 64, "num_kv_heads": 2})
+    assert measuring._sizes("attention", grouped) == (16, 1, 64)
+
+
 def test_another_number_of_threads_is_measured_anew(measured):
     threads = torch.get_num_threads()
     try:
