@@ -26,7 +26,7 @@ from inl_core.model import Integrator, IntegratorLanguageModel, KVCache, Options
 from inl_core.model.controller import Controller, Head
 
 _FEWEST_SLOTS = 256
-_PUT_ON = ("enter", "leave", "step", "step_with_gains", "forward")
+_PUT_ON = ("transform", "enter", "leave", "step", "step_with_gains", "forward")
 """What compilation and recomputation put on a module, which belongs to the original alone."""
 
 

@@ -1,8 +1,8 @@
 """torch.compile for the parts of a model that are functions of tensors alone.
 
-- Compiled are a block's two halves and the integrator's step (`Block.enter`, `Block.leave`, `Dynamics.step`), never the
-  loop over T between them. So nothing is compiled again when T is drawn anew or divided by a budget, or when single
-  states are looked at.
+- Compiled are a block's two halves (`Block.enter`, `Block.leave`; the whole block as `Block.transform` where it has no
+  integrator between them) and the integrator's step (`Dynamics.step`), never the loop over T between them. So nothing
+  is compiled again when T is drawn anew or divided by a budget, or when single states are looked at.
 - Each part is compiled once with gradients, for the one shape of training, and once without, for any shape; all layers
   share it. With an attention mask and without, for a single row or token, and in inference mode, it is compiled
   separately. Compiling any of these again is worth a warning, and after a few times the part runs uncompiled.
@@ -35,9 +35,11 @@ def compile_parts(model: IntegratorLanguageModel, *, any_shape: bool = True) -> 
         any_shape: False compiles evaluation, too, for the shapes of its first pass alone, which are then faster.
     """
     enter, leave = _Compiled(Block.enter, any_shape), _Compiled(Block.leave, any_shape)
+    transform = _Compiled(Block.transform, any_shape)
     step, step_with_gains = _Compiled(Dynamics.step, any_shape), _Compiled(Dynamics.step_with_gains, any_shape)
     for block in model.blocks:
         assert isinstance(block, Block)
+        block.transform = partial(transform, block)  # type: ignore[method-assign]
         block.enter = partial(enter, block)  # type: ignore[method-assign]
         block.leave = partial(leave, block)  # type: ignore[method-assign]
         dynamics = block.integrator.dynamics if block.integrator else None
@@ -61,7 +63,8 @@ class _Compiled:
         kind = (trains, torch.is_inference_mode_enabled(), *(value is None for value in args), *map(_is_single, args))
         if kind not in self.kinds:
             purpose = "training" if trains else "evaluation"
-            self.kinds[kind] = _Kind(self.method, purpose, any_shape=self.any_shape and not trains)
+            of_training = trains or self.any_shape
+            self.kinds[kind] = _Kind(self.method, purpose, any_shape=self.any_shape and not trains, checks=of_training)
         if not trains:
             return self.kinds[kind](*args)
         with compiler_config.patch(activation_memory_budget=_ACTIVATION_BUDGET):
@@ -94,14 +97,18 @@ def _differentiable(value: Any) -> Any:
 class _Kind:
     """A method compiled for one kind of pass. A second compilation is warned of, and the last is followed by none."""
 
-    def __init__(self, method: Callable[..., Any], purpose: str, *, any_shape: bool) -> None:
+    def __init__(self, method: Callable[..., Any], purpose: str, *, any_shape: bool, checks: bool = True) -> None:
         self.method, self.what, self.compilations = method, f"{method.__qualname__} is compiled for {purpose}", 0
 
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # a function: methods are taken for one
             return self._generate(graph, inputs)
 
         compiler: Any = torch.compile  # whose type stubs do not know isolate_recompiles
-        self.compiled = compiler(method, backend=backend, fullgraph=True, dynamic=any_shape, isolate_recompiles=True)
+        # While text is generated no module changes, and checking that at each token takes a tenth of the time.
+        options = None if checks else {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self.compiled = compiler(
+            method, backend=backend, fullgraph=True, dynamic=any_shape, isolate_recompiles=True, options=options
+        )
 
     def __call__(self, *args: Any) -> Any:
         return (self.compiled if self.compilations < _MOST_COMPILATIONS else self.method)(*args)

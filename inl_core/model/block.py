@@ -9,8 +9,8 @@
   each iteration (docs/model.md, "One step"). With `candidate: feed_forward` (v4) it is the feed-forward of s_0, and
   there is no third norm.
 - Without an integrator (`transformer`) the block is x + attention(norm_1(x)), x + feed_forward(norm_3(x)).
-- `enter` and `leave` are functions of tensors alone, so that a compiler takes each whole, once for all layers, whatever
-  the integrator does between them.
+- `enter`, `leave` and `transform` are functions of tensors alone, so that a compiler takes each whole, once for all
+  layers, whatever the integrator does between them.
 - Legend: B batch, S sequence, D d_model.
 """
 
@@ -76,9 +76,9 @@ class Block(nn.Module):
         self, x: Tensor, velocity: Tensor, shared: SharedInputs, budget: LayerBudget, cache: LayerCache | None = None
     ) -> tuple[Tensor, IntegratorOutput | None]:
         """x (B, S, D) and the velocity carried from below (B, S, D) -> x and the integrator's output."""
-        x, h, start, candidate = self.enter(x, shared.rotary, shared.mask, cache)
         if self.integrator is None:
-            return self.leave(x, x, x), None
+            return self.transform(x, shared.rotary, shared.mask, cache), None
+        x, h, start, candidate = self.enter(x, shared.rotary, shared.mask, cache)
         output = self.integrator(
             h,
             start,
@@ -93,6 +93,11 @@ class Block(nn.Module):
             early_stopping=shared.options.early_stopping,
         )
         return self.leave(x, start, output.state), output
+
+    def transform(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """The whole block where there is no integrator: x (B, S, D) -> (B, S, D)."""
+        x, _, start, _ = self.enter(x, rotary, mask, cache)
+        return self.leave(x, start, start)
 
     def enter(
         self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None

@@ -65,6 +65,7 @@ def _timed(model: IntegratorLanguageModel, settings: BenchSettings, *, compiled:
         if compiled and isinstance(module, Block):
             entered = "attention and feed-forward" if module.feeds_candidate else "attention"
             found += [(module, "enter", entered), (module, "leave", "feed-forward")]
+            found += [(module, "transform", "attention and feed-forward")]
         elif not (compiled and isinstance(module, Attention | FeedForward)):
             found += [(module, "forward", name) for kind, name in _PARTS.items() if isinstance(module, kind)]
     return found
