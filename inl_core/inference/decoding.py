@@ -63,7 +63,7 @@ class Decoder:
             self.head = torch.compile(self.head, fullgraph=True)
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache for `batch` rows of up to `slots` tokens; compiled, of few lengths, and never a shorter one."""
+        """A cache for `batch` rows of up to `slots` tokens; compiled, 256 or 512 or 1,024 ..., never shorter."""
         if self.is_compiled:
             while self.slots < slots:
                 self.slots *= 2

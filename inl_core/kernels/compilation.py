@@ -32,7 +32,8 @@ def compile_parts(model: IntegratorLanguageModel, *, any_shape: bool = True) -> 
     """Compile the parts of every layer, in place; the first forward pass of each kind then takes its time.
 
     Args:
-        any_shape: False compiles evaluation, too, for the shapes of its first pass alone, which are then faster.
+        any_shape: False compiles evaluation, too, for the shapes of its first pass alone, which are then faster; the
+            model must not change after it.
     """
     enter, leave = _Compiled(Block.enter, any_shape), _Compiled(Block.leave, any_shape)
     transform = _Compiled(Block.transform, any_shape)
@@ -63,8 +64,8 @@ class _Compiled:
         kind = (trains, torch.is_inference_mode_enabled(), *(value is None for value in args), *map(_is_single, args))
         if kind not in self.kinds:
             purpose = "training" if trains else "evaluation"
-            of_training = trains or self.any_shape
-            self.kinds[kind] = _Kind(self.method, purpose, any_shape=self.any_shape and not trains, checks=of_training)
+            any_shape, is_fixed = self.any_shape and not trains, not self.any_shape and not trains
+            self.kinds[kind] = _Kind(self.method, purpose, any_shape=any_shape, is_fixed=is_fixed)
         if not trains:
             return self.kinds[kind](*args)
         with compiler_config.patch(activation_memory_budget=_ACTIVATION_BUDGET):
@@ -76,7 +77,7 @@ class _Compiled:
 
 
 def _alone(value: Any) -> Any:
-    """A row (D,) of a table as a tensor of its own: of a view, a compiler would hold the whole table's length fast."""
+    """A row (D,) of a table as a tensor of its own: code compiled for a view depends on the table's length."""
     is_row = isinstance(value, Tensor) and value.dim() == 1 and value._base is not None
     return value.clone() if is_row else value
 
@@ -95,19 +96,15 @@ def _differentiable(value: Any) -> Any:
 
 
 class _Kind:
-    """A method compiled for one kind of pass. A second compilation is warned of, and the last is followed by none."""
+    """A method compiled for one kind of pass. Each compilation after the first is warned of, up to the last allowed."""
 
-    def __init__(self, method: Callable[..., Any], purpose: str, *, any_shape: bool, checks: bool = True) -> None:
+    def __init__(self, method: Callable[..., Any], purpose: str, *, any_shape: bool, is_fixed: bool) -> None:
         self.method, self.what, self.compilations = method, f"{method.__qualname__} is compiled for {purpose}", 0
-
-        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:  # a function: methods are taken for one
-            return self._generate(graph, inputs)
-
         compiler: Any = torch.compile  # whose type stubs do not know isolate_recompiles
-        # While text is generated no module changes, and checking that at each token takes a tenth of the time.
-        options = None if checks else {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        # Checking at each token of a text that no module has changed takes a good part of the time.
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe} if is_fixed else None
         self.compiled = compiler(
-            method, backend=backend, fullgraph=True, dynamic=any_shape, isolate_recompiles=True, options=options
+            method, backend=self._generate, fullgraph=True, dynamic=any_shape, isolate_recompiles=True, options=options
         )
 
     def __call__(self, *args: Any) -> Any:
@@ -117,7 +114,9 @@ class _Kind:
         code = generate_code(graph, inputs)  # which may ask for another graph before it returns
         self.compilations += 1
         if self.compilations > 1:
-            after = "it runs uncompiled from now on" if self.compilations == _MOST_COMPILATIONS else "it takes its time"
+            after = (
+                "it runs uncompiled from now on" if self.compilations == _MOST_COMPILATIONS else "compiling takes time"
+            )
             warnings.warn(
                 f"{self.what} again, number {self.compilations}: something about it changes between calls "
                 f"(TORCH_LOGS=recompiles says what); {after}",

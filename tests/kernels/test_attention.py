@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +21,7 @@ from tests.kernels.native import (
     put_own,
     some_ids,
 )
-from tests.model.test_attention import Case, assert_alike_with_gradients, by_the_model, make_case, textbook
+from tests.model.test_attention import Case, any_case, assert_alike_with_gradients, by_the_model, make_case, textbook
 
 pytestmark = needs_library
 
@@ -36,18 +35,8 @@ def in_single(case: Case) -> Case:
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    length=st.integers(1, 40),
-    groups=st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)]),
-    half=st.integers(1, 9),
-    documents=st.sampled_from([0.0, 0.03, 0.3, 1.0]),
-    rotates=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_output_and_gradient_are_the_textbooks(batch, length, groups, half, documents, rotates, seed):
-    case = make_case(batch, length, *groups, 2 * half, documents=documents, seed=seed)
-    case = case if rotates else case._replace(cosines=None, sines=None)
+@given(any_case(longest=40))
+def test_output_and_gradient_are_the_textbooks(case):
     assert_alike_with_gradients(attend, textbook, case)
 
 
