@@ -1,11 +1,13 @@
 """Run commands through the forking server, and what holds for every one of them, whatever was broken."""
 
+import fcntl
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tests.faults.inject import Fault
 DOCUMENTED = (0, 1, 2, 3, 4, 75)
 TIMEOUT = 30.0  # seconds
 MEMORY = 3 << 30  # bytes
+MOST_OUTPUT = 1 << 20  # bytes of each stream; a command that writes more hangs
 PROJECT = Path(__file__).parents[2]
 
 
@@ -81,9 +84,9 @@ class Server:
     ) -> "Started":
         """Begin a command; `stdout` and `stderr` are files to write to instead, or "" for a closed stream."""
         self.number += 1
-        captured = [str(self.scratch / f"{self.number}.{name}") for name in ("out", "err")]
-        streams = ["/dev/null", stdout, stderr]
-        streams[1:] = [own if own is not None else file for own, file in zip(streams[1:], captured, strict=True)]
+        names = [str(self.scratch / f"{self.number}.{name}") for name in ("out", "err")]
+        pipes = [_open_pipe(name) for name in names]
+        streams = ["/dev/null", names[0] if stdout is None else stdout, names[1] if stderr is None else stderr]
         words = [str(argument) for argument in arguments]
         child = self._ask(
             start={
@@ -95,7 +98,7 @@ class Server:
                 "log": str(log) if log else None,
             }
         )
-        return Started(self, child, " ".join(words), [Path(file) for file in captured])
+        return Started(self, child, " ".join(words), pipes)
 
     def run(self, *arguments: object, timeout: float = TIMEOUT, **options: Any) -> Outcome:
         """A command from its start to its end."""
@@ -114,12 +117,28 @@ class Started:
     server: Server
     process: int
     command: str
-    files: list[Path]
+    pipes: list[int]
 
     def wait(self, timeout: float = TIMEOUT) -> Outcome:
         """Its end; it is aborted when that takes longer than `timeout` seconds."""
         end = self.server._ask(wait=self.process, timeout=timeout)
-        texts = [file.read_text(errors="replace") if file.exists() else "" for file in self.files]
-        for file in self.files:
-            file.unlink(missing_ok=True)
+        texts = [_drain(pipe).decode(errors="replace") for pipe in self.pipes]
         return Outcome(self.command, end["code"], *texts, memory=end["memory"], is_late=end["is_late"])
+
+
+def _open_pipe(name: str) -> int:
+    """A named pipe that holds all that a command says: a limit on the size of files does not apply to it."""
+    os.mkfifo(name)
+    pipe = os.open(name, os.O_RDWR | os.O_NONBLOCK)
+    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MOST_OUTPUT)
+    return pipe
+
+
+def _drain(pipe: int) -> bytes:
+    """Everything in a pipe, which is closed then."""
+    text = b""
+    with suppress(BlockingIOError):
+        while True:
+            text += os.read(pipe, MOST_OUTPUT)
+    os.close(pipe)
+    return text

@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.commands import Outcome, check_manners
 from tests.faults.inject import Fault
-from tests.faults.subject import RUN, STEPS, Stage, check_is_whole, rows, tensors
+from tests.faults.subject import RUN, Stage, check_is_whole, rows, tensors
 
 pytestmark = pytest.mark.slow
 
@@ -62,11 +62,13 @@ def test_of_two_runs_in_one_directory_one_is_refused(stage: Stage, alone, event:
 
 @pytest.mark.parametrize(("event", "number"), [(r"^open run/run\.lock", 1), ("^step$", 1)])
 def test_of_two_resumes_of_one_run_one_is_refused(stage: Stage, whole, event: str, number: int):
-    """Or it came so late that the other one had finished, and found nothing left to train."""
+    """Or it got the lock when the other one had just finished, and found nothing left to train."""
     stage.set("halfway")
     outcomes = run_twins(stage, ("resume", RUN, "--json"), ("resume", RUN, "--json"), event, number)
     if [outcome.code for outcome in outcomes] == [0, 0]:
-        assert any(f"from step {STEPS}" in outcome.stderr for outcome in outcomes)
+        trained, late = sorted(outcomes, key=lambda outcome: "at its last step already" in outcome.stderr)
+        assert f"{RUN}, from step 30" in trained.stderr, trained.told
+        assert "at its last step already" in late.stderr, late.told
     else:
         check_one_was_refused(outcomes)
     check_is_whole(stage, whole)
