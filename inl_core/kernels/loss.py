@@ -36,11 +36,14 @@ def logit_rows(vocab_size: int, device: torch.device) -> int:
 class ChunkedLoss(VocabularyLoss):
     """The model's loss by torch's chunked cross-entropy."""
 
+    most_rows: int | None = None
+    """Tokens whose logits may be held at once; None is what `logit_rows` says."""
+
     def forward(self, z: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Sum over targets other than -100 of the cross-entropy in nats: z (N, R), W (V, R), targets (N,)."""
         if needs_plain_operations():
             return super().forward(z, weight, targets)
-        return self.in_chunks(z, weight, targets, logit_rows(weight.shape[0], z.device))
+        return self.in_chunks(z, weight, targets, self.most_rows or logit_rows(weight.shape[0], z.device))
 
     def in_chunks(self, z: Tensor, weight: Tensor, targets: Tensor, most: int) -> Tensor:
         """The same, at most so many rows of logits at a time."""

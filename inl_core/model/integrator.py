@@ -14,7 +14,7 @@ from inl_core.model.dynamics import Drive, Dynamics
 from inl_core.model.early_stopping import EarlyStopping
 from inl_core.model.equilibrium import Equilibrium
 from inl_core.model.excitation import Excitation
-from inl_core.model.mixture import Experts, MixedDrive, MixedDynamics, Router, Routing, build_controller, shares
+from inl_core.model.mixture import Experts, MixedDrive, MixedDynamics, Router, Routing, build_controller
 from inl_core.model.trajectory import Recorder, Trajectory
 from inl_core.recipe import IntegratorConfig
 
@@ -69,8 +69,9 @@ class Integrator(nn.Module):
         if isinstance(controller, Controller):
             outer, bias = self.modulation.fold(controller)
             return Drive(controller.hoist(h), controller.state_velocity.weight, outer, bias, candidate, mu)
+        assert self.router is not None
         assert routing is not None
-        h, parts = h.flatten(0, -2), shares(routing)
+        h, parts = h.flatten(0, -2), self.router.shares(routing)
         flat = None if candidate is None else candidate.flatten(0, -2)
         drives = []
         for share, expert in zip(parts, controller, strict=True):

@@ -47,6 +47,13 @@ class Routing(NamedTuple):
         return (self.weights > 0).to(self.probabilities.dtype)
 
 
+class Share(NamedTuple):
+    """One expert's tokens: their rows in (N, D) tensors, and the weight of its step in theirs, (rows, 1)."""
+
+    rows: Tensor
+    weight: Tensor
+
+
 class Router(nn.Module):
     """h -> experts; one for each layer."""
 
@@ -66,22 +73,14 @@ class Router(nn.Module):
         weights = torch.zeros_like(probabilities).scatter(-1, indices, values / values.sum(-1, keepdim=True))
         return Routing(probabilities, weights)
 
-
-class Share(NamedTuple):
-    """One expert's tokens: their rows in (N, D) tensors, and the weight of its step in theirs, (rows, 1)."""
-
-    rows: Tensor
-    weight: Tensor
-
-
-def shares(routing: Routing) -> list[Share]:
-    """Each expert's share of the tokens."""
-    weights = routing.weights.flatten(0, -2)  # (N, E)
-    found = []
-    for expert in range(weights.shape[1]):
-        rows = weights[:, expert].nonzero().squeeze(-1)
-        found.append(Share(rows, weights[rows, expert, None]))
-    return found
+    def shares(self, routing: Routing) -> list[Share]:
+        """Each expert's share of the tokens."""
+        weights = routing.weights.flatten(0, -2)  # (N, E)
+        found = []
+        for expert in range(weights.shape[1]):
+            rows = weights[:, expert].nonzero().squeeze(-1)
+            found.append(Share(rows, weights[rows, expert, None]))
+        return found
 
 
 class MixedDrive(NamedTuple):

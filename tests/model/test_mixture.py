@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from inl_core.model import IntegratorLanguageModel
-from inl_core.model.mixture import Routing, shares
+from inl_core.model.mixture import Routing
 from inl_core.recipe import ModelConfig
 from tests.model.test_language_model import build, some_ids
 
@@ -60,10 +60,11 @@ def test_the_mixed_layer_equals_a_loop_over_tokens_and_experts(preset):
 
 
 def test_each_token_takes_its_k_experts_with_weights_that_sum_to_one():
-    routing: Routing = mixture()(some_ids()).layers[0].routing
+    model = mixture()
+    routing: Routing = model(some_ids()).layers[0].routing
     assert torch.equal(routing.chosen.sum(-1), torch.full((2, 12), 2.0, dtype=torch.float64))
     torch.testing.assert_close(routing.weights.sum(-1), torch.ones(2, 12, dtype=torch.float64))
-    assert sum(len(share.rows) for share in shares(routing)) == 2 * 24
+    assert sum(len(share.rows) for share in model.integrators()[0].router.shares(routing)) == 2 * 24
     best = routing.probabilities.argmax(-1, keepdim=True)
     assert (routing.chosen.gather(-1, best) == 1).all()
 

@@ -16,23 +16,20 @@
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from inl_core.kernels import Choice, choose, loss, put
+from inl_core.kernels import Choice, choose, put
+from inl_core.kernels.loss import ChunkedLoss
 from inl_core.model import IntegratorLanguageModel, Options
-from inl_core.model import integrator as integrator_module
 from inl_core.model.budget import Budget, LayerBudget
-from inl_core.model.mixture import Routing, Share
+from inl_core.model.mixture import Router, Routing, Share
 from inl_core.recipe import ModelConfig
 from inl_core.training.execution import recompute
 
@@ -160,10 +157,10 @@ def _trace(
     options: Options,
     choices: dict[str, Choice],
 ) -> Saved:
-    top_k = config.integrator.controller.top_k if config.integrator else 0
-    with FakeTensorMode(), _without_values(top_k):
+    with FakeTensorMode():
         model = IntegratorLanguageModel(config).train()
         put(model, choices)
+        _look_at_no_values(model)
         recompute(model, mode)
         ids = torch.zeros(_ROWS, length, dtype=torch.long)
         documents = {"document_ids": ids, "positions": ids} if document_mask else {}
@@ -184,30 +181,37 @@ def _trace(
     return Saved(per_row / _ROWS, sum(sizes) - per_row)
 
 
-@contextmanager
-def _without_values(top_k: int) -> Iterator[None]:
-    """Replace the two places where a model looks at values of tensors, which fake tensors do not have."""
-    with (
-        patch.object(Budget, "forward", _even_budget),
-        patch.object(integrator_module, "shares", partial(_even_shares, top_k)),
-        # What is kept is the same in one chunk, and tracing costs as much for a chunk of few rows.
-        patch.object(loss, "logit_rows", lambda vocab_size, device: sys.maxsize),
-    ):
-        yield
+def _look_at_no_values(model: IntegratorLanguageModel) -> None:
+    """Replace the parts that look at values of tensors, which fake tensors do not have."""
+    integrator = model.config.integrator
+    if integrator is not None and model.budget is not None:
+        model.budget = _EvenBudget(integrator.budget, model.config.num_layers, integrator.num_iterations)
+    for layer in model.integrators():
+        if layer.router is not None:
+            layer.router = _EvenRouter(layer.config, model.config.d_model)
+    assert isinstance(model.vocabulary_loss, ChunkedLoss)
+    # What is kept is the same in one chunk, and tracing costs as much for a chunk of few rows.
+    model.vocabulary_loss.most_rows = sys.maxsize
 
 
-def _even_budget(budget: Budget) -> list[LayerBudget]:
-    """T iterations for each layer; the last counts by a fraction, which has a gradient where the real one has."""
-    count = budget.num_iterations
-    if budget.strategy == "dynamic":
-        return [LayerBudget(count, None)] * (budget.total // count)
-    return [LayerBudget(count, share - (count - 1)) for share in budget.shares()]
+class _EvenBudget(Budget):
+    """A budget that gives every layer T iterations."""
+
+    def forward(self) -> list[LayerBudget]:
+        """The last iteration counts by a fraction, which has a gradient where the real budget's has one."""
+        count = self.num_iterations
+        if self.strategy == "dynamic":
+            return [LayerBudget(count, None)] * (self.total // count)
+        return [LayerBudget(count, share - (count - 1)) for share in self.shares()]
 
 
-def _even_shares(top_k: int, routing: Routing) -> list[Share]:
-    """The same number of tokens for every expert; all together, k for each token."""
-    weights = routing.weights.flatten(0, -2)  # (N, E)
-    num_experts = weights.shape[1]
-    per_row = weights.shape[0] // _ROWS * top_k / num_experts
-    rows = torch.zeros(_ROWS * max(1, round(per_row)), dtype=torch.long)
-    return [Share(rows, weights[rows, expert, None]) for expert in range(num_experts)]
+class _EvenRouter(Router):
+    """A router that gives every expert the same number of tokens; all together, k for each token."""
+
+    def shares(self, routing: Routing) -> list[Share]:
+        """Token 0 again and again: which tokens an expert has makes no difference to the memory."""
+        weights = routing.weights.flatten(0, -2)  # (N, E)
+        num_experts = weights.shape[1]
+        per_row = weights.shape[0] // _ROWS * self.top_k / num_experts
+        rows = torch.zeros(_ROWS * max(1, round(per_row)), dtype=torch.long)
+        return [Share(rows, weights[rows, expert, None]) for expert in range(num_experts)]
