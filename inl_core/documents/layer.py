@@ -163,6 +163,7 @@ class IntegratorNeuronLayer(nn.Module):
             velocity: v_t, (..., D); None is zeros.
             step: t of the first iteration; the excitation depends on it.
         """
+        velocity = torch.zeros_like(state) if velocity is None else velocity
         self._check(context, state, velocity, step, num_iterations)
         output = self.dynamics(
             context,
@@ -180,14 +181,14 @@ class IntegratorNeuronLayer(nn.Module):
             return output.state, output.velocity
         return output.state, output.velocity, trajectory_dict(output.trajectory)
 
-    def _check(self, context: Tensor, state: Tensor, velocity: Tensor | None, step: int, num_iterations: int) -> None:
+    def _check(self, context: Tensor, state: Tensor, velocity: Tensor, step: int, num_iterations: int) -> None:
         if num_iterations < 1 or step < 0:
             raise ValueError(f"num_iterations {num_iterations} must be at least 1 and step {step} at least 0")
         expected = (*context.shape[:-1], self.output_dim)
         if context.shape[-1] != self.hidden_dim:
             raise ValueError(f"context {tuple(context.shape)}: the last dimension must be hidden_dim {self.hidden_dim}")
         for name, value in (("state", state), ("velocity", velocity)):
-            if value is not None and value.shape != expected:
+            if value.shape != expected:
                 raise ValueError(f"{name} {tuple(value.shape)}: expected {expected} (output_dim {self.output_dim})")
 
 

@@ -6,7 +6,6 @@ Legend: B batch, S sequence, D d_model, T iterations.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from inl_core.model.controller import Controller, Modulation
@@ -85,7 +84,7 @@ class Integrator(nn.Module):
         self,
         h: Tensor,
         state: Tensor,
-        velocity: Tensor | None,
+        velocity: Tensor,
         *,
         amplitude: Tensor,
         candidate: Tensor | None = None,
@@ -97,7 +96,7 @@ class Integrator(nn.Module):
         keep_trajectory: bool = False,
         early_stopping: bool = True,
     ) -> IntegratorOutput:
-        """Run T iterations from x_0 = `state`, v_0 = `velocity` (None is zeros), all (B, S, D).
+        """Run T iterations from x_0 = `state`, v_0 = `velocity`, both (B, S, D).
 
         Args:
             h: context (B, S, D).
@@ -114,7 +113,6 @@ class Integrator(nn.Module):
         total = num_iterations or self.config.num_iterations
         controller = controller or self.controller
         assert controller is not None, "a shared controller must be passed in"
-        velocity = torch.zeros_like(state) if velocity is None else velocity
         candidate = None if candidate is None else candidate.to(state.dtype)
         routing = self.router(h) if self.router else None
         drive = self.drive(controller, h, candidate, routing)

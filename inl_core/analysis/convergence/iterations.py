@@ -79,8 +79,7 @@ def skipped(model: IntegratorLanguageModel, layers: Iterable[int] | None = None)
 
     def skip(_: Integrator, args: tuple, kwargs: dict[str, Any], output: IntegratorOutput) -> IntegratorOutput:
         _, state, velocity = args
-        handed_on = torch.zeros_like(state) if velocity is None else velocity
-        return replace(output, state=state, velocity=handed_on)
+        return replace(output, state=state, velocity=velocity)
 
     with hooked(model, lambda layer: skip, layers):
         yield
