@@ -15,18 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from inl_core.kernels.cpu import calls
+from inl_core.kernels.cpu import calls, structures
 from inl_core.kernels.cpu.library import NAMES
 from inl_core.model.attention import InnerAttention, KVCache, LayerCache, Rotary, Visibility, first_of_document
 from inl_core.model.derivatives import needs_plain_operations
 from inl_core.recipe import ModelConfig
 
-_Structure: Any = calls.structure(
-    "attention",
-    ("threads", "batch", "length", "heads", "key_heads", "size", "tables"),
-    ("scale",),
-    ("packed", "cosines", "sines", "first", "out", "log_sums", "grad_out", "grad_packed"),
-)
 _ARGUMENTS = "Tensor packed, Tensor? cosines, Tensor? sines, Tensor? first, int heads, int key_heads, str product"
 
 
@@ -136,7 +130,7 @@ def _run(name: str, given: Any, **others: Tensor) -> None:
     size = width // (heads + 2 * key_heads)
     if packed.numel() == 0:
         return
-    call = _Structure(
+    call = structures.Attention(
         threads=torch.get_num_threads(),
         batch=batch,
         length=length,

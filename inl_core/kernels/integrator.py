@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from inl_core.kernels.cpu import calls
 from inl_core.kernels.cpu.library import NAMES
+from inl_core.kernels.cpu.structures import INPUTS, RESULTS, Integrator
 from inl_core.model.derivatives import needs_plain_operations
 from inl_core.model.dynamics import Drive, Dynamics, Iterated, speed_weights
 from inl_core.recipe import IntegratorConfig
@@ -31,22 +32,6 @@ _TILE_BYTES = 128 * 1024
 _MOST_TILES = 4
 """From T = 4 on a tile shrinks, as the backward pass holds its iterations side by side: memory must not grow with T."""
 _FEWEST_ROWS = 32
-
-_INPUTS = ("x", "v", "hoisted", "candidate", "inner", "outer", "bias", "mu", "forcing", "fraction")
-_RESULTS = ("x_out", "v_out", "speed", "energy")
-_Structure: Any = calls.structure(
-    "integrator",
-    ("threads", "rows", "dim", "width", "groups", "iterations", "kept", "activation", "tile"),
-    ("stride", "kappa", "beta_max", "power"),
-    (
-        "speed_weights",
-        *_INPUTS,
-        "hidden",
-        *_RESULTS,
-        *(f"grad_{name}" for name in _RESULTS),
-        *(f"grad_{name}" for name in _INPUTS),
-    ),
-)
 
 
 class CppDynamics(Dynamics):
@@ -119,7 +104,7 @@ class _Arguments(NamedTuple):
     @property
     def tensors(self) -> dict[str, Any]:
         """The inputs that may need a gradient, tensors or None, by the structure's names."""
-        return dict(zip(_INPUTS, self, strict=False))
+        return dict(zip(INPUTS, self, strict=False))
 
     @property
     def groups(self) -> int:
@@ -141,7 +126,7 @@ def integrator(*arguments):
     """x_T and v_T (..., D), the speed and energy losses' terms (...), and u of the first iterations (0-2, ..., C)."""
     given = _Arguments(*arguments[:-1])
     *results, hidden = _results(*arguments)
-    _run("iterate", given, hidden, zip(_RESULTS, results, strict=True))
+    _run("iterate", given, hidden, zip(RESULTS, results, strict=True))
     return *results, hidden
 
 
@@ -163,9 +148,9 @@ def integrator_backward(*arguments):
     *rest, hidden, grads = arguments
     given, found = _Arguments(*rest), _gradients(*arguments)
     # The operation writes W_out's gradient the faster way round, (C, GD).
-    written = dict(zip((f"grad_{name}" for name in _INPUTS), found, strict=True))
+    written = dict(zip((f"grad_{name}" for name in INPUTS), found, strict=True))
     written["grad_outer"] = found[5] = given.outer.new_zeros(given.outer.shape[::-1])
-    of_results = [(f"grad_{name}", grad) for name, grad in zip(_RESULTS, grads, strict=True)]
+    of_results = [(f"grad_{name}", grad) for name, grad in zip(RESULTS, grads, strict=True)]
     tensors = ((name, tensor if tensor is not None and tensor.numel() else None) for name, tensor in written.items())
     _run("iterate_back", given, hidden, [*of_results, *tensors])
     found[5] = found[5].T.contiguous()
@@ -181,14 +166,14 @@ def _gradients(*arguments):
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.numbers = inputs[len(_INPUTS) : -1]
+    ctx.numbers = inputs[len(INPUTS) : -1]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: len(_INPUTS)], output[-1])
+    ctx.save_for_backward(*inputs[: len(INPUTS)], output[-1])
 
 
 def _differentiate(ctx, *grads):
     *tensors, hidden = ctx.saved_tensors
-    dense = [None if grad is None else grad.contiguous() for grad in grads[: len(_RESULTS)]]
+    dense = [None if grad is None else grad.contiguous() for grad in grads[: len(RESULTS)]]
     found = torch.ops.inl.integrator_backward(*tensors, *ctx.numbers, hidden, dense)
     of_inputs = [None if tensor is None else grad for tensor, grad in zip(tensors, found, strict=True)]
     return *of_inputs, *(None for _ in ctx.numbers), None
@@ -216,7 +201,7 @@ def _run(name: str, given: _Arguments, hidden: Tensor, others: Any) -> None:
     if rows == 0:
         return
     shrink = min(1.0, _MOST_TILES / total)
-    call = _Structure(
+    call = Integrator(
         threads=calls.num_threads(rows),
         rows=rows,
         dim=dim,

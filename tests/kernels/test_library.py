@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from inl_core.kernels import apply
-from inl_core.kernels.cpu import calls, library
+from inl_core.kernels.cpu import calls, library, structures
 from tests.kernels.native import (
     PRODUCTS,
     assert_alike,
@@ -43,11 +43,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def small_library(directory: Path) -> Path:
-    """Sources that compile in a moment: threads, and oneDNN's product said not to work."""
+    """Sources that compile in a moment: threads, the structures' sizes, and oneDNN's product said not to work."""
     sources = directory / "sources"
     sources.mkdir()
-    code = '#include <omp.h>\nextern "C" int brgemm_works(const void *) { return omp_get_max_threads() < 0; }\n'
-    (sources / "small.cpp").write_text(code, encoding="utf-8")
+    functions = ["int brgemm_works(const void *) { return omp_get_max_threads() < 0; }"]
+    for name, kind in structures.STRUCTURES.items():
+        functions.append(f"long size_of_{name}() {{ return {ctypes.sizeof(kind)}; }}")
+    lines = ["#include <omp.h>", *(f'extern "C" {function}' for function in functions)]
+    (sources / "small.cpp").write_text("\n".join(lines), encoding="utf-8")
     return sources
 
 
@@ -241,13 +244,11 @@ def test_without_onednn_s_product_mkl_s_is_taken(monkeypatch):
         library.forget()
 
 
-def test_a_structure_of_another_size_than_in_the_library_is_refused():
+def test_a_structure_of_another_size_than_in_the_library_is_refused_when_that_is_loaded(cache, monkeypatch):
     """Addresses would be read from the wrong places."""
-    numbers = ("threads", "batch", "length", "heads", "key_heads", "size")  # one is missing
-    wrong = calls.structure("attention", numbers, ("scale",), ("packed",))
-    assert ctypes.sizeof(wrong) > 0
+    monkeypatch.setitem(structures.STRUCTURES, "attention", structures.Blas)
     with pytest.raises(AssertionError, match=r"attention: .* bytes in C"):
-        calls.run("attend", wrong(), (), "MKL", torch.float32, "a test")
+        library.library()
 
 
 def test_an_operation_that_has_no_memory_says_so():
@@ -261,7 +262,6 @@ def test_an_operation_that_has_no_memory_says_so():
     found = library.library()
     with (
         patch.object(calls, "library", lambda: found._replace(code=Refusing())),
-        patch.object(calls, "_check_size", lambda kind: None),
         pytest.raises(MemoryError, match=r"the integrator \(iterate\) over 33 tokens"),
     ):
         ours(make_case())

@@ -1,1 +1,1 @@
-"""Operations in C++: the sources; library.py compiles and finds them, cache.py keeps them, calls.py calls them."""
+"""Operations in C++: library.py compiles and finds them, cache.py keeps them, calls.py and structures.py call them."""

@@ -4,22 +4,15 @@ An operation trusts the sizes it is told, so its caller checks shapes and precis
 """
 
 import ctypes
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inl_core.kernels.cpu.library import NAMES, Blas, library
+from inl_core.kernels.cpu.library import NAMES, library
 
 _FEW_ROWS = 32
-
-
-def structure(name: str, numbers: Sequence[str], doubles: Sequence[str], pointers: Sequence[str]) -> type:
-    """The structure of one operation's call: whole numbers, doubles, what its products are made with, addresses."""
-    of_type = ((numbers, ctypes.c_int64), (doubles, ctypes.c_double), (("blas",), Blas), (pointers, ctypes.c_void_p))
-    return type(name, (ctypes.Structure,), {"_fields_": [(field, kind) for names, kind in of_type for field in names]})
 
 
 def run(
@@ -29,7 +22,7 @@ def run(
 
     Args:
         name: the function in the library, without its precision.
-        call: the operation's structure; its class has the name by which the library tells its size.
+        call: the operation's structure (structures.py).
         tensors: each field's tensor, or None for no address.
         what: for the error message.
 
@@ -38,7 +31,6 @@ def run(
     """
     found = library()
     assert found is not None, "operations in C++ are chosen only where the library is there"
-    _check_size(type(call))
     for field, tensor in tensors:
         if tensor is not None:
             assert tensor.is_contiguous()
@@ -46,16 +38,6 @@ def run(
     call.blas = found.blas(dtype, product)
     if not getattr(found.code, f"{name}_{NAMES[dtype]}")(ctypes.byref(call)):
         raise MemoryError(f"not enough memory, or no matrix product of the library's, for {what}")
-
-
-@lru_cache
-def _check_size(kind: type) -> None:
-    """The structure in C++ must have the size it has here, or addresses would be read from the wrong places."""
-    found = library()
-    assert found is not None
-    size_of = getattr(found.code, f"size_of_{kind.__name__}")
-    size_of.restype = ctypes.c_int64
-    assert size_of() == ctypes.sizeof(kind), f"{kind.__name__}: {size_of()} bytes in C++, {ctypes.sizeof(kind)} here"
 
 
 def num_threads(rows: int) -> int:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from inl_core.kernels.cpu import cache
+from inl_core.kernels.cpu.structures import Blas, check_sizes
 
 _SOURCES = Path(__file__).parent
 """The directory of *.cpp and *.h."""
@@ -39,12 +40,6 @@ NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
 PRODUCTS = ("MKL", "oneDNN")
 """The libraries whose matrix product an operation may call."""
-
-
-class Blas(ctypes.Structure):
-    """Addresses of the functions that the library calls, MKL's and oneDNN's; common.h has the same fields."""
-
-    _fields_ = (("gemm", ctypes.c_void_p), ("set_threads", ctypes.c_void_p), ("brgemm", ctypes.c_void_p))
 
 
 class Library(NamedTuple):
@@ -109,6 +104,7 @@ def _opened() -> Library:
         except Unavailable as error:
             warnings.warn(f"the operations in C++ are not there: {error}", RuntimeWarning, stacklevel=2)
             raise
+    check_sizes(code)
     set_threads = _address(blas.MKL_Set_Num_Threads_Local)
     gemm = {torch.float32: blas.sgemm_, torch.float64: blas.dgemm_}
     mkl = {dtype: Blas(_address(function), set_threads, None) for dtype, function in gemm.items()}
