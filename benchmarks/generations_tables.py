@@ -1,0 +1,180 @@
+"""The tables of docs/evidence.md and its picture from the lines that benchmarks/generations.py wrote.
+
+    .venv/bin/python benchmarks/generations_tables.py FILE.jsonl [--picture docs/generations.png]
+
+- An arm's best rate at a size is the one with the lowest mean over seeds, among the rates with the most seeds. A mean
+  is given with its standard error.
+- Differences are to the Transformer with transport, run by run of the same seed. Their standard error is that of their
+  mean; with one seed there is none.
+- Equal FLOPs and equal seconds: an arm that costs r times the Transformer's (FLOPs a token, or milliseconds a step) is
+  read at 1/r of the tokens. Between the runs of the whole length and those of a share of it, each with a whole schedule
+  of its own, bits per byte are taken to be linear in the logarithm of the tokens, and beyond the shorter ones, too.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from generations import best_rate, is_settled, read_lines
+from generations_run import study
+
+BASELINE, REFERENCE = "transformer", "transport"
+Line = dict[str, Any]
+Scores = dict[int, float]
+"""Bits per byte by seed."""
+
+
+class Results:
+    """The lines of one size."""
+
+    def __init__(self, size: str, lines: list[Line]) -> None:
+        self.runs = [line for line in lines if line.get("size") == size and "seed" in line and is_settled(line)]
+        self.times = [line for line in lines if line.get("size") == size and "timed" in line]
+        found = {line["arm"] for line in self.runs}
+        self.arms = [arm for arm in study()["arms"] if arm in found]
+        self.rates = {arm: best_rate(self.of(arm)) for arm in self.arms}
+
+    def of(self, arm: str, **wanted: Any) -> list[Line]:
+        """The runs of an arm with these values."""
+        return [line for line in self.runs if line["arm"] == arm and all(line[key] == wanted[key] for key in wanted)]
+
+    def scores(self, arm: str, *, share: float = 1.0, rate: float | None = None) -> Scores:
+        """Of the arm's best rate, unless another is asked for."""
+        runs = self.of(arm, share=share, rate=rate or self.rates[arm])
+        return {line["seed"]: line.get("bits_per_byte", math.inf) for line in runs}
+
+    def at_cost(self, arm: str, cost: float) -> Scores:
+        """What the arm would score with 1/cost of the tokens, for the seeds of which there is a shorter run, too."""
+        whole = self.scores(arm)
+        if cost == 1.0:
+            return whole
+        shares = {line["share"] for line in self.of(arm)} - {1.0}
+        found = {}
+        for share in shares:
+            short = self.scores(arm, share=share)
+            way = math.log(cost) / -math.log(share)
+            found |= {seed: whole[seed] + way * (short[seed] - whole[seed]) for seed in whole.keys() & short.keys()}
+        return found
+
+
+def mean_text(values: Iterable[float]) -> str:
+    """The mean, with its standard error where there are several values."""
+    values = list(values)
+    if not values:
+        return ""
+    error = f" +- {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{error}"
+
+
+def difference_text(arm: Scores, reference: Scores) -> str:
+    """The mean paired difference, its standard error, and how many of them it is."""
+    pairs = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]
+    if not pairs:
+        return ""
+    text = f"{statistics.mean(pairs):+.4f}"
+    if len(pairs) < 2:
+        return text
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{text} +- {error:.4f} ({abs(statistics.mean(pairs)) / error:.1f} standard errors)"
+
+
+def print_size(size: str, results: Results) -> None:
+    """Every arm at its best rate, then every rate."""
+    first = results.runs[0]
+    reference = results.scores(REFERENCE) if REFERENCE in results.arms else {}
+    print(f"\n## {size}: {first['tokens']:,} tokens, whole validation split ({first['validation_tokens']:,} tokens)\n")
+    print("| arm | parameters | best rate | bits per byte | seeds | against transport | FLOPs a token |")
+    print("|---|---|---|---|---|---|---|")
+    for arm in results.arms:
+        scores = results.scores(arm)
+        run = results.of(arm, rate=results.rates[arm])[0]
+        against = "" if arm == REFERENCE else difference_text(scores, reference)
+        print(
+            f"| {arm} | {run.get('parameters', 0):,} | {results.rates[arm]:g} | {mean_text(scores.values())} | "
+            f"{', '.join(map(str, sorted(scores)))} | {against} | {run.get('flops_per_token', 0) / 1e6:.2f}M |"
+        )
+    rates = sorted({line["rate"] for line in results.runs})
+    print(f"\n| arm | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---|{'---|' * len(rates)}")
+    for arm in results.arms:
+        row = [mean_text(results.scores(arm, rate=rate).values()) for rate in rates]
+        print(f"| {arm} | {' | '.join(row)} |")
+
+
+def print_costs(results: Results) -> None:
+    """Bits per byte at equal FLOPs, and at the equal seconds of every machine on which a step was timed."""
+    if BASELINE not in results.arms:
+        return
+    flops = {arm: results.of(arm)[0].get("flops_per_token", math.nan) for arm in results.arms}
+    tables = {"equal FLOPs": flops}
+    for line in results.times:
+        how = " ".join([line["device"], f"matmul {line['matmul']}", *line["changes"]])
+        tables.setdefault(f"equal seconds, {how}", {})[line["timed"]] = line["ms"]
+    for title, costs in tables.items():
+        print(f"\n| {title} | cost | bits per byte |\n|---|---|---|")
+        for arm in results.arms:
+            if arm in costs and BASELINE in costs:
+                cost = costs[arm] / costs[BASELINE]
+                print(f"| {arm} | {cost:.3f} | {mean_text(results.at_cost(arm, cost).values())} |")
+
+
+def draw(sizes: dict[str, Results], picture: Path) -> None:
+    """Above, the curves of each size; below, how far each arm is from the Transformer at the same step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [size for size, results in sizes.items() if BASELINE in results.arms]
+    figure, axes = pyplot.subplots(2, len(names), figsize=(4.5 * len(names), 7), sharex="col", squeeze=False)
+    for column, size in enumerate(names):
+        results = sizes[size]
+        baseline = curve_of(results, BASELINE)
+        for arm in [arm for arm in (BASELINE, REFERENCE, "v4", "v5") if arm in results.arms]:
+            curve = curve_of(results, arm)
+            label = f"{arm} ({results.rates[arm]:g})"
+            axes[0][column].plot(curve.keys(), curve.values(), marker=".", label=label)
+            steps = [step for step in curve if step in baseline]
+            axes[1][column].plot(steps, [curve[step] - baseline[step] for step in steps], marker=".")
+        axes[0][column].set_title(f"{size}, each arm at its best rate")
+        axes[0][column].legend()
+        axes[1][column].set_xlabel("step")
+        axes[1][column].grid(alpha=0.3)
+    axes[0][0].set_ylabel("bits per byte, first validation tokens")
+    axes[1][0].set_ylabel("difference to the Transformer")
+    figure.tight_layout()
+    figure.savefig(picture, dpi=100)
+    print(f"\n{picture} drawn")
+
+
+def curve_of(results: Results, arm: str) -> dict[int, float]:
+    """Step -> bits per byte, the mean over the seeds of the arm's best rate."""
+    curves = [dict(line["curve"]) for line in results.of(arm, share=1.0, rate=results.rates[arm]) if "curve" in line]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return {step: statistics.mean(curve[step] for curve in curves) for step in steps}
+
+
+def main() -> None:
+    """Print the tables, and draw the picture where one is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--picture", type=Path)
+    arguments = parser.parse_args()
+    lines = [line for path in arguments.results for line in read_lines(path)]
+    sizes = {size: results for size in study()["sizes"] if (results := Results(size, lines)).runs}
+    for size, results in sizes.items():
+        print_size(size, results)
+        print_costs(results)
+    failed = [line for line in lines if "error" in line]
+    for line in failed:
+        print(
+            f"\nfailed: {line['size']} {line['arm']} rate {line['rate']:g} seed {line['seed']}: {line['error'][:200]}"
+        )
+    if arguments.picture:
+        draw(sizes, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
