@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10**9, help="only so many of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: %(default)s)")
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run is at work")
-    parser.add_argument("--matmul", choices=["highest", "high"], default="highest", help="high is TF32 on GPUs")
+    parser.add_argument("--matmul", choices=["highest", "high"], help="instead of what generations.yaml says")
     parser.add_argument("--set", dest="changes", action="append", default=[], help="a key of every recipe")
     parser.add_argument("--time", action="store_true", help="time a step of each arm instead")
     parser.add_argument("--sizes", nargs="+", default=list(study()["sizes"]), help="with --time: of generations.yaml")

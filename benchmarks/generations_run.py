@@ -68,14 +68,14 @@ def recipe_of(job: Job, changes: Sequence[str] = ()) -> Any:
     return load_recipe(HERE.parent / "recipes" / "tiny-transformer.yaml", [*overrides, *changes, *lengths])
 
 
-def train(job: Job, runs: Path, changes: Sequence[str], matmul: str) -> dict[str, Any]:
+def train(job: Job, runs: Path, changes: Sequence[str], matmul: str | None) -> dict[str, Any]:
     """Train and score the whole validation split; the line of the results."""
     import torch
 
     from inl_core.analysis.planning.flops import training_flops
     from inl_core.training.session import open_session
 
-    _prepare_process(matmul)
+    matmul = _prepare_process(job.size, matmul)
     recipe, directory, start = recipe_of(job, changes), runs / job.name, time.perf_counter()
     shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
     with open_session(recipe, directory) as session:
@@ -109,14 +109,16 @@ def train(job: Job, runs: Path, changes: Sequence[str], matmul: str) -> dict[str
     }
 
 
-def time_arms(size: str, arms: list[str], changes: Sequence[str], matmul: str, runs: Path) -> list[dict[str, Any]]:
+def time_arms(
+    size: str, arms: list[str], changes: Sequence[str], matmul: str | None, runs: Path
+) -> list[dict[str, Any]]:
     """Milliseconds of a training step of each arm, the arms by turns: the median of some rounds, and the fastest."""
     import torch
 
     from inl_core.training.interruption import StopSignal
     from inl_core.training.session import open_session
 
-    _prepare_process(matmul)
+    matmul = _prepare_process(size, matmul)
     rounds, in_round = 9, 5
     with ExitStack() as open_runs, StopSignal() as stop:
         trainers, parameters = {}, {}
@@ -179,11 +181,15 @@ def _check_parameters(model: Any, job: Job) -> int:
     return count
 
 
-def _prepare_process(matmul: str) -> None:
+def _prepare_process(size: str, matmul: str | None) -> str:
+    """Compute on one thread, and multiply matrices as asked for or as the size has it, which is returned."""
     import torch
 
+    matmul = matmul or study()["sizes"][size]["matmul"]
+    assert matmul
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision(matmul)
+    return matmul
 
 
 def _device_name(device: Any) -> str:
