@@ -21,7 +21,15 @@ import typer
 
 from inl_cli.memory import describe_out_of_memory, is_out_of_memory
 from inl_cli.progress import LineProgress, Progress, open_bar
-from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError, RecipeWarning
+from inl_core.errors import (
+    ArtefactError,
+    ExecutionWarning,
+    InlError,
+    Interrupted,
+    NonFiniteError,
+    RecipeError,
+    RecipeWarning,
+)
 from inl_core.files import describe_os_error, expand_home, shortened
 from inl_core.launcher import place_or_alone
 
@@ -135,7 +143,7 @@ def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:
             for name, value in kwargs.items():
                 if isinstance(value, Path):
                     kwargs[name] = expand_home(value)
-            with _recipe_warnings_shown():
+            with _own_warnings_shown():
                 return command(*args, **kwargs)
         except InlError as error:
             if is_main_process():
@@ -160,13 +168,13 @@ def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _recipe_warnings_shown() -> Iterator[None]:
-    """A warning about a recipe becomes a line of the console; Python shows all others as before."""
+def _own_warnings_shown() -> Iterator[None]:
+    """A warning of the project's own becomes a line of the console; Python shows all others as before."""
     with warnings.catch_warnings():
         show_other = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-            if issubclass(category, RecipeWarning):
+            if issubclass(category, RecipeWarning | ExecutionWarning):
                 Console().warn(str(message))
             else:
                 show_other(message, category, *place)

@@ -20,6 +20,10 @@ class RecipeWarning(UserWarning):
     """A recipe holds something that has no effect. `inl_cli` shows it as a line that begins with `warning:`."""
 
 
+class ExecutionWarning(RuntimeWarning):
+    """Something is computed more slowly than it could be. `inl_cli` shows it as it does a RecipeWarning."""
+
+
 class NonFiniteError(InlError):
     """The loss or the gradient became NaN or infinite (exit code 3)."""
 

@@ -17,6 +17,7 @@ import torch
 import torch._functorch.config as compiler_config
 from torch import Tensor
 
+from inl_core.errors import ExecutionWarning
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.block import Block
 from inl_core.model.dynamics import Dynamics
@@ -120,7 +121,7 @@ class _Kind:
             warnings.warn(
                 f"{self.what} again, number {self.compilations}: something about it changes between calls "
                 f"(TORCH_LOGS=recompiles says what); {after}",
-                RuntimeWarning,
+                ExecutionWarning,
                 stacklevel=2,
             )
         return code

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,15 @@ from typer.testing import CliRunner
 
 from inl_cli.console import Console, errors_to_exit_codes, format_value, to_plain
 from inl_cli.progress import LineProgress, Progress, amount
-from inl_core.errors import ArtefactError, InlError, Interrupted, NonFiniteError, RecipeError
+from inl_core.errors import (
+    ArtefactError,
+    ExecutionWarning,
+    InlError,
+    Interrupted,
+    NonFiniteError,
+    RecipeError,
+    RecipeWarning,
+)
 from inl_core.training.distributed import World
 
 Captured = pytest.CaptureFixture[str]
@@ -74,6 +83,18 @@ def test_a_bug_keeps_its_traceback() -> None:
     result = run_raising(KeyError("oops"))
     assert isinstance(result.exception, KeyError)
     assert result.stderr == ""
+
+
+def test_a_warning_of_our_own_is_a_line_and_anothers_is_left_to_python(capsys: Captured) -> None:
+    @errors_to_exit_codes
+    def command() -> None:
+        for text, kind in {"unused": RecipeWarning, "slow": ExecutionWarning, "foreign": RuntimeWarning}.items():
+            warnings.warn(text, kind, stacklevel=1)
+
+    with pytest.warns(RuntimeWarning) as others:
+        command()
+    assert capsys.readouterr().err == "warning: unused\nwarning: slow\n"
+    assert [str(warning.message) for warning in others] == ["foreign"]
 
 
 def test_other_ranks_keep_a_users_error_to_themselves_but_exit_alike(monkeypatch: pytest.MonkeyPatch) -> None:

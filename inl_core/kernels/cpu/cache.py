@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from inl_core.errors import ExecutionWarning
+
 _MOST_BYTES = 64 << 20
 """A file larger than this is not read; the library is below one MB."""
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -166,4 +168,4 @@ def _checksum(name: str, code: bytes) -> bytes:
 
 
 def _warn(refused: Refused) -> None:
-    warnings.warn(f"compiled code is not taken from {refused}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"compiled code is not taken from {refused}", ExecutionWarning, stacklevel=4)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from inl_core.errors import ExecutionWarning
 from inl_core.kernels.cpu import cache
 from inl_core.kernels.cpu.structures import Blas, check_sizes
 
@@ -102,7 +103,7 @@ def _opened() -> Library:
         try:
             code = _compiled(compilers)
         except Unavailable as error:
-            warnings.warn(f"the operations in C++ are not there: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"the operations in C++ are not there: {error}", ExecutionWarning, stacklevel=2)
             raise
     check_sizes(code)
     set_threads = _address(blas.MKL_Set_Num_Threads_Local)
