@@ -20,6 +20,7 @@ from inl_core.model.block import Block
 from inl_core.model.dynamics import Dynamics
 from inl_core.model.embedding import Lookup
 from inl_core.model.mixture import MixedDynamics
+from inl_core.model.stream import StreamBlock
 from inl_core.recipe import IntegratorConfig, ModelConfig
 
 Operations = Literal["auto", "plain"]
@@ -129,7 +130,7 @@ def _put_attention(model: IntegratorLanguageModel, way: str) -> None:
 
         model.visibility = DocumentStarts()
     for block in model.blocks:
-        assert isinstance(block, Block)
+        assert isinstance(block, Block | StreamBlock)
         block.attention.inner_attention = build_attention(model.config, way)
 
 

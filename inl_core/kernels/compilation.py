@@ -1,8 +1,8 @@
 """torch.compile for the parts of a model that are functions of tensors alone.
 
-- Compiled are a block's two halves (`Block.enter`, `Block.leave`; the whole block as `Block.transform` where it has no
-  integrator between them) and the integrator's step (`Dynamics.step`), never the loop over T between them. So nothing
-  is compiled again when T is drawn anew or divided by a budget, or when single states are looked at.
+- Compiled are the two halves of a block with an integrator (`Block.enter`, `Block.leave`) and the integrator's step
+  (`Dynamics.step`), never the loop over T between them; and a block of the stream as a whole (`StreamBlock.forward`).
+  So nothing is compiled again when T is drawn anew or divided by a budget, or when single states are looked at.
 - Each part is compiled once with gradients, for the one shape of training, and once without, for any shape; all layers
   share it. With an attention mask and without, for a single row or token, and in inference mode, it is compiled
   separately. Compiling any of these again is worth a warning, and after a few times the part runs uncompiled.
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch._functorch.config as compiler_config
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from inl_core.errors import ExecutionWarning
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.block import Block
 from inl_core.model.dynamics import Dynamics
+from inl_core.model.stream import StreamBlock
 
 _ACTIVATION_BUDGET = 0.8
 """Of what the compiler would keep of a block for its backward pass; the rest it computes again, elementwise operations
@@ -37,14 +39,16 @@ def compile_parts(model: IntegratorLanguageModel, *, any_shape: bool = True) -> 
             model must not change after it.
     """
     enter, leave = _Compiled(Block.enter, any_shape), _Compiled(Block.leave, any_shape)
-    transform = _Compiled(Block.transform, any_shape)
+    stream = _Compiled(StreamBlock.forward, any_shape)
     step, step_with_gains = _Compiled(Dynamics.step, any_shape), _Compiled(Dynamics.step_with_gains, any_shape)
     for block in model.blocks:
+        if isinstance(block, StreamBlock):
+            block.forward = partial(stream, block)  # type: ignore[method-assign]
+            continue
         assert isinstance(block, Block)
-        block.transform = partial(transform, block)  # type: ignore[method-assign]
         block.enter = partial(enter, block)  # type: ignore[method-assign]
         block.leave = partial(leave, block)  # type: ignore[method-assign]
-        dynamics = block.integrator.dynamics if block.integrator else None
+        dynamics = block.integrator.dynamics
         if isinstance(dynamics, Dynamics) and not dynamics.branches_on_values:
             dynamics.step = partial(step, dynamics)  # type: ignore[method-assign]
             dynamics.step_with_gains = partial(step_with_gains, dynamics)  # type: ignore[method-assign]
@@ -62,7 +66,8 @@ class _Compiled:
             return self.method(*args)
         trains, args = torch.is_grad_enabled(), tuple(map(_alone, args))
         # A mask or a cache that is not there, a single row or token, and inference mode make other code of one method.
-        kind = (trains, torch.is_inference_mode_enabled(), *(value is None for value in args), *map(_is_single, args))
+        values = tree_leaves(args)
+        kind = (trains, torch.is_inference_mode_enabled(), *(value is None for value in values), *map(_is_single, args))
         if kind not in self.kinds:
             purpose = "training" if trains else "evaluation"
             any_shape, is_fixed = self.any_shape and not trains, not self.any_shape and not trains

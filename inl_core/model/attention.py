@@ -41,17 +41,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values (B, K, M, F), and the slots (S,) that the new tokens fill."""
+    """One layer's keys and values (B, K, M, F), and the slots (S,) that the new tokens fill.
+
+    previous: the last token's velocity after each of the layer's two steps, (2, B, 1, D), where velocity travels along
+        the text (stream.py); else (2,) times None.
+    """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
+    previous: Tensor | tuple[None, None]
 
 
 class KVCache:
     """Preallocated keys and values of every layer, each (L, B, K, M, F), and the number of filled slots.
 
     padding: (B,) the number of leading slots of a row that hold no token (left padding), or None.
+    stream_dtype: of `previous`, where keys and values have another one.
     is_static: attention always runs over all M slots, hidden ones behind a mask. Nothing then changes its shape from
         token to token, as a compiled model needs it.
     """
@@ -64,11 +70,16 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        stream_dtype: torch.dtype | None = None,
         is_static: bool = False,
     ) -> None:
         shape = (config.num_layers, batch, config.key_value_heads, slots, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        # Where velocity travels along the text (stream.py): the last token's embedding and its velocity after each of
+        # the 2L steps, (2L+1, B, 1, D).
+        rows = (2 * config.num_layers + 1, batch, 1, config.d_model)
+        self.previous = torch.zeros(rows, device=device, dtype=stream_dtype or dtype) if config.transport else None
         self.length = 0
         self.padding: Tensor | None = None
         self.is_static = is_static
@@ -82,11 +93,16 @@ class KVCache:
         end = self.visible_slots(num_new)
         slots = torch.arange(self.length, self.length + num_new, device=self.keys.device)
         pairs = zip(self.keys[:, :, :, :end], self.values[:, :, :, :end], strict=True)
-        return [LayerCache(keys, values, slots) for keys, values in pairs]
+        rows = self.previous
+        return [
+            LayerCache(keys, values, slots, (None, None) if rows is None else rows[2 * layer + 1 : 2 * layer + 3])
+            for layer, (keys, values) in enumerate(pairs)
+        ]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch only (finished requests leave)."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.previous = None if self.previous is None else self.previous[:, rows]
         self.padding = None if self.padding is None else self.padding[rows]
 
 

@@ -1,4 +1,4 @@
-"""One layer.
+"""One layer with an integrator inside.
 
     h   = attention(norm_1(x));  x = x + h
     s_0 = norm_2(x);  s_T, v_T = integrator(h, s_0, v_0)
@@ -8,8 +8,7 @@
 - The candidate velocity is the velocity that the context proposes; the integrator's own velocity is drawn towards it in
   each iteration (docs/model.md, "One step"). With `candidate: feed_forward` (v4) it is the feed-forward of s_0, and
   there is no third norm.
-- Without an integrator (`transformer`) the block is x + attention(norm_1(x)), x + feed_forward(norm_3(x)).
-- `enter`, `leave` and `transform` are functions of tensors alone, so that a compiler takes each whole, once for all
+- `enter` and `leave` are functions of tensors alone, so that a compiler takes each whole, once for all
   layers, whatever the integrator does between them.
 - Legend: B batch, S sequence, D d_model.
 """
@@ -62,22 +61,20 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         integrator = config.integrator_of(layer)
-        self.feeds_candidate = integrator is not None and integrator.candidate == "feed_forward"
+        assert integrator is not None
+        self.feeds_candidate = integrator.candidate == "feed_forward"
         self.norm_attention = build_norm(config)
         self.attention = Attention(config)
-        self.norm_state = build_norm(config) if integrator else None
-        self.integrator = Integrator(integrator, config.d_model) if integrator else None
-        reads_delta = integrator is not None and integrator.readout == "delta"
-        self.layer_gain = nn.Parameter(torch.empty(config.d_model)) if reads_delta else None
+        self.norm_state = build_norm(config)
+        self.integrator = Integrator(integrator, config.d_model)
+        self.layer_gain = nn.Parameter(torch.empty(config.d_model)) if integrator.readout == "delta" else None
         self.norm_feed_forward = None if self.feeds_candidate else build_norm(config)
         self.feed_forward = FeedForward(config)
 
     def forward(
         self, x: Tensor, velocity: Tensor, shared: SharedInputs, budget: LayerBudget, cache: LayerCache | None = None
-    ) -> tuple[Tensor, IntegratorOutput | None]:
+    ) -> tuple[Tensor, IntegratorOutput]:
         """x (B, S, D) and the velocity carried from below (B, S, D) -> x and the integrator's output."""
-        if self.integrator is None:
-            return self.transform(x, shared.rotary, shared.mask, cache), None
         x, h, start, candidate = self.enter(x, shared.rotary, shared.mask, cache)
         output = self.integrator(
             h,
@@ -94,24 +91,16 @@ class Block(nn.Module):
         )
         return self.leave(x, start, output.state), output
 
-    def transform(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        """The whole block where there is no integrator: x (B, S, D) -> (B, S, D)."""
-        x, _, start, _ = self.enter(x, rotary, mask, cache)
-        return self.leave(x, start, start)
-
     def enter(
         self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Attention, and what the integrator starts from: x, h, s_0 and v_cand, each (B, S, D)."""
         h = self.attention(self.norm_attention(x), rotary, mask, cache)
         x = x + h
-        start = x if self.norm_state is None else self.norm_state(x)
+        start = self.norm_state(x)
         return x, h, start, self.feed_forward(start) if self.feeds_candidate else None
 
     def leave(self, x: Tensor, start: Tensor, state: Tensor) -> Tensor:
         """x and the read-out of s_T, then the feed-forward that did not give the candidate: (B, S, D)."""
-        if self.layer_gain is not None:
-            x = x + self.layer_gain * (state - start)
-        elif self.integrator is not None:
-            x = x + state
+        x = x + (state if self.layer_gain is None else self.layer_gain * (state - start))
         return x if self.norm_feed_forward is None else x + self.feed_forward(self.norm_feed_forward(x))

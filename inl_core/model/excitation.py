@@ -51,8 +51,11 @@ class Excitation(nn.Module):
         Sines are evaluated on the excited dimensions only; the step adds a row of this inside an operation it needs
         anyway, so the other dimensions cost nothing.
         """
-        t = torch.arange(num_iterations, device=self.gamma.device, dtype=self.gamma.dtype)
+        return self.at(torch.arange(num_iterations, device=self.gamma.device, dtype=self.gamma.dtype), amplitude)
+
+    def at(self, t: Tensor, amplitude: Tensor) -> Tensor:
+        """The forcing at the times t (T,), as (T, D)."""
         wave = amplitude * torch.sin(torch.outer(t, self.gamma) + self.phi)
         if self.dense:
             return wave
-        return wave.new_zeros(num_iterations, self.dim).index_copy(1, self.excited, wave)
+        return wave.new_zeros(len(t), self.dim).index_copy(1, self.excited, wave)

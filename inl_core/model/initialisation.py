@@ -8,7 +8,7 @@
 - The factors of a low-rank embedding: E N(0, 0.15/sqrt(R)), P N(0, 4/sqrt(D)). Their product has a full embedding's
   spread; the table is the smaller one because a step of Adam is as large whatever the size of what it changes, and a
   row of R numbers has to move as far as one of D.
-- mu, gamma, phi, modulation and gains draw nothing.
+- mu, gamma, phi, modulation, gains and the coefficients of the stream draw nothing.
 - Source: docs/model.md, "Initialisation".
 """
 
@@ -21,6 +21,7 @@ from torch import nn
 
 from inl_core.model.budget import Budget
 from inl_core.model.integrator import Integrator
+from inl_core.model.stream import Entry, Step
 
 if TYPE_CHECKING:
     from inl_core.model.language_model import IntegratorLanguageModel
@@ -31,12 +32,11 @@ def initialise(model: "IntegratorLanguageModel", seed: int) -> None:
     """Set every parameter and buffer of `model` to its start."""
     model.reset_buffers()
     for module in model.modules():
-        if isinstance(module, Integrator | Budget):
+        if isinstance(module, Integrator | Budget | Entry | Step):
             module.initialise()
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             module.reset_parameters()
-    integrator = model.config.integrator
-    model.excitation_amplitude.fill_(integrator.excitation.amplitude if integrator else 0.0)
+    model.excitation_amplitude.fill_(model.config.initial_amplitude)
     for name, parameter in model.named_parameters():
         if name.endswith("layer_gain"):
             parameter.fill_(1.0)

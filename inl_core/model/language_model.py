@@ -1,5 +1,6 @@
 """The language model: embedding, blocks, head; every generation and the baseline are switches of one class.
 
+- A block has an integrator inside it (v1 to v4, block.py) or is two steps of the stream (v5, transformer; stream.py).
 - A low-rank embedding is E (V, R) times P (R, D); the tied head is (x P^T) E^T, so (V, D) never exists.
 - Legend: B batch, S sequence, D d_model, V vocabulary, R rank, L layers, T iterations.
 """
@@ -20,6 +21,7 @@ from inl_core.model.feed_forward import build_norm
 from inl_core.model.initialisation import initialise
 from inl_core.model.integrator import Integrator, IntegratorOutput
 from inl_core.model.mixture import build_controller
+from inl_core.model.stream import Entry, Shared, Step, StreamBlock, flow, have_previous, stream_trajectory
 from inl_core.recipe import ModelConfig
 
 
@@ -64,12 +66,14 @@ class IntegratorLanguageModel(nn.Module):
             if integrator and integrator.budget.strategy != "uniform"
             else None
         )
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        kind = Block if integrator else StreamBlock
+        self.entry = None if integrator else Entry(config)
+        self.blocks = nn.ModuleList(kind(config, layer) for layer in range(config.num_layers))
         self.norm_final = build_norm(config)
         self.head = None if config.tie_head else nn.Linear(config.d_model, self.vocab_size, bias=False)
         self.vocabulary_loss = VocabularyLoss()
         # A is state of the run: saved with the weights, so that the trained function is the function evaluated.
-        self.register_buffer("excitation_amplitude", torch.empty(()), persistent=integrator is not None)
+        self.register_buffer("excitation_amplitude", torch.empty(()), persistent=config.excites)
         # rope: cos and sin, (2, max_seq_len, F/2); sinusoidal: (max_seq_len, D)
         self.register_buffer("position_table", _position_table(config), persistent=False)
         self.reset_buffers()
@@ -92,7 +96,7 @@ class IntegratorLanguageModel(nn.Module):
         """Fill every buffer that is derived from the configuration and not saved; needed after `to_empty`."""
         self.position_table.copy_(_position_table(self.config))
         for module in self.modules():
-            if isinstance(module, Excitation):
+            if isinstance(module, Excitation | Step):
                 module.reset_buffers()
 
     def initialise(self, seed: int) -> None:
@@ -105,7 +109,15 @@ class IntegratorLanguageModel(nn.Module):
         """An empty key-value cache for `batch` rows of up to `slots` tokens; KVCache says what a static one is."""
         weight = self.embedding.table.weight
         dtype = dtype or weight.dtype
-        return KVCache(self.config, batch, slots, device=weight.device, dtype=dtype, is_static=is_static)
+        return KVCache(
+            self.config,
+            batch,
+            slots,
+            device=weight.device,
+            dtype=dtype,
+            stream_dtype=weight.dtype,
+            is_static=is_static,
+        )
 
     def forward(
         self,
@@ -126,21 +138,54 @@ class IntegratorLanguageModel(nn.Module):
         """
         num_new = ids.shape[1]
         x, table = self.embedding(ids)
-        x, rotary = self._place(x, token_positions(ids, positions, cache, self.config.max_seq_len - 1))
+        places = token_positions(ids, positions, cache, self.config.max_seq_len - 1)
+        x, rotary = self._place(x, places)
         mask = self.visibility(ids, document_ids, cache)
-        shared = SharedInputs(rotary, mask, self.controller, self.excitation_amplitude, options)
-        still = torch.zeros_like(x)
-        velocity, outputs = still, []
-        caches = cache.layers(num_new) if cache else [None] * len(self.blocks)
         with differentiable_attention():
-            for block, budget, own_cache in zip(self.blocks, self._budgets(options), caches, strict=True):
-                x, output = block(x, velocity, shared, budget, own_cache)
-                if output is not None:
-                    outputs.append(output)
-                    velocity = output.velocity if self.carries_velocity else still
+            if self.config.integrator is not None:
+                x, outputs = self._integrate(x, rotary, mask, cache, options)
+            else:
+                all_have = positions is None and document_ids is None and (cache is None or cache.padding is None)
+                has_previous = None if all_have else have_previous(places, document_ids)
+                x, outputs = self._stream(x, rotary, mask, has_previous, cache, options)
         if cache is not None:
             cache.length += num_new
         return ModelOutput(self.norm_final(x), outputs, table if self.head is None else None)
+
+    def _integrate(
+        self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None, options: Options
+    ) -> tuple[Tensor, list[IntegratorOutput]]:
+        """All layers, each with an integrator inside: x (B, S, D) and what the integrators return."""
+        shared = SharedInputs(rotary, mask, self.controller, self.excitation_amplitude, options)
+        still = torch.zeros_like(x)
+        velocity, outputs = still, []
+        caches = cache.layers(x.shape[1]) if cache else [None] * len(self.blocks)
+        for block, budget, own_cache in zip(self.blocks, self._budgets(options), caches, strict=True):
+            x, output = block(x, velocity, shared, budget, own_cache)
+            outputs.append(output)
+            velocity = output.velocity if self.carries_velocity else still
+        return x, outputs
+
+    def _stream(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        mask: Tensor | None,
+        has_previous: Tensor | None,
+        cache: KVCache | None,
+        options: Options,
+    ) -> tuple[Tensor, list[IntegratorOutput]]:
+        """All layers as one system of 2L steps: x (B, S, D), and its trajectory if that is to be kept."""
+        assert self.entry is not None
+        blocks = [block for block in self.blocks if isinstance(block, StreamBlock)]
+        # A view, because code compiled for two arguments that are one tensor does not serve two that are not.
+        shared = Shared(x.view_as(x), self.excitation_amplitude, rotary, mask, has_previous)
+        path = flow(self.entry, blocks, x, shared, cache, is_kept=options.keep_trajectory)
+        if not options.keep_trajectory:
+            return path[-1][0], []
+        steps = [step for block in blocks for step in (block.step_attention, block.step_feed_forward)]
+        trajectory = stream_trajectory(path, steps, self.excitation_amplitude)
+        return path[-1][0], [IntegratorOutput(*path[-1], num_iterations=len(steps), trajectory=trajectory)]
 
     def _place(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotary | None]:
         """Positions, as sines added to x or as the angles of every layer's queries and keys."""

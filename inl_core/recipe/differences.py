@@ -35,6 +35,7 @@ _KINDS: dict[str, Kind] = {
     "training.optimizer": "identity",  # its state was made with these betas and this eps
     "training.optimizer.learning_rate": "schedule",
     "training.optimizer.muon_learning_rate": "schedule",
+    "training.optimizer.stream_rate_factor": "schedule",
     "training.losses": "schedule",  # a function of the step: nothing of the past depends on it
     "training.cycle": "schedule",
     "training.precision": "schedule",  # weights are fp32 in any case; only the steps to come are rounded differently
@@ -72,7 +73,14 @@ _FIXED = {
     "model.integrator.readout",
     "model.num_kv_heads",
     "model.num_layers",
+    "model.stream",
+    "model.stream.anchor",
+    "model.stream.equilibrium",
+    "model.stream.excitation",
+    "model.stream.excitation.sparsity",
+    "model.stream.momentum",
     "model.tie_head",
+    "model.transport",
     "model.vocab_size",
     "training.optimizer.name",
 }

@@ -167,10 +167,27 @@ class IntegratorConfig(Section):
         return self
 
 
+class StreamConfig(Section):
+    """The residual stream as a second-order system, one step a sub-layer (docs/model.md, "v5")."""
+
+    momentum: bool = True
+    """alpha: each channel keeps a learned share of its velocity from sub-layer to sub-layer."""
+    anchor: bool = True
+    """r: each channel gets back a learned share of the embedding that the token began as."""
+    equilibrium: bool = True
+    """beta (mu - x): each channel is pulled towards a learned equilibrium with a learned strength."""
+    excitation: ExcitationConfig | None = ExcitationConfig()
+    """The harmonic excitation, with t counting sub-layers; null is none."""
+    dynamic_alpha: bool = False
+    """alpha shrinks near the equilibrium, alpha (1 - exp(-kappa rms(x - mu))): costs time and gained nothing."""
+    kappa: Positive = 1.0
+    """kappa in that equation."""
+
+
 class ModelConfig(Section):
     """Everything that decides what the model computes."""
 
-    preset: Literal["v1", "v2", "v3", "v4", "transformer"] = "v4"
+    preset: Literal["v1", "v2", "v3", "v4", "v5", "transformer"] = "v4"
     """The generation whose values fill in every key that is not given here."""
     size: str | None = None
     """Fills in the dimensions: one of small, medium, large, xlarge, 3B, 7B, 13B, 3072x32."""
@@ -213,7 +230,12 @@ class ModelConfig(Section):
     tie_head: bool = True
     """The output head uses the embedding's weights, in both factors where it has two."""
     integrator: IntegratorConfig | None = IntegratorConfig()
-    """The integrator; null is a plain Transformer block."""
+    """The integrator inside each block (v1 to v4); null is none."""
+    stream: StreamConfig | None = None
+    """The second-order residual stream (v5); null is a Transformer's, x + c."""
+    transport: bool | Literal["embedding", "attention", "feed_forward"] = False
+    """b: the velocity of the token before moves this token, too, at the embedding and every sub-layer (true), or there
+    and after one kind of sub-layer, or there alone. For v5 and transformer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -224,7 +246,8 @@ class ModelConfig(Section):
         if preset is None:  # the field's own validation names the valid presets
             return values
         if preset["integrator"] is None and values.get("integrator") is not None:
-            raise ValueError("the transformer preset has no integrator: remove the integrator section")
+            name = values.get("preset")
+            raise ValueError(f"the {name} preset has no integrator: remove the integrator section")
         size = values.get("size")
         if isinstance(size, str):
             names = (*SIZES, *ALIASES)
@@ -249,6 +272,11 @@ class ModelConfig(Section):
         controllers = self.num_layers * self.integrator.controller.experts if self.integrator else 0
         if controllers > _MOST_CONTROLLERS:
             raise ValueError(f"num_layers x experts is {controllers:,}, above {_MOST_CONTROLLERS:,}; lower one of them")
+        if self.integrator and (self.stream or self.transport):
+            key = "stream" if self.stream else "transport"
+            raise ValueError(f"{key} is for blocks without an integrator (v5 and transformer): remove it")
+        if self.stream and self.stream.dynamic_alpha and not self.stream.momentum:
+            raise ValueError("stream.dynamic_alpha acts on the momentum: set stream.momentum true")
         each = self.integrator.iterations_per_layer if self.integrator else None
         if each is not None and len(each) != self.num_layers:
             raise ValueError(f"integrator.iterations_per_layer has {len(each)} entries for {self.num_layers} layers")
@@ -295,6 +323,21 @@ class ModelConfig(Section):
     def mean_iterations(self) -> float:
         """The mean of T over the layers; 0 without an integrator."""
         return sum(self.layer_iterations) / self.num_layers
+
+    @property
+    def excites(self) -> bool:
+        """Whether there is an excitation, whose amplitude A belongs to the weights."""
+        return self.integrator is not None or (self.stream is not None and self.stream.excitation is not None)
+
+    @property
+    def initial_amplitude(self) -> float:
+        """A at the start of a run."""
+        excitation = (self.integrator or self.stream or StreamConfig(excitation=None)).excitation
+        return excitation.amplitude if excitation else 0.0
+
+    def transports_at(self, place: str) -> bool:
+        """Whether a token's velocity moves the next token at the `embedding`, after `attention`, or `feed_forward`."""
+        return self.transport is True or self.transport == place or bool(self.transport and place == "embedding")
 
     def integrator_of(self, layer: int) -> IntegratorConfig | None:
         """The settings of the integrator of one layer, with its own number of iterations."""

@@ -91,6 +91,21 @@ PRESETS: dict[str, dict[str, Any]] = {
             "early_stopping": {"convergence_threshold": 0.0},
         },
     },
+    # Depth is the time of one second-order system, and velocity travels along the text.
+    "v5": {
+        **_MODERN_BLOCK,
+        "feed_forward_rounding": "up_16",
+        "embedding_rank": None,
+        "embedding_norm": True,
+        "integrator": None,
+        "transport": True,
+        "stream": {
+            "momentum": True,
+            "anchor": True,
+            "equilibrium": True,
+            "excitation": {"amplitude": 0.03, "sparsity": 1.0},
+        },
+    },
     # The baseline: the same block, norms, attention, initialisation and loss, without an integrator.
     "transformer": {
         **_MODERN_BLOCK,
@@ -98,11 +113,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_rank": None,
         "embedding_norm": True,
         "integrator": None,
+        "stream": None,
+        "transport": False,
     },
 }
 
 # How a generation reads the documents' sizes: four queries a key or one, the size's iterations or its own.
-GROUPED_QUERIES = ("v3", "v4", "transformer")
+GROUPED_QUERIES = ("v3", "v4", "v5", "transformer")
 ITERATIONS_BY_SIZE = ("v1", "v2", "v3")
 
 

@@ -26,6 +26,9 @@ class OptimizerSettings(Section):
     """Peak learning rate of AdamW."""
     muon_learning_rate: Positive | None = None
     """Peak learning rate of Muon (muon only), whose update is scaled to AdamW's size; null is learning_rate."""
+    stream_rate_factor: Positive = 5.0
+    """The learning rate of the stream's coefficients (alpha, b, r, beta, mu, gamma, phi of v5, b of a Transformer with
+    transport), as a multiple of learning_rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the two moments of AdamW."""
     eps: Positive = 1e-8

@@ -33,9 +33,9 @@ def prepare_model(
         torch_only = Choice(TORCH, "another process has no operations in C++")
         choices = {part: torch_only if choice.way.startswith("C++") else choice for part, choice in choices.items()}
     put(model, choices)
-    recompute(model, settings.recomputation)
     if settings.compile:
         compile_parts(model)
+    recompute(model, settings.recomputation)
     return choices
 
 

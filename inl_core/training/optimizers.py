@@ -2,6 +2,7 @@
 
 - Only matrices decay. Norms, biases, mu, gamma, phi, gains and modulations are positions and scales, for which zero
   means nothing.
+- The coefficients of the stream (model/stream.py) learn faster, by the recipe's factor.
 - Learning rates are set from outside at every step (schedules.py); `initial_lr` holds each group's peak.
 """
 
@@ -90,10 +91,12 @@ class Optimizers:
 
 def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> Optimizers:
     """Split the parameters into groups and build their optimizers (fused AdamW where torch has it: CPU and CUDA)."""
-    muon, decay, plain = [], [], []
+    muon, decay, plain, stream = [], [], [], []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "modulation" not in name
-        if settings.name == "muon" and is_matrix and name.startswith("blocks."):
+        if ".step_" in name or name.startswith("entry."):
+            stream.append((name, parameter))
+        elif settings.name == "muon" and is_matrix and name.startswith("blocks."):
             muon.append((name, parameter))
         elif is_matrix:
             decay.append((name, parameter))
@@ -113,6 +116,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
         parts.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
     groups = group("with decay", decay, settings.weight_decay, settings.learning_rate)
     groups += group("without decay", plain, 0.0, settings.learning_rate)
+    groups += group("of the stream", stream, 0.0, settings.learning_rate * settings.stream_rate_factor)
     fused = device.type in ("cpu", "cuda")
     parts.append(torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=fused))
     return Optimizers(parts)

@@ -26,7 +26,7 @@ from tests.kernels.native import (
     without_library,
 )
 
-PRESETS = ("v1", "v2", "v3", "v4", "transformer")
+PRESETS = ("v1", "v2", "v3", "v4", "v5", "transformer")
 CPU = torch.device("cpu")
 OWN = Choice("C++ with MKL", "said by a test")
 

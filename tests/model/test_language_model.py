@@ -8,7 +8,7 @@ import torch
 from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.recipe import ModelConfig
 
-PRESETS = ("v1", "v2", "v3", "v4", "transformer")
+PRESETS = ("v1", "v2", "v3", "v4", "v5", "transformer")
 VOCAB = 97
 
 
@@ -120,8 +120,8 @@ def closed_formula(config: ModelConfig) -> int:
     block = attention + feed_forward + norm
     total = embedding + norm
     integrator = config.integrator
-    if integrator is None:
-        return total + layers * (block + norm)
+    if integrator is None:  # v5: b of the embedding; alpha, b, r, beta, mu, gamma, phi after each sub-layer
+        return total + layers * (block + norm) + ((1 + 7 * 2 * layers) * d if config.preset == "v5" else 0)
     groups, c = 4 if integrator.candidate == "controller" else 3, integrator.controller.width
     controller = 3 * d * c + c + groups * d * c
     mu = d if integrator.mu.form == "per_dim" else 1 + d // integrator.mu.group_size

@@ -8,10 +8,10 @@ from inl_core.analysis.planning import count_parameters, meta_model
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.sizes import SIZES, find_size
 
-PRESETS = ("v1", "v2", "v3", "v4", "transformer")
+PRESETS = ("v1", "v2", "v3", "v4", "v5", "transformer")
 VOCABULARY = 50_000
 GELU, SWIGLU = 2, 3  # matrices of a feed-forward
-MODERN = {"v3", "v4", "transformer"}
+MODERN = {"v3", "v4", "v5", "transformer"}
 
 
 def by_hand(preset: str, d: int, layers: int) -> dict[str, int]:
@@ -20,11 +20,10 @@ def by_hand(preset: str, d: int, layers: int) -> dict[str, int]:
     bias = 0 if preset in MODERN else 1
     kv = d // 4 if preset in MODERN else d  # four queries to one key
     two_thirds = 4 * d * 2 // 3
-    hidden = {"v3": two_thirds, "v4": two_thirds // 64 * 64, "transformer": math.ceil(two_thirds / 16) * 16}.get(
-        preset, 4 * d
-    )
+    up_16 = math.ceil(two_thirds / 16) * 16
+    hidden = {"v3": two_thirds, "v4": two_thirds // 64 * 64, "v5": up_16, "transformer": up_16}.get(preset, 4 * d)
     norm = d * (1 + bias)
-    norms_in_a_block = {"v4": 2, "transformer": 2}.get(preset, 3)
+    norms_in_a_block = {"v4": 2, "v5": 2, "transformer": 2}.get(preset, 3)
     groups = 3 if preset == "v4" else 4
     controller = 3 * d * c + c + groups * d * c  # W_h, W_x, W_v with b_h, and W_out
     excited = {"v1": d, "v4": d}.get(preset, max(1, d // 10))
@@ -34,7 +33,9 @@ def by_hand(preset: str, d: int, layers: int) -> dict[str, int]:
         "feed-forward": layers * ((SWIGLU if preset in MODERN else GELU) * d * hidden + bias * (hidden + d)),
         "norms and gains": norm + layers * (norms_in_a_block * norm + (d if preset == "v4" else 0)),
     }
-    if preset != "transformer":
+    if preset == "v5":  # alpha, b, r and beta, mu, gamma and phi after each of 2L sub-layers, and b of the embedding
+        counts |= {"stream": 2 * layers * 4 * d + d, "mu": 2 * layers * d, "excitation": 2 * layers * 2 * d}
+    elif preset != "transformer":
         counts |= {
             # one with a scale and a bias a layer, or one a layer with its bias
             "controller": layers * (controller + groups) if preset == "v1" else controller + layers * 2 * groups,

@@ -66,8 +66,8 @@ ADDED_TO_MINIMAL = [
     # numbers out of range, and words that are not among the choices
     ("model:\n  d_model: -1\n", "5 model.d_model: expected a number greater than 0, got -1"),
     (
-        "model:\n  preset: v5\n",
-        "5 model.preset: expected 'v1', 'v2', 'v3', 'v4' or 'transformer', got 'v5'; did you mean 'v4'?",
+        "model:\n  preset: v6\n",
+        "5 model.preset: expected 'v1', 'v2', 'v3', 'v4', 'v5' or 'transformer', got 'v6'; did you mean 'v5'?",
     ),
     (
         "model:\n  embedding_rank: autoo\n",

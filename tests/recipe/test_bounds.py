@@ -37,6 +37,8 @@ def numbers(section: type[BaseModel] = Recipe, above: tuple[str, ...] = ()) -> l
 
 def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     model = {"d_model": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
+    if path[:2] == ("model", "stream"):
+        model["preset"] = "v5"
     training: dict[str, Any] = {"steps": 10, "sequence_length": 1, "batch_tokens": 1}
     if path == ("training", "tokens"):
         del training["steps"]

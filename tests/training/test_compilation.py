@@ -46,6 +46,7 @@ CYCLE = {"num_cycles": 1, "warmup_epochs": 0}
 RUNS: dict[str, dict[str, Any]] = {
     "v1": {"model": {"preset": "v1"}},
     "v3, whose budget moves": {"model": {"preset": "v3", "integrator": GROUPS}},
+    "v5": {"model": {"preset": "v5"}},
     "plain transformer, no document mask": {
         "model": {"preset": "transformer"},
         "data": {"document_mask": False},
@@ -61,6 +62,13 @@ MORE_RUNS: dict[str, dict[str, Any]] = {
     "no document mask": {"data": {"document_mask": False}},
     "v2": {"model": {"preset": "v2", "integrator": GROUPS}},
     "v4": {"model": {"preset": "v4"}},
+    "v5 recomputed, no document mask": {
+        "model": {"preset": "v5"},
+        "data": {"document_mask": False},
+        "training": {"recomputation": "block"},
+    },
+    "v5 in bfloat16": {"model": {"preset": "v5"}, "training": {"operations": "plain", "precision": "bf16"}},
+    "transport": {"model": {"preset": "transformer", "transport": True}},
     "iterations of each layer": {"model": {"integrator": {"iterations_per_layer": (1, 3, 2)}}},
     "a learned budget": {"model": {"integrator": {"num_iterations": 3, "budget": {"strategy": "learned"}}}},
     "recomputed blocks": {"training": {"recomputation": "block"}},
@@ -88,7 +96,7 @@ def test_a_run_compiles_nothing_twice(compiled, changes, make_recipe, make_train
         warnings.filterwarnings("error", message=".* is compiled for")
         trainer.fit()
     found = Counter(compiled)
-    begins = "Block.enter" if recipe.model.integrator else "Block.transform"
+    begins = "Block.enter" if recipe.model.integrator else "StreamBlock.forward"
     assert {(begins, "training"), (begins, "evaluation")} <= set(found)
     # torch's own attention takes a mask, as the records' passes have it, for another kind than none, as evaluations.
     has_two = trainer.run.operations["attention"].way == "torch" and recipe.data.document_mask

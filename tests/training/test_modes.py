@@ -99,7 +99,7 @@ def test_a_compiled_block_keeps_less_than_the_compiler_would(make_recipe, monkey
     assert ours < 0.95 * kept()
 
 
-@pytest.mark.parametrize("preset", ["v1", "v2", "v3", "v4", "transformer"])
+@pytest.mark.parametrize("preset", ["v1", "v2", "v3", "v4", "v5", "transformer"])
 def test_bfloat16_stays_finite_and_near_float32(make_recipe, make_trainer, preset):
     curves = []
     for precision in ("fp32", "bf16"):

@@ -29,6 +29,7 @@ from inl_core.model.block import Block
 from inl_core.model.embedding import Embedding
 from inl_core.model.feed_forward import FeedForward
 from inl_core.model.integrator import Integrator
+from inl_core.model.stream import StreamBlock
 from inl_core.training.cycles import regime
 from inl_core.training.distributed import World
 from inl_core.training.execution import prepare_model
@@ -65,7 +66,8 @@ def _timed(model: IntegratorLanguageModel, settings: BenchSettings, *, compiled:
         if compiled and isinstance(module, Block):
             entered = "attention and feed-forward" if module.feeds_candidate else "attention"
             found += [(module, "enter", entered), (module, "leave", "feed-forward")]
-            found += [(module, "transform", "attention and feed-forward")]
+        elif compiled and isinstance(module, StreamBlock):
+            found += [(module, "forward", "attention and feed-forward")]
         elif not (compiled and isinstance(module, Attention | FeedForward)):
             found += [(module, "forward", name) for kind, name in _PARTS.items() if isinstance(module, kind)]
     return found

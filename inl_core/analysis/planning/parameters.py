@@ -15,8 +15,9 @@ _PARTS = (
     ("attention", (".attention.",)),
     ("controller", ("controller.", ".modulation.", ".router.")),
     ("budget", ("budget.",)),
-    ("mu", (".equilibrium.",)),
+    ("mu", (".equilibrium.", ".mu")),
     ("excitation", (".excitation.",)),
+    ("stream", (".step_", "entry.")),
     ("feed-forward", (".feed_forward.",)),
     ("norms and gains", ("norm", "_gain")),
 )
