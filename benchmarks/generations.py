@@ -154,10 +154,11 @@ def work(grid: Grid) -> None:
 
 def main() -> None:
     """Run what the results file has not."""
+    stages = [stage["name"] for stage in study()["stages"]]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="the file of lines, which is added to")
     parser.add_argument("--runs", type=Path, default=Path("runs/generations"), help="where the runs go")
-    parser.add_argument("--stages", nargs="+", help="of generations.yaml (default: all)")
+    parser.add_argument("--stages", nargs="+", choices=stages, help="of generations.yaml (default: all)")
     parser.add_argument("--only", default="", help="only runs with this text in their names")
     parser.add_argument("--limit", type=int, default=10**9, help="only so many of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: %(default)s)")

@@ -70,6 +70,7 @@ def recipe_of(job: Job, changes: Sequence[str] = ()) -> Any:
 
 def train(job: Job, runs: Path, changes: Sequence[str], matmul: str | None) -> dict[str, Any]:
     """Train and score the whole validation split; the line of the results."""
+    import downstream  # here, because it imports torch
     import torch
 
     from inl_core.analysis.planning.flops import training_flops
@@ -83,7 +84,9 @@ def train(job: Job, runs: Path, changes: Sequence[str], matmul: str | None) -> d
         trainer = session.build_trainer(data)
         parameters = _check_parameters(trainer.model, job)
         evaluation = trainer.fit()
-    assert evaluation is not None
+        assert evaluation is not None
+        length, rows = recipe.training.sequence_length, 4 * recipe.training.batch_size
+        answers = downstream.score(trainer.model, data.directory, sequence_length=length, batch_size=rows)
     curve = [
         [row["step"], row["validation_bits_per_byte"]]
         for row in map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
@@ -99,8 +102,9 @@ def train(job: Job, runs: Path, changes: Sequence[str], matmul: str | None) -> d
         "epochs": round(trainer.state.samples / trainer.loader.num_windows, 3),
         "seconds": round(trainer.state.seconds, 2),
         "seconds_in_all": round(time.perf_counter() - start, 2),
-        "flops_per_token": training_flops(trainer.model.config, recipe.training.sequence_length),
+        "flops_per_token": training_flops(trainer.model.config, length),
         "curve": curve,
+        "downstream": answers,
         "changes": list(changes),
         "data": data.train.fingerprint[:12],
         "device": _device_name(trainer.world.device),

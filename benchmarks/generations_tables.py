@@ -22,6 +22,7 @@ from generations import best_rate, is_settled, read_lines
 from generations_run import study
 
 BASELINE, REFERENCE = "transformer", "transport"
+QUESTIONS = ("identifiers", "names", "attributes", "brackets")
 Line = dict[str, Any]
 Scores = dict[int, float]
 """Bits per byte by seed."""
@@ -103,6 +104,21 @@ def print_size(size: str, results: Results) -> None:
         print(f"| {arm} | {' | '.join(row)} |")
 
 
+def print_downstream(results: Results) -> None:
+    """Shares of right answers of each arm's best rate (benchmarks/downstream.py)."""
+    kinds = {
+        name: run["downstream"][f"num_{name}"] for run in results.runs for name in QUESTIONS if "downstream" in run
+    }
+    if not kinds:
+        return
+    print(
+        f"\n| arm | {' | '.join(f'{kind} ({count:,})' for kind, count in kinds.items())} |\n|---|{'---|' * len(kinds)}"
+    )
+    for arm in results.arms:
+        runs = [run for run in results.of(arm, share=1.0, rate=results.rates[arm]) if "downstream" in run]
+        print(f"| {arm} | {' | '.join(mean_text(run['downstream'][kind] for run in runs) for kind in kinds)} |")
+
+
 def print_costs(results: Results) -> None:
     """Bits per byte at equal FLOPs, and at the equal seconds of every machine on which a step was timed."""
     if BASELINE not in results.arms:
@@ -166,6 +182,7 @@ def main() -> None:
     sizes = {size: results for size in study()["sizes"] if (results := Results(size, lines)).runs}
     for size, results in sizes.items():
         print_size(size, results)
+        print_downstream(results)
         print_costs(results)
     failed = [line for line in lines if "error" in line]
     for line in failed:
