@@ -82,7 +82,7 @@ def train(job: Job, runs: Path, changes: Sequence[str], matmul: str | None) -> d
     with open_session(recipe, directory) as session:
         data = session.open_data()
         trainer = session.build_trainer(data)
-        parameters = _check_parameters(trainer.model, job)
+        parameters = _check_parameters(trainer.model, job, changes)
         evaluation = trainer.fit()
         assert evaluation is not None
         length, rows = recipe.training.sequence_length, 4 * recipe.training.batch_size
@@ -132,7 +132,7 @@ def time_arms(
             shutil.rmtree(directory, ignore_errors=True)
             session = open_runs.enter_context(open_session(recipe_of(job, changes), directory))
             trainers[arm] = trainer = session.build_trainer(session.open_data())
-            parameters[arm] = _check_parameters(trainer.model, job)
+            parameters[arm] = _check_parameters(trainer.model, job, changes)
             trainer.model.train()
             open_runs.callback(trainer.stepper.close)
         seconds: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -174,11 +174,12 @@ def _data(directory: str | None) -> dict[str, Any]:
     }
 
 
-def _check_parameters(model: Any, job: Job) -> int:
+def _check_parameters(model: Any, job: Job, changes: Sequence[str]) -> int:
     """The model's parameters, which must be the Transformer's to within one percent."""
     from inl_core.analysis.planning.parameters import meta_model
 
-    baseline = recipe_of(dataclasses.replace(job, arm="transformer")).model.with_vocab_size(model.config.vocab_size)
+    recipe = recipe_of(dataclasses.replace(job, arm="transformer"), changes)
+    baseline = recipe.model.with_vocab_size(model.config.vocab_size)
     count, wanted = (sum(p.numel() for p in each.parameters()) for each in (model, meta_model(baseline)))
     if abs(count / wanted - 1) > 0.01:
         raise ValueError(f"{job.arm} at {job.size}: {count:,} parameters, the Transformer has {wanted:,}")
