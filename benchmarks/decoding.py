@@ -147,7 +147,7 @@ def early_stopping(arguments: argparse.Namespace) -> None:
                 decoder.prefill(ids, cache)
                 for token in tokens:
                     found = decoder.step(torch.full((len(ids),), token), cache)
-                    decoder.logits(found.hidden).argmax(-1).tolist()
+                    found.logits.argmax(-1).tolist()
                     used += float(found.iterations.mean())
             return used / len(tokens)
 

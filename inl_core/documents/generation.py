@@ -71,7 +71,7 @@ def _continue(
         if decoder is None or cache is None:
             logits = model.logits(model(ids).hidden[:, -1])  # (B, V)
         else:
-            logits = decoder.logits((decoder.prefill(ids, cache) if chosen is None else decoder.step(chosen, cache))[0])
+            logits = (decoder.prefill(ids, cache) if chosen is None else decoder.step(chosen, cache)).logits
         chosen = sampler(logits, [row.random() for row in rows])
         if eos is not None:
             chosen = chosen.masked_fill(ended, eos)

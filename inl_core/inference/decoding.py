@@ -2,8 +2,7 @@
 
     decoder = Decoder(model, options, rows=len(ids))
     prompt = decoder.prefill(ids, cache)            # all tokens of the prompts, in one pass
-    step = decoder.step(tokens, cache)              # one token a row
-    logits = decoder.logits(step.hidden)
+    step = decoder.step(tokens, cache)              # one token a row: step.logits, step.iterations
 
 - A step runs a copy of the model that shares its weights and differs in this: linear layers in the layout that reads
   fastest (linear_layouts.py), and what does not change from token to token, the folded controller and the forcing,
@@ -21,19 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from inl_core.inference.linear_layouts import SharedLinear, laid_out
-from inl_core.kernels.compilation import compile_parts
+from inl_core.kernels.compilation import compile_parts, compiled_for
 from inl_core.model import Integrator, IntegratorLanguageModel, KVCache, Options
 from inl_core.model.controller import Controller, Head
 
 _FEWEST_SLOTS = 256
-_PUT_ON = ("transform", "enter", "leave", "step", "step_with_gains", "forward")
+_MOST_LAYERS_WHOLE = 12
+"""Compiling a whole step takes some two seconds a layer; compiling its parts takes as long for any number of layers."""
+_PUT_ON = ("enter", "leave", "step", "step_with_gains", "forward")
 """What compilation and recomputation put on a module, which belongs to the original alone."""
 
 
 class Predicted(NamedTuple):
-    """The final states behind each row's next token, (B, D), and its mean iterations over layers, (B,)."""
+    """Each row's logits for its next token, (B, V) in float32, and the mean iterations over layers, (B,)."""
 
-    hidden: Tensor
+    logits: Tensor
     iterations: Tensor
 
 
@@ -58,7 +59,9 @@ class Decoder:
             self.head_down = SharedLinear(up.weight.T.contiguous(), None) if up else None
             table = (model.head or model.embedding.table).weight
             self.head = laid_out(table, None, one_row=one_row)
-        if compiled:
+        self.kind = (model.config, options, table.dtype, table.device, one_row)
+        self.is_whole = compiled and _is_compiled_whole(model, options)
+        if compiled and not self.is_whole:
             compile_parts(self.steps, any_shape=False)
             self.head = torch.compile(self.head, fullgraph=True)
 
@@ -72,19 +75,28 @@ class Decoder:
 
     def prefill(self, ids: Tensor, cache: KVCache) -> Predicted:
         """Run whole prompts (B, S), aligned to the right, in one pass."""
-        return self._run(self.model, ids, cache)
+        output = self.model(ids, cache=cache, options=self.options)
+        return Predicted(self.model.logits(output.hidden[:, -1]), output.iterations()[:, -1])
 
     def step(self, tokens: Tensor, cache: KVCache) -> Predicted:
         """Run one token a row, (B,), and add it to the cache."""
-        return self._run(self.steps, tokens[:, None], cache)
+        if self.is_whole:
+            kind = (self.kind, cache.keys.shape, cache.padding is None)
+            return compiled_for(kind, Decoder._step)(self, tokens, cache)
+        return self._step(tokens, cache)
 
-    def _run(self, model: IntegratorLanguageModel, ids: Tensor, cache: KVCache) -> Predicted:
-        output = model(ids, cache=cache, options=self.options)
-        return Predicted(output.hidden[:, -1], output.iterations()[:, -1])
+    def _step(self, tokens: Tensor, cache: KVCache) -> Predicted:
+        output = self.steps(tokens[:, None], cache=cache, options=self.options)
+        return Predicted(self.logits(output.hidden[:, -1]), output.iterations()[:, -1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, D) -> logits (B, V) in float32."""
         return self.head(hidden if self.head_down is None else self.head_down(hidden)).float()
+
+
+def _is_compiled_whole(model: IntegratorLanguageModel, options: Options) -> bool:
+    """Whether a compiled step is one graph, which costs least a token; else the parts of its layers are compiled."""
+    return not model.config.integrator and len(model.blocks) <= _MOST_LAYERS_WHOLE
 
 
 def _sharing_copy(module: Any, *, one_row: bool) -> Any:

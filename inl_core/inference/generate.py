@@ -227,7 +227,7 @@ def _complete_batch(
 
 
 class _Batch:
-    """What the device holds of a batch: the cache, and for each row the hidden state that predicts its next token.
+    """What the device holds of a batch: the cache, and the logits of each row's next token.
 
     A finished row leaves the batch. With a compiled decoder it stays there unread: a smaller batch would be compiled
     anew.
@@ -264,7 +264,7 @@ class _Batch:
     def choose(self, draws: list[float]) -> tuple[list[int], list[float]]:
         """The next token of each row and the iterations that predicting it took."""
         with torch.inference_mode():
-            return self.sampler(self.decoder.logits(self.next.hidden), draws).tolist(), self.next.iterations.tolist()
+            return self.sampler(self.next.logits, draws).tolist(), self.next.iterations.tolist()
 
     def advance(self, tokens: list[int], going: list[int] | None) -> None:
         """Feed each row its new token; `going` are the places of the rows that stay, None when all do."""
@@ -283,12 +283,12 @@ class _Batch:
         if len(tokens) == batch:
             return self.decoder.step(tokens, self.cache)
         every = tokens.new_zeros(batch).index_copy(0, self.places, tokens)
-        hidden, iterations = self.decoder.step(every, self.cache)
-        return Predicted(hidden[self.places], iterations[self.places])
+        logits, iterations = self.decoder.step(every, self.cache)
+        return Predicted(logits[self.places], iterations[self.places])
 
     def _select(self, rows: Tensor) -> None:
         """Make these rows, in this order, the whole batch."""
         self.cache.select(rows)
         if self.cache.padding is not None and not bool(self.cache.padding.any()):
             self.cache.padding = None  # without padding there is a faster path
-        self.next = Predicted(self.next.hidden[rows], self.next.iterations[rows])
+        self.next = Predicted(self.next.logits[rows], self.next.iterations[rows])

@@ -9,8 +9,8 @@
 """
 
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ _ACTIVATION_BUDGET = 0.8
 first. A quarter of a v4 block less for one percent of the time; less than this costs more (docs/performance.md)."""
 _MOST_COMPILATIONS = 6
 """Of one part for one kind of pass; torch itself gives up after eight."""
+_MOST_KINDS = 64
+"""Whose code is kept by `compiled_for`."""
 
 
 def compile_parts(model: IntegratorLanguageModel, *, any_shape: bool = True) -> None:
@@ -52,6 +54,17 @@ def compile_parts(model: IntegratorLanguageModel, *, any_shape: bool = True) -> 
         if isinstance(dynamics, Dynamics) and not dynamics.branches_on_values:
             dynamics.step = partial(step, dynamics)  # type: ignore[method-assign]
             dynamics.step_with_gains = partial(step_with_gains, dynamics)  # type: ignore[method-assign]
+
+
+@lru_cache(_MOST_KINDS)
+def compiled_for(kind: Hashable, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of fixed shapes without gradients, compiled once for each kind of its calls, whoever makes them.
+
+    Args:
+        kind: what calls have in common: the model's configuration, shapes, types. A call that differs from an earlier
+            one of its kind is compiled again, with a warning.
+    """
+    return _Kind(method, "decoding", any_shape=False, is_fixed=False)
 
 
 class _Compiled:

@@ -58,9 +58,11 @@ class KVCache:
 
     padding: (B,) the number of leading slots of a row that hold no token (left padding), or None.
     stream_dtype: of `previous`, where keys and values have another one.
-    is_static: attention always runs over all M slots, hidden ones behind a mask. Nothing then changes its shape from
-        token to token, as a compiled model needs it.
+    is_static: attention always runs over all M slots, hidden ones behind a mask, and `length` is a 0-dim tensor. So
+        nothing that a compiler makes code for changes from token to token.
     """
+
+    length: int | Tensor
 
     def __init__(
         self,
@@ -80,18 +82,22 @@ class KVCache:
         # the 2L steps, (2L+1, B, 1, D).
         rows = (2 * config.num_layers + 1, batch, 1, config.d_model)
         self.previous = torch.zeros(rows, device=device, dtype=stream_dtype or dtype) if config.transport else None
-        self.length = 0
+        self.length = torch.zeros((), dtype=torch.int64, device=device) if is_static else 0
         self.padding: Tensor | None = None
         self.is_static = is_static
 
     def visible_slots(self, num_new: int) -> int:
         """How many slots attention runs over when this many tokens are added."""
-        return self.keys.shape[3] if self.is_static else self.length + num_new
+        return self.length + num_new if isinstance(self.length, int) else self.keys.shape[3]
+
+    def new_slots(self, num_new: int) -> Tensor:
+        """The slots (S,) that this many new tokens fill."""
+        return torch.arange(num_new, device=self.keys.device) + self.length
 
     def layers(self, num_new: int) -> list[LayerCache]:
         """Each layer's part for a pass that adds this many tokens."""
         end = self.visible_slots(num_new)
-        slots = torch.arange(self.length, self.length + num_new, device=self.keys.device)
+        slots = self.new_slots(num_new)
         pairs = zip(self.keys[:, :, :, :end], self.values[:, :, :, :end], strict=True)
         rows = self.previous
         return [
@@ -116,8 +122,9 @@ def token_positions(ids: Tensor, positions: Tensor | None, cache: KVCache | None
     """
     if positions is not None:
         return positions
-    start = cache.length if cache else 0
-    slots = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape)
+    num_new = ids.shape[1]
+    slots = cache.new_slots(num_new) if cache else torch.arange(num_new, device=ids.device)
+    slots = slots.expand(ids.shape)
     if cache is None or cache.padding is None:
         return slots
     return (slots - cache.padding[:, None]).clamp(min=0, max=last)
@@ -141,9 +148,8 @@ class Visibility(nn.Module):
             document_ids: (B, S); a document is a run of equal ones, and attention stays inside it. Not with a cache.
         """
         num_new, device = ids.shape[1], ids.device
-        start = cache.length if cache else 0
         slots = torch.arange(cache.visible_slots(num_new) if cache else num_new, device=device)
-        queries = torch.arange(start, start + num_new, device=device)
+        queries = cache.new_slots(num_new) if cache else slots
         visible = slots <= queries[:, None]  # (S, M)
         if cache is not None and cache.padding is not None:
             real = slots >= cache.padding[:, None, None]  # (B, 1, M)
@@ -151,7 +157,7 @@ class Visibility(nn.Module):
             return ((real & visible) | (slots == queries[:, None]))[:, None]
         if document_ids is not None:
             return (visible & (first_of_document(document_ids)[:, :, None] <= slots))[:, None]
-        if cache is not None and (cache.is_static or (start and num_new > 1)):
+        if cache is not None and (cache.is_static or (cache.length and num_new > 1)):
             return visible[None, None]
         return None
 

@@ -49,7 +49,7 @@ def step_by_step(decoder: Decoder, ids: Tensor, *, prompt: int, padding: Tensor 
         slots.padding = padding
         found = [decoder.prefill(ids[:, :prompt], slots)]
         found += [decoder.step(ids[:, place], slots) for place in range(prompt, ids.shape[1])]
-        logits = torch.stack([decoder.logits(predicted.hidden) for predicted in found], dim=1)
+        logits = torch.stack([predicted.logits for predicted in found], dim=1)
     return logits, torch.stack([predicted.iterations for predicted in found], dim=1)
 
 
@@ -152,6 +152,7 @@ def test_decoding_does_not_change_the_model() -> None:
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`eager` traces the same graphs with the same guards, and runs them without generating code."""
     torch._dynamo.reset()
+    compilation.compiled_for.cache_clear()
     if request.param == "eager":
         monkeypatch.setattr(compilation, "generate_code", lambda graph, inputs: graph.forward)
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
