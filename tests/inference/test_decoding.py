@@ -24,6 +24,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "v3": {"integrator": {"num_iterations": 3, "mu": {"group_size": 8}, "budget": {"strategy": "uniform"}}},
     "v4": {},
     "transformer": {},
+    "v5": {},
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *CHANGES.items(),
@@ -90,10 +91,10 @@ def test_mixtures_and_budgets_decode_too(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["rope", "sinusoidal"])
+@pytest.mark.parametrize(("preset", "positions"), [("v4", "rope"), ("v4", "sinusoidal"), ("v5", "rope")])
 @torch.no_grad()
-def test_a_padded_row_s_logits_are_the_row_s_alone(positions: str) -> None:
-    model = tiny_model("v4", positions=positions)
+def test_a_padded_row_s_logits_are_the_row_s_alone(preset: str, positions: str) -> None:
+    model = tiny_model(preset, positions=positions)
     ids, padding = random_ids(model, 3, 12), torch.tensor([0, 4, 2])
     found, _ = step_by_step(Decoder(model, Options(), rows=len(ids)), ids, prompt=6, padding=padding)
     for row, skipped in enumerate(padding.tolist()):
@@ -162,7 +163,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("compiler", "reordering")
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("preset", ["v3", "v4", "transformer"])
+@pytest.mark.parametrize("preset", ["v3", "v4", "v5", "transformer"])
 @torch.no_grad()
 def test_the_compiled_step_is_the_model_s_and_compiles_nothing_after_its_first_token(preset: str, rows: int) -> None:
     model = tiny_model(preset, **CHANGES[preset])
@@ -172,6 +173,18 @@ def test_the_compiled_step_is_the_model_s_and_compiles_nothing_after_its_first_t
     with torch.compiler.set_stance("fail_on_recompile"):
         found, _ = step_by_step(decoder, ids, prompt=5)
     torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("preset", ["v5", "transformer"])
+@torch.no_grad()
+def test_another_model_of_the_same_shapes_is_decoded_by_the_same_code(preset: str) -> None:
+    first, second = tiny_model(preset, seed=0), tiny_model(preset, seed=1)
+    ids = random_ids(first, 1, 9)
+    step_by_step(Decoder(first, Options(), rows=1, compiled=True), ids, prompt=5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found, _ = step_by_step(Decoder(second, Options(), rows=1, compiled=True), ids, prompt=5)
+    torch.testing.assert_close(found, second.logits(second(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -198,10 +211,10 @@ def test_compiled_rows_end_one_by_one_as_uncompiled_ones_do() -> None:
     assert len({len(completion.token_ids) for completion in plain}) > 2
 
 
-@pytest.mark.parametrize("positions", ["rope", "sinusoidal"])
+@pytest.mark.parametrize(("preset", "positions"), [("v4", "rope"), ("v4", "sinusoidal"), ("v5", "rope")])
 @pytest.mark.usefixtures("compiler")
-def test_a_compiled_row_that_fills_the_context_does_not_stop_shorter_ones(positions: str) -> None:
-    model = tiny_model("v4", positions=positions, max_seq_len=24)
+def test_a_compiled_row_that_fills_the_context_does_not_stop_shorter_ones(preset: str, positions: str) -> None:
+    model = tiny_model(preset, positions=positions, max_seq_len=24)
     settings = GenerationSettings(max_new_tokens=60, temperature=0.0)
     prompts = ["def greet(name): retu", "The", "T"]
     wanted = generate(model, tokenizer(), prompts, settings)
