@@ -182,10 +182,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], Integrato
     def build(ids: list[int]) -> IntegratorLanguageModel:
         model, following = tiny_model("v4"), iter(ids)
 
-        def logits(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
+        def logits(*_: object) -> torch.Tensor:
             return torch.nn.functional.one_hot(torch.tensor([next(following)]), model.vocab_size).float()
 
-        monkeypatch.setattr(Decoder, "logits", logits)
+        monkeypatch.setattr(model, "logits", logits)  # after the prompt
+        monkeypatch.setattr(Decoder, "logits", logits)  # after each token
         return model
 
     return build
