@@ -96,9 +96,13 @@ class _Compiled:
 
 
 def _alone(value: Any) -> Any:
-    """A row (D,) of a table as a tensor of its own: code compiled for a view depends on the table's length."""
-    is_row = isinstance(value, Tensor) and value.dim() == 1 and value._base is not None
-    return value.clone() if is_row else value
+    """A view of another tensor as a tensor of its own: code compiled for a view depends on what it is a view of.
+
+    In training only a row (D,) of a table, which would be compiled for the table's length.
+    """
+    if not isinstance(value, Tensor) or value._base is None:
+        return value
+    return value.clone() if value.dim() == 1 else value if torch.is_grad_enabled() else value.detach()
 
 
 def _is_single(value: Any) -> bool:
