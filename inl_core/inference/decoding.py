@@ -81,7 +81,7 @@ class Decoder:
     def step(self, tokens: Tensor, cache: KVCache) -> Predicted:
         """Run one token a row, (B,), and add it to the cache."""
         if self.is_whole:
-            kind = (self.kind, cache.keys.shape, cache.padding is None)
+            kind = (self.kind, cache.keys[0].shape, cache.padding is None)
             return compiled_for(kind, Decoder._step)(self, tokens, cache)
         return self._step(tokens, cache)
 

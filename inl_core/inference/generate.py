@@ -279,7 +279,7 @@ class _Batch:
             self.next = self._step(torch.tensor(tokens, device=self.device))
 
     def _step(self, tokens: Tensor) -> Predicted:
-        batch = self.cache.keys.shape[1]
+        batch = len(self.cache.keys[0])
         if len(tokens) == batch:
             return self.decoder.step(tokens, self.cache)
         every = tokens.new_zeros(batch).index_copy(0, self.places, tokens)

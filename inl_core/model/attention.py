@@ -8,6 +8,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,18 +44,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LayerCache(NamedTuple):
     """One layer's keys and values (B, K, M, F), and the slots (S,) that the new tokens fill.
 
-    previous: the last token's velocity after each of the layer's two steps, (2, B, 1, D), where velocity travels along
-        the text (stream.py); else (2,) times None.
+    previous: the last token's velocity after each of the layer's two steps, (B, 1, D), where velocity travels along the
+        text (stream.py); else twice None.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
-    previous: Tensor | tuple[None, None]
+    previous: Sequence[Tensor] | tuple[None, None]
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, each (L, B, K, M, F), and the number of filled slots.
+    """Preallocated keys and values of each layer, (B, K, M, F), and the number of filled slots.
 
     padding: (B,) the number of leading slots of a row that hold no token (left padding), or None.
     stream_dtype: of `previous`, where keys and values have another one.
@@ -75,40 +76,44 @@ class KVCache:
         stream_dtype: torch.dtype | None = None,
         is_static: bool = False,
     ) -> None:
-        shape = (config.num_layers, batch, config.key_value_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+        def zeros(count: int, *shape: int, dtype: torch.dtype = dtype) -> list[Tensor]:
+            # Tensors of their own: a compiler copies the whole of one that is written to in parts.
+            return [torch.zeros(batch, *shape, device=device, dtype=dtype) for _ in range(count)]
+
+        shape = (config.key_value_heads, slots, config.head_dim)
+        self.keys, self.values = zeros(config.num_layers, *shape), zeros(config.num_layers, *shape)
         # Where velocity travels along the text (stream.py): the last token's embedding and its velocity after each of
-        # the 2L steps, (2L+1, B, 1, D).
-        rows = (2 * config.num_layers + 1, batch, 1, config.d_model)
-        self.previous = torch.zeros(rows, device=device, dtype=stream_dtype or dtype) if config.transport else None
+        # the 2L steps, 2L+1 times (B, 1, D).
+        rows = 2 * config.num_layers + 1
+        self.previous = zeros(rows, 1, config.d_model, dtype=stream_dtype or dtype) if config.transport else None
         self.length = torch.zeros((), dtype=torch.int64, device=device) if is_static else 0
         self.padding: Tensor | None = None
         self.is_static = is_static
 
     def visible_slots(self, num_new: int) -> int:
         """How many slots attention runs over when this many tokens are added."""
-        return self.length + num_new if isinstance(self.length, int) else self.keys.shape[3]
+        return self.length + num_new if isinstance(self.length, int) else self.keys[0].shape[2]
 
     def new_slots(self, num_new: int) -> Tensor:
         """The slots (S,) that this many new tokens fill."""
-        return torch.arange(num_new, device=self.keys.device) + self.length
+        return torch.arange(num_new, device=self.keys[0].device) + self.length
 
     def layers(self, num_new: int) -> list[LayerCache]:
         """Each layer's part for a pass that adds this many tokens."""
         end = self.visible_slots(num_new)
         slots = self.new_slots(num_new)
-        pairs = zip(self.keys[:, :, :, :end], self.values[:, :, :, :end], strict=True)
+        pairs = zip(self.keys, self.values, strict=True)
         rows = self.previous
         return [
-            LayerCache(keys, values, slots, (None, None) if rows is None else rows[2 * layer + 1 : 2 * layer + 3])
+            LayerCache(keys[:, :, :end], values[:, :, :end], slots, (None, None) if rows is None else rows[2 * layer + 1 : 2 * layer + 3])
             for layer, (keys, values) in enumerate(pairs)
         ]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch only (finished requests leave)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.previous = None if self.previous is None else self.previous[:, rows]
+        self.keys, self.values = [keys[rows] for keys in self.keys], [values[rows] for values in self.values]
+        self.previous = None if self.previous is None else [previous[rows] for previous in self.previous]
         self.padding = None if self.padding is None else self.padding[rows]
 
 
