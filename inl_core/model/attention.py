@@ -51,7 +51,7 @@ class LayerCache(NamedTuple):
     keys: Tensor
     values: Tensor
     slots: Tensor
-    previous: Sequence[Tensor] | tuple[None, None]
+    previous: Sequence[Tensor] | Sequence[None]
 
 
 class KVCache:
@@ -103,11 +103,10 @@ class KVCache:
         """Each layer's part for a pass that adds this many tokens."""
         end = self.visible_slots(num_new)
         slots = self.new_slots(num_new)
-        pairs = zip(self.keys, self.values, strict=True)
-        rows = self.previous
+        previous = self.previous or [None] * (2 * len(self.keys) + 1)
         return [
-            LayerCache(keys[:, :, :end], values[:, :, :end], slots, (None, None) if rows is None else rows[2 * layer + 1 : 2 * layer + 3])
-            for layer, (keys, values) in enumerate(pairs)
+            LayerCache(keys[:, :, :end], values[:, :, :end], slots, previous[2 * layer + 1 : 2 * layer + 3])
+            for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True))
         ]
 
     def select(self, rows: Tensor) -> None:
