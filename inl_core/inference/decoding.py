@@ -7,6 +7,8 @@
 - A step runs a copy of the model that shares its weights and differs in this: linear layers in the layout that reads
   fastest (linear_layouts.py), and what does not change from token to token, the folded controller and the forcing,
   computed once.
+- Compiled, a step is one graph, except where it depends on values or would take too long to compile; all decoders of
+  the same configuration and shapes share it.
 - Compiled, keys and values keep their full length behind a mask, so that nothing changes shape from token to token and
   nothing is compiled again; finished rows stay in the batch for the same reason.
 - Early stopping ends the loop once every row has stopped: with one row, at its own last iteration.
@@ -25,8 +27,8 @@ from inl_core.model import Integrator, IntegratorLanguageModel, KVCache, Options
 from inl_core.model.controller import Controller, Head
 
 _FEWEST_SLOTS = 256
-_MOST_LAYERS_WHOLE = 12
-"""Compiling a whole step takes some two seconds a layer; compiling its parts takes as long for any number of layers."""
+_MOST_REPEATED = 24
+"""Layers and iterations: each takes a graph a second or two longer to compile, where parts serve all layers."""
 _PUT_ON = ("enter", "leave", "step", "step_with_gains", "forward")
 """What compilation and recomputation put on a module, which belongs to the original alone."""
 
@@ -96,7 +98,13 @@ class Decoder:
 
 def _is_compiled_whole(model: IntegratorLanguageModel, options: Options) -> bool:
     """Whether a compiled step is one graph, which costs least a token; else the parts of its layers are compiled."""
-    return not model.config.integrator and len(model.blocks) <= _MOST_LAYERS_WHOLE
+    integrator, repeated = model.config.integrator, len(model.blocks)
+    if integrator:
+        stops = options.early_stopping and integrator.early_stopping.convergence_threshold > 0
+        if stops or model.budget or integrator.controller.experts > 1:
+            return False  # what it computes depends on values
+        repeated += sum(budget.num_iterations for budget in model.budgets(options))
+    return repeated <= _MOST_REPEATED
 
 
 def _sharing_copy(module: Any, *, one_row: bool) -> Any:

@@ -160,7 +160,7 @@ class IntegratorLanguageModel(nn.Module):
         still = torch.zeros_like(x)
         velocity, outputs = still, []
         caches = cache.layers(x.shape[1]) if cache else [None] * len(self.blocks)
-        for block, budget, own_cache in zip(self.blocks, self._budgets(options), caches, strict=True):
+        for block, budget, own_cache in zip(self.blocks, self.budgets(options), caches, strict=True):
             x, output = block(x, velocity, shared, budget, own_cache)
             outputs.append(output)
             velocity = output.velocity if self.carries_velocity else still
@@ -194,7 +194,7 @@ class IntegratorLanguageModel(nn.Module):
         cos, sin = self.position_table[:, positions].unsqueeze(-2)  # (B, S, 1, F/2)
         return x, (cos, sin)
 
-    def _budgets(self, options: Options) -> list[LayerBudget]:
+    def budgets(self, options: Options) -> list[LayerBudget]:
         """How many iterations each layer runs in this pass."""
         if self.budget is not None and options.num_iterations is None:
             return self.budget()
