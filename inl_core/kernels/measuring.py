@@ -10,7 +10,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache, partial
 
 import torch
@@ -65,20 +65,28 @@ def _sizes(part: str, config: ModelConfig) -> tuple[int, ...]:
 @lru_cache
 def _remembered(part: str, sizes: tuple[int, ...], threads: int, products: tuple[str, ...]) -> dict[str, float]:
     """way -> seconds, as kept on this machine or measured now."""
-    name = "-".join(("measured", fingerprint(), part, *map(str, (*sizes, threads)), *products))
-    found = _checked(cache.find(name, [".json"]), products)
+    what = (part, *map(str, (*sizes, threads)), *products)
+    return remembered(what, _ways(products), lambda: measure(part, sizes, products))
+
+
+def remembered(
+    what: Iterable[str], ways: Collection[str], measured: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """way -> seconds, as kept on this machine under the name of `what` was measured, or measured now and kept."""
+    name = "-".join(("measured", fingerprint(), *what))
+    found = _checked(cache.find(name, [".json"]), ways)
     if found is not None:
         return found
-    found = measure(part, sizes, products)
+    found = measured()
     cache.keep(f"{name}.json", json.dumps(found).encode())
     return found
 
 
-def _checked(kept: bytes | None, products: tuple[str, ...]) -> dict[str, float] | None:
+def _checked(kept: bytes | None, ways: Collection[str]) -> dict[str, float] | None:
     """What was kept, if it is a time for each way: another version may have written something else."""
     try:
         found = json.loads(kept or b"")
-        is_sound = set(found) == set(_ways(products)) and all(0 < seconds < 3600 for seconds in found.values())
+        is_sound = set(found) == set(ways) and all(0 < seconds < 3600 for seconds in found.values())
     except (ValueError, TypeError, AttributeError):
         return None
     return found if is_sound else None

@@ -57,16 +57,35 @@ def step_by_step(decoder: Decoder, ids: Tensor, *, prompt: int, padding: Tensor 
 @pytest.fixture
 def reordering(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix in oneDNN's layout, however small."""
-    monkeypatch.setattr(linear_layouts, "_FEWEST_REORDERED", 0)
+    monkeypatch.setattr(linear_layouts, "_FEWEST_MEASURED", 0)
+    monkeypatch.setattr(linear_layouts, "fastest", lambda ways: "reordered")
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-def test_large_matrices_are_reordered_and_small_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_layouts, "_FEWEST_REORDERED", 32 * 300)
+@pytest.mark.parametrize(
+    ("seconds", "eager", "compiled"),
+    [
+        ({"as it is": 2.0, "reordered": 1.0, "sum": 1.02}, ReorderedLinear, SummedLinear),
+        ({"as it is": 1.0, "reordered": 1.1, "sum": 2.0}, SharedLinear, SharedLinear),
+        ({"as it is": 1.0, "reordered": 0.9, "sum": 1.0}, ReorderedLinear, ReorderedLinear),
+    ],
+)
+def test_large_matrices_take_the_layout_that_is_clearly_the_fastest_here(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], eager: type, compiled: type
+) -> None:
+    monkeypatch.setattr(linear_layouts, "_FEWEST_MEASURED", 32 * 300)
+    monkeypatch.setattr(linear_layouts, "_seconds", lambda *_: seconds)
     large, small = torch.zeros(300, 32), torch.zeros(32, 32)
-    assert type(laid_out(large, None, one_row=False)) is ReorderedLinear
+    assert type(laid_out(large, None, one_row=False)) is eager
+    assert type(laid_out(large, None, one_row=True)) is compiled
     assert type(laid_out(small, None, one_row=False)) is SharedLinear
-    assert type(laid_out(large, None, one_row=True)) is SummedLinear
+    assert type(laid_out(small, None, one_row=True)) is SummedLinear
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_each_layout_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layouts, "_MEASURED", (64, 32))
+    assert all(0 < seconds < 60 for seconds in linear_layouts.measure(("as it is", "reordered")).values())
 
 
 @pytest.mark.parametrize("rows", [1, 3])
