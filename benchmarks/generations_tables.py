@@ -6,9 +6,12 @@
   is given with its standard error.
 - Differences are to the Transformer with transport, run by run of the same seed. Their standard error is that of their
   mean; with one seed there is none.
+- Arms of the search are compared with the arm whose name theirs begins with, or else the Transformer, run by run of the
+  same rate and seed.
 - Equal FLOPs and equal seconds: an arm that costs r times the Transformer's (FLOPs a token, or milliseconds a step) is
   read at 1/r of the tokens. Between the runs of the whole length and those of a share of it, each with a whole schedule
   of its own, bits per byte are taken to be linear in the logarithm of the tokens, and beyond the shorter ones, too.
+  Without shorter runs there is no reading: a longer run that is stopped early has not yet lowered its rate.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from generations import best_rate, is_settled, read_lines
+from generations import MAIN_ARMS, best_rate, is_settled, read_lines
 from generations_run import study
 
 BASELINE, REFERENCE = "transformer", "transport"
@@ -35,7 +38,8 @@ class Results:
         self.runs = [line for line in lines if line.get("size") == size and "seed" in line and is_settled(line)]
         self.times = [line for line in lines if line.get("size") == size and "timed" in line]
         found = {line["arm"] for line in self.runs}
-        self.arms = [arm for arm in study()["arms"] if arm in found]
+        self.arms = [arm for arm in MAIN_ARMS if arm in found]
+        self.search = [arm for arm in study()["arms"] if arm in found.difference(MAIN_ARMS)]
         self.rates = {arm: best_rate(self.of(arm)) for arm in self.arms}
 
     def of(self, arm: str, **wanted: Any) -> list[Line]:
@@ -61,13 +65,13 @@ class Results:
         return found
 
 
-def mean_text(values: Iterable[float]) -> str:
+def mean_text(values: Iterable[float], digits: int = 4) -> str:
     """The mean, with its standard error where there are several values."""
     values = list(values)
     if not values:
         return ""
-    error = f" +- {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{error}"
+    error = f" +- {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}"
 
 
 def difference_text(arm: Scores, reference: Scores) -> str:
@@ -97,43 +101,70 @@ def print_size(size: str, results: Results) -> None:
             f"| {arm} | {run.get('parameters', 0):,} | {results.rates[arm]:g} | {mean_text(scores.values())} | "
             f"{', '.join(map(str, sorted(scores)))} | {against} | {run.get('flops_per_token', 0) / 1e6:.2f}M |"
         )
-    rates = sorted({line["rate"] for line in results.runs})
+    rates = sorted({line["rate"] for arm in results.arms for line in results.of(arm)})
     print(f"\n| arm | {' | '.join(f'{rate:g}' for rate in rates)} |\n|---|{'---|' * len(rates)}")
     for arm in results.arms:
         row = [mean_text(results.scores(arm, rate=rate).values()) for rate in rates]
         print(f"| {arm} | {' | '.join(row)} |")
 
 
+def print_search(results: Results) -> None:
+    """Every arm of the search at every rate, and the runs of the main arms with the same seeds."""
+    if not results.search:
+        return
+    seeds = {line["seed"] for arm in results.search for line in results.of(arm)}
+    rates = sorted({line["rate"] for arm in results.search for line in results.of(arm)})
+    title = f"search, seed {', '.join(map(str, sorted(seeds)))}"
+    print(f"\n| {title} | {' | '.join(f'{rate:g}' for rate in rates)} | against |")
+    print(f"|---|{'---|' * len(rates)}---|")
+    for arm in [*results.arms, *results.search]:
+        runs = {(line["rate"], line["seed"]): line["bits_per_byte"] for line in results.of(arm, share=1.0)}
+        row = [
+            mean_text(score for (its, seed), score in runs.items() if its == rate and seed in seeds) for rate in rates
+        ]
+        against = ""
+        if arm in results.search:
+            reference = next((main for main in MAIN_ARMS if arm.startswith(f"{main}-")), BASELINE)
+            of_reference = {(line["rate"], line["seed"]): line["bits_per_byte"] for line in results.of(reference)}
+            pairs = [runs[key] - of_reference[key] for key in sorted(runs.keys() & of_reference.keys())]
+            against = f"{reference}: {', '.join(f'{pair:+.4f}' for pair in pairs)}, mean {statistics.mean(pairs):+.4f}"
+        print(f"| {arm} | {' | '.join(row)} | {against} |")
+
+
 def print_downstream(results: Results) -> None:
-    """Shares of right answers of each arm's best rate (benchmarks/downstream.py)."""
+    """Shares of right answers of each arm's best rate (benchmarks/downstream.py), in percent."""
     kinds = {
-        name: run["downstream"][f"num_{name}"] for run in results.runs for name in QUESTIONS if "downstream" in run
+        kind: run["downstream"][f"num_{kind}"] for run in results.runs if "downstream" in run for kind in QUESTIONS
     }
     if not kinds:
         return
-    print(
-        f"\n| arm | {' | '.join(f'{kind} ({count:,})' for kind, count in kinds.items())} |\n|---|{'---|' * len(kinds)}"
-    )
+    names = " | ".join(f"{kind} ({count:,})" for kind, count in kinds.items())
+    print(f"\n| arm | seeds | {names} |\n|---|---|{'---|' * len(kinds)}")
     for arm in results.arms:
         runs = [run for run in results.of(arm, share=1.0, rate=results.rates[arm]) if "downstream" in run]
-        print(f"| {arm} | {' | '.join(mean_text(run['downstream'][kind] for run in runs) for kind in kinds)} |")
+        shares = [mean_text((100 * run["downstream"][kind] for run in runs), digits=1) for kind in kinds]
+        print(f"| {arm} | {', '.join(sorted(str(run['seed']) for run in runs))} | {' | '.join(shares)} |")
 
 
 def print_costs(results: Results) -> None:
-    """Bits per byte at equal FLOPs, and at the equal seconds of every machine on which a step was timed."""
+    """What a step costs, also against the Transformer's, and bits per byte at equal cost where they can be read."""
     if BASELINE not in results.arms:
         return
-    flops = {arm: results.of(arm)[0].get("flops_per_token", math.nan) for arm in results.arms}
-    tables = {"equal FLOPs": flops}
+    flops = {arm: results.of(arm)[0].get("flops_per_token", math.nan) / 1e6 for arm in results.arms}
+    tables = {"MFLOP a token": flops}
     for line in results.times:
-        how = " ".join([line["device"], f"matmul {line['matmul']}", *line["changes"]])
-        tables.setdefault(f"equal seconds, {how}", {})[line["timed"]] = line["ms"]
+        how = " ".join([line["device"], line["matmul"], *line["changes"]])
+        for kind in ("ms", "fastest_ms"):
+            tables.setdefault(f"{kind}, {how}", {})[line["timed"]] = line[kind]
+    print(f"\n| a step, and its ratio | {' | '.join(results.arms)} |\n|---|{'---|' * len(results.arms)}")
     for title, costs in tables.items():
-        print(f"\n| {title} | cost | bits per byte |\n|---|---|---|")
-        for arm in results.arms:
-            if arm in costs and BASELINE in costs:
-                cost = costs[arm] / costs[BASELINE]
-                print(f"| {arm} | {cost:.3f} | {mean_text(results.at_cost(arm, cost).values())} |")
+        row = [f"{costs[arm]:.1f} ({costs[arm] / costs[BASELINE]:.3f})" if arm in costs else "" for arm in results.arms]
+        print(f"| {title} | {' | '.join(row)} |")
+    for title, costs in tables.items():
+        ratios = {arm: costs[arm] / costs[BASELINE] for arm in results.arms if arm in costs}
+        readings = {arm: results.at_cost(arm, ratio) for arm, ratio in ratios.items() if ratio != 1.0}
+        for arm in [arm for arm, scores in readings.items() if scores]:
+            print(f"\nat equal {title}: {arm} {mean_text(readings[arm].values())}")
 
 
 def draw(sizes: dict[str, Results], picture: Path) -> None:
@@ -148,7 +179,7 @@ def draw(sizes: dict[str, Results], picture: Path) -> None:
     for column, size in enumerate(names):
         results = sizes[size]
         baseline = curve_of(results, BASELINE)
-        for arm in [arm for arm in (BASELINE, REFERENCE, "v4", "v5") if arm in results.arms]:
+        for arm in results.arms:
             curve = curve_of(results, arm)
             label = f"{arm} ({results.rates[arm]:g})"
             axes[0][column].plot(curve.keys(), curve.values(), marker=".", label=label)
@@ -161,7 +192,7 @@ def draw(sizes: dict[str, Results], picture: Path) -> None:
     axes[0][0].set_ylabel("bits per byte, first validation tokens")
     axes[1][0].set_ylabel("difference to the Transformer")
     figure.tight_layout()
-    figure.savefig(picture, dpi=100)
+    figure.savefig(picture, dpi=80)
     print(f"\n{picture} drawn")
 
 
@@ -170,6 +201,18 @@ def curve_of(results: Results, arm: str) -> dict[int, float]:
     curves = [dict(line["curve"]) for line in results.of(arm, share=1.0, rate=results.rates[arm]) if "curve" in line]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     return {step: statistics.mean(curve[step] for curve in curves) for step in steps}
+
+
+def print_curves(results: Results) -> None:
+    """How far each arm is from the Transformer on the way: the numbers of the picture's lower half."""
+    if BASELINE not in results.arms:
+        return
+    curves = {arm: curve_of(results, arm) for arm in results.arms}
+    steps = sorted(set.intersection(*map(set, curves.values())))
+    print(f"\n| less the Transformer at step | {' | '.join(map(str, steps))} |\n|---|{'---|' * len(steps)}")
+    for arm in [arm for arm in results.arms if arm != BASELINE]:
+        row = [f"{curves[arm][step] - curves[BASELINE][step]:+.4f}" for step in steps]
+        print(f"| {arm} | {' | '.join(row)} |")
 
 
 def main() -> None:
@@ -182,7 +225,9 @@ def main() -> None:
     sizes = {size: results for size in study()["sizes"] if (results := Results(size, lines)).runs}
     for size, results in sizes.items():
         print_size(size, results)
+        print_search(results)
         print_downstream(results)
+        print_curves(results)
         print_costs(results)
     failed = [line for line in lines if "error" in line]
     for line in failed:
