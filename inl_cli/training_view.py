@@ -73,7 +73,7 @@ class TrainingView(Observer):
         self.console, self.num_steps, self.first_step = console, num_steps, 0
         self.start = self.last_line = time.monotonic()
         self.row: dict[str, Any] = {}
-        self.evaluation = self.alpha = ""
+        self.evaluation, self.measured = "", {}
         self.live: Any = None
 
     def __enter__(self) -> "TrainingView":
@@ -93,8 +93,9 @@ class TrainingView(Observer):
     def on_metrics(self, row: dict[str, Any]) -> None:
         """Show a row: in the live view at once, as a line when the interval is over."""
         self.row = row
-        if row.get("alpha_mean") is not None:  # measured at some steps only
-            self.alpha = f"{row['alpha_mean']:.3f} at step {row['step']}"
+        for name in ("alpha", "transport"):  # measured at some steps only
+            if row.get(f"{name}_mean") is not None:
+                self.measured[name] = f"{row[f'{name}_mean']:.3f} at step {row['step']}"
         if self.live is not None:
             self.live.update(self._panel())
             return
@@ -102,7 +103,7 @@ class TrainingView(Observer):
         if now - self.last_line >= _SECONDS_BETWEEN_LINES or row["step"] in (1, self.num_steps):
             self.last_line = now
             self.console.info("  ".join(f"{name} {value}" for name, value in self._figures().items()))
-            self.alpha = ""  # not said again until it is measured again
+            self.measured = {}  # not said again until it is measured again
 
     def on_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """One line, and the score in the live view from then on."""
@@ -136,10 +137,10 @@ class TrainingView(Observer):
         }
         if "phase" in row:
             cycle = {} if row["phase"] == "constant" else {"cycle": row["phase"]}  # constant: there is no cycle
-            figures |= cycle | {"A": f"{row['A']:.3g}", "T": f"{row['iterations']:.2g}"}
-        if self.alpha:
-            figures["alpha"] = self.alpha
-        return figures
+            figures |= cycle | {"A": f"{row['A']:.3g}"}
+        if "iterations" in row:
+            figures["T"] = f"{row['iterations']:.2g}"
+        return figures | self.measured
 
     def _eta(self, step: int) -> str:
         done = step - self.first_step

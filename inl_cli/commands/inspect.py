@@ -1,6 +1,8 @@
-"""`inl inspect` and `inl inspect-params`: what an artefact holds, and what a trained integrator does."""
+"""`inl inspect` and `inl inspect-params`: what an artefact holds, and what the dynamics of a trained model do."""
 
+import csv as csv_module
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,7 +59,7 @@ def inspect_params(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Show what each layer learned: mu, gamma and phi, and alpha, beta and gate measured on real text."""
+    """Show what the dynamics of each layer learned, and what they do on real text."""
     if csv and json:
         raise RecipeError("--csv and --json: give one of them")
     console = Console(json=json, quiet=quiet)
@@ -110,9 +112,10 @@ def _shown(key: str, value: Any) -> Any:
 
 
 def _write_csv(report: "ParameterReport") -> None:
-    import pandas as pd
-
-    pd.DataFrame(report.layers).to_csv(sys.stdout, index=False)
+    columns = list(dict.fromkeys(name for row in report.layers for name in row))
+    writer = csv_module.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(report.layers)
 
 
 def _show_report(console: Console, report: "ParameterReport", name: str) -> None:
@@ -122,37 +125,89 @@ def _show_report(console: Console, report: "ParameterReport", name: str) -> None
     if not report.layers:
         console.write("\nThis model has no integrator: no mu, gamma, phi, alpha, beta or gate to show.\n")
         return
+    is_stream = "sub_layer" in report.layers[0]
+    _show_learned(console, report, _OF_STREAM if is_stream else _OF_INTEGRATORS)
+    console.write(f"\nMeasured on {report.tokens:,} tokens of {report.text}:\n\n")
+    if is_stream:
+        _show_depth(console, report)
+    else:
+        _show_measured(console, report)
+
+
+_OF_INTEGRATORS = {
+    "mu": "mu, the learned equilibrium",
+    "gamma": "gamma, radians an iteration",
+    "phi": "phi, radians",
+}
+_OF_STREAM = {
+    "alpha": "alpha, momentum: the share of its velocity that a channel keeps",
+    "transport": "b, transport: the share of the token before's velocity that moves this token, too",
+    "anchor": "r, anchor: the share of its own embedding that a token gets back",
+    "beta": "beta, the pull towards mu",
+    "mu": "mu, the learned equilibrium",
+    "gamma": "gamma, radians a step",
+    "phi": "phi, radians",
+}
+
+
+def _show_learned(console: Console, report: "ParameterReport", titles: dict[str, str]) -> None:
+    """A table for each learned quantity that the model has; mu also with its way from its start, gamma with periods."""
     spread = ("mean", "std", "min", "max")
-    gamma = _cells(report, "gamma", spread)
-    periods = (row["mean"] for row in report.of("period"))
-    for title, column, rows in (
-        ("mu, the learned equilibrium", ("distance from start",), _cells(report, "mu", (*spread, "drift"))),
-        (
-            f"gamma, radians an iteration (A = {report.amplitude:.4g})",
-            ("period, iterations",),
-            [(*row, period) for row, period in zip(gamma, periods, strict=True)],
-        ),
-        ("phi, radians", (), _cells(report, "phi", spread)),
-    ):
+    for quantity, title in titles.items():
+        rows, column = _cells(report, quantity, (*spread, "drift") if quantity == "mu" else spread), ()
+        if not rows:
+            continue
+        if quantity == "mu":
+            column = ("distance from start",)
+        elif quantity == "gamma":
+            periods = (row["mean"] for row in report.of("period"))
+            rows = [(*row, period) for row, period in zip(rows, periods, strict=True)]
+            column = (f"period, {title.split()[-1]}s",)
+            title += f" (A = {report.amplitude:.4g})"
         console.write("\n")
         console.table(title, ("layer", *spread, *column), rows)
-    console.write(f"\nMeasured on {report.tokens:,} tokens of {report.text}:\n\n")
+
+
+def _show_measured(console: Console, report: "ParameterReport") -> None:
     columns = ("mean", "std", "p5", "p50", "p95", "saturated")
     gains = [(row["layer"], row["quantity"], *_values(row, columns)) for row in report.layers if "saturated" in row]
     console.table("alpha, beta, gate", ("layer", "", *columns), gains)
-    motion: dict[int, dict[str, float]] = {}  # by layer; the layers may differ in their iterations
-    for row in report.layers:
-        if row["quantity"] == "velocity" or "residual" in row["quantity"]:
-            motion.setdefault(row["layer"], {})[row["quantity"]] = row["mean"]
-    names = max(motion.values(), key=len)
-    rows = [(layer, *(means.get(name) for name in names)) for layer, means in motion.items()]
+    names = [row["quantity"] for row in report.layers if "residual" in row["quantity"]]
+    names = ("velocity", *dict.fromkeys(names))  # the layers may differ in their iterations
     console.write("\n")
     titles = [name.replace("residual_", "step ") for name in names]
-    console.table("rms velocity, and rms change of the state in each iteration", ("layer", *titles), rows)
+    title = "rms velocity, and rms change of the state in each iteration"
+    console.table(title, ("layer", *titles), _means(report, names))
+
+
+def _show_depth(console: Console, report: "ParameterReport") -> None:
+    motion = {"state": "rms x", "velocity": "rms v", "residual": "rms change of x"}
+    console.table("x and v after each step, and how far it moved x", ("", *motion.values()), _means(report, motion))
+    for kind, title in (("force", "what made the velocity"), ("movement", "what moved the state")):
+        names = dict.fromkeys(row["quantity"] for row in report.layers if row["quantity"].startswith(kind))
+        if names:
+            rows = [(place, *(f"{mean:.1%}" for mean in means)) for place, *means in _means(report, names)]
+            console.write("\n")
+            console.table(f"{title}: shares", ("", *(name.split("_")[1] for name in names)), rows)
+
+
+def _means(report: "ParameterReport", names: Iterable[str]) -> list[tuple[Any, ...]]:
+    """A row for each layer (or sub-layer) that has one of these quantities, with their means."""
+    names, found = tuple(names), {}
+    for row in report.layers:
+        if row["quantity"] in names:
+            found.setdefault(_place(row), {})[row["quantity"]] = row["mean"]
+    return [(place, *(means.get(name) for name in names)) for place, means in found.items()]
+
+
+def _place(row: dict[str, Any]) -> Any:
+    from inl_core.training.depth import place_name
+
+    return place_name(row) if "sub_layer" in row else row["layer"]
 
 
 def _cells(report: "ParameterReport", quantity: str, names: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    return [(row["layer"], *_values(row, names)) for row in report.of(quantity)]
+    return [(_place(row), *_values(row, names)) for row in report.of(quantity)]
 
 
 def _values(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:

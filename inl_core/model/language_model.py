@@ -92,6 +92,10 @@ class IntegratorLanguageModel(nn.Module):
         """The integrator of each block, bottom up; empty for a Transformer."""
         return [module for module in self.modules() if isinstance(module, Integrator)]
 
+    def steps(self) -> list[Step]:
+        """The stream's steps, two for each block, bottom up; empty where the blocks have integrators."""
+        return [module for module in self.modules() if isinstance(module, Step)]
+
     def reset_buffers(self) -> None:
         """Fill every buffer that is derived from the configuration and not saved; needed after `to_empty`."""
         self.position_table.copy_(_position_table(self.config))
@@ -183,7 +187,7 @@ class IntegratorLanguageModel(nn.Module):
         path = flow(self.entry, blocks, x, shared, cache, is_kept=options.keep_trajectory)
         if not options.keep_trajectory:
             return path[-1][0], []
-        steps = [step for block in blocks for step in (block.step_attention, block.step_feed_forward)]
+        steps = self.steps()
         trajectory = stream_trajectory(path, steps, self.excitation_amplitude)
         return path[-1][0], [IntegratorOutput(*path[-1], num_iterations=len(steps), trajectory=trajectory)]
 

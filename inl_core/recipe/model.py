@@ -335,6 +335,18 @@ class ModelConfig(Section):
         excitation = (self.integrator or self.stream or StreamConfig(excitation=None)).excitation
         return excitation.amplitude if excitation else 0.0
 
+    @property
+    def stream_terms(self) -> tuple[str, ...]:
+        """The terms of the stream's equation that are on; empty with an integrator, and for a plain Transformer."""
+        own = ("momentum", "anchor", "equilibrium", "excitation")
+        found = tuple(name for name in own if getattr(self.stream, name, None))
+        return ("transport", *found) if self.transport else found
+
+    @property
+    def has_dynamics(self) -> bool:
+        """Whether the model is more than a plain Transformer: there are integrators, or terms of the stream."""
+        return self.integrator is not None or bool(self.stream_terms)
+
     def transports_at(self, place: str) -> bool:
         """Whether a token's velocity moves the next token at the `embedding`, after `attention`, or `feed_forward`."""
         return self.transport is True or self.transport == place or bool(self.transport and place == "embedding")

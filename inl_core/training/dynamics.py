@@ -1,9 +1,9 @@
-"""Records of what the integrator does during a run: a Parquet file in dynamics/ for each recorded step.
+"""Records of what the dynamics do during a run: a Parquet file in dynamics/ for each recorded step.
 
 - A record is measured by an extra forward pass without gradients, on the first rows of the step's batch, so that the
   training pass need not keep the trajectory.
-- It describes, for each layer, mu (with its drift from the start), gamma, phi, alpha, beta, gate, velocity, and the
-  residual of each iteration.
+- It describes, for each layer's integrator, mu (with its drift from the start), gamma, phi, alpha, beta, gate,
+  velocity, and the residual of each iteration; for each sub-layer of a stream, what depth.py lists.
 """
 
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from inl_core.files import written_aside
 from inl_core.model import Integrator, IntegratorLanguageModel, Options, Trajectory
+from inl_core.training.depth import FORCES, MOVEMENTS, quantities
 
 PERCENTILES = (5, 50, 95)
 SATURATION = 0.01
@@ -45,8 +46,15 @@ def record_layers(
 ) -> list[dict[str, Any]]:
     """One row per layer and quantity: layer, quantity, mean, std, min, max, percentiles, saturated, drift.
 
-    The model runs all T iterations, as in training: no token stops early.
+    The model runs all T iterations, as in training: no token stops early. The rows of a stream are those of its
+    sub-layers and say which, in sub_layer.
     """
+    if model.config.integrator is None:
+        [path] = _paths(model, ids, positions, document_ids)
+        return [
+            {**place, "quantity": name, **summarise(values), **_drift(name, values)}
+            for place, name, values in quantities(model, path)
+        ]
     rows = []
     for index, (integrator, trajectory) in enumerate(_trajectories(model, ids, positions, document_ids)):
         rows += [{"layer": index, **row} for row in _layer_rows(integrator, trajectory)]
@@ -62,15 +70,27 @@ def last_residuals(
     return [_residuals(trajectory)[-1].mean().item() for _, trajectory in found]
 
 
+def _drift(name: str, values: Tensor) -> dict[str, float]:
+    """How far the mu of a step is from its start, 0."""
+    return {"drift": values.square().mean().sqrt().item()} if name == "mu" else {}
+
+
 def _trajectories(
     model: IntegratorLanguageModel, ids: Tensor, positions: Tensor | None, document_ids: Tensor | None
 ) -> list[tuple[Integrator, Trajectory]]:
+    paths = _paths(model, ids, positions, document_ids)
+    return list(zip(model.integrators(), paths, strict=True))
+
+
+def _paths(
+    model: IntegratorLanguageModel, ids: Tensor, positions: Tensor | None, document_ids: Tensor | None
+) -> list[Trajectory]:
+    """The trajectory of each integrator, or the only one of a stream."""
     was_training = model.training
     model.train()
     output = model(ids, positions=positions, document_ids=document_ids, options=Options(keep_trajectory=True))
     model.train(was_training)
-    found = [layer.trajectory for layer in output.layers]
-    return [(integrator, path) for integrator, path in zip(model.integrators(), found, strict=True) if path is not None]
+    return [layer.trajectory for layer in output.layers if layer.trajectory is not None]
 
 
 def _residuals(trajectory: Trajectory) -> Tensor:
@@ -116,13 +136,21 @@ def cut_records(run: Path, step: int) -> None:
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The means over layers that go into the row of metrics: alpha_mean, beta_mean, gate_mean, velocity_rms."""
-    names = {"alpha": "alpha_mean", "beta": "beta_mean", "gate": "gate_mean", "velocity": "velocity_rms"}
+    """The means over layers, or sub-layers, that go into the row of metrics.
+
+    alpha_mean, beta_mean, gate_mean, velocity_rms; of a stream also transport_mean, anchor_mean, state_rms,
+    residual_rms, and the shares of its terms, as depth.py names them.
+    """
+    names = {name: f"{name}_mean" for name in ("alpha", "beta", "gate", "transport", "anchor")} | {
+        name: f"{name}_rms" for name in ("velocity", "state", "residual")
+    }
+    names |= {f"force_{name}": f"force_{name}" for name in FORCES}
+    names |= {f"movement_{name}": f"movement_{name}" for name in MOVEMENTS}
     found = {label: [row["mean"] for row in rows if row["quantity"] == name] for name, label in names.items()}
     return {label: sum(values) / len(values) for label, values in found.items() if values}
 
 
 _SCHEMA = pa.schema(
-    [("step", pa.int64()), ("layer", pa.int32()), ("quantity", pa.string())]
+    [("step", pa.int64()), ("layer", pa.int32()), ("sub_layer", pa.string()), ("quantity", pa.string())]
     + [(name, pa.float64()) for name in ("mean", "std", "min", "max", "p5", "p50", "p95", "saturated", "drift")]
 )

@@ -42,7 +42,7 @@ class RunLog:
             return
         if self.metrics is not None:
             every = self.settings.logging.dynamics_every
-            is_recorded = bool(self.model.config.integrator and every)
+            is_recorded = bool(self.model.config.has_dynamics and every)
             is_recorded = is_recorded and (state.step == 1 or is_due(state.step, every))
             means = self._record_dynamics(state.step, result.first_part) if is_recorded else {}
             row = self._step_row(state, result) | self._model_row(state, result) | means
@@ -79,13 +79,14 @@ class RunLog:
         }
 
     def _model_row(self, state: TrainState, result: StepResult) -> dict[str, Any]:
-        """What the row says of the integrator, the layers' budgets and the experts, where the model has them."""
+        """What the row says of the dynamics, the layers' budgets and the experts, where the model has them."""
         row: dict[str, Any] = {}
         config, regime, loads = self.model.config, result.regime, result.losses.get("loads")
+        if config.excites:
+            row |= {"phase": regime.phase, "A": self.model.excitation_amplitude.item()}
         if config.integrator:
             drawn = iterations_of_step(self.settings, config, state.step - 1)
-            row |= {"phase": regime.phase, "lambda_mean": regime.lambda_mean}
-            row |= {"A": self.model.excitation_amplitude.item()}
+            row |= {"lambda_mean": regime.lambda_mean}
             row |= {"iterations": config.mean_iterations if drawn is None else fmean(drawn)}
         if self.model.budget is not None:
             row["budget"] = self.model.budget.shares().tolist()
