@@ -157,6 +157,33 @@ def test_a_cycle_moves_the_amplitude_and_it_is_saved_with_the_weights(make_recip
     assert weights["excitation_amplitude"].item() == pytest.approx(0.08)
 
 
+STREAM_FIGURES = {
+    "A",
+    "alpha_mean",
+    "transport_mean",
+    "state_rms",
+    "force_momentum",
+    "movement_transport",
+    "iterations",
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "missing"),
+    [
+        ({"preset": "v5"}, {"iterations"}),
+        ({"preset": "transformer", "transport": True}, {"A", "alpha_mean", "force_momentum", "iterations"}),
+        ({"preset": "transformer"}, STREAM_FIGURES),
+    ],
+)
+def test_the_dynamics_of_a_stream_are_in_the_metrics_and_recorded(make_recipe, make_trainer, model, missing):
+    trainer, heard = make_trainer(make_recipe(training={"steps": 4}, model=model))
+    trainer.fit()
+    assert STREAM_FIGURES - set(heard.rows[-1]) == missing
+    recorded = [path.name for path in sorted((trainer.run.path / "dynamics").glob("*"))]
+    assert len(recorded) == (0 if missing == STREAM_FIGURES else 2)  # at steps 1 and 4
+
+
 def test_experts_and_budgets_are_in_the_metrics_as_they_change(make_recipe, make_trainer):
     integrator = {"controller": {"experts": 4}, "budget": {"strategy": "hybrid"}, "num_iterations": 3}
     recipe = make_recipe(
