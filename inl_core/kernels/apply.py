@@ -14,13 +14,14 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from inl_core.kernels.loss import ChunkedLoss, CpuLoss, SharedLookup
+from inl_core.kernels.stream import MotionInPlace
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.attention import InnerAttention, Visibility
 from inl_core.model.block import Block
 from inl_core.model.dynamics import Dynamics
 from inl_core.model.embedding import Lookup
 from inl_core.model.mixture import MixedDynamics
-from inl_core.model.stream import StreamBlock
+from inl_core.model.stream import Motion, Step, StreamBlock
 from inl_core.recipe import IntegratorConfig, ModelConfig
 
 Operations = Literal["auto", "plain"]
@@ -71,14 +72,15 @@ def choose(
         raise ValueError(f"operations {operations!r}: must be one of {', '.join(get_args(Operations))}")
     reason = _why_only_torch(device, operations, bf16)
     names = ["attention", *(["integrator"] if config.integrator else [])]
+    stream = _choose_motion(operations) if config.stream or config.transport else {}
     if reason:
-        return {name: Choice(TORCH, reason) for name in (*names, "loss")}
+        return {name: Choice(TORCH, reason) for name in (*names, "loss")} | stream
     from inl_core.kernels.measuring import fastest
 
     found = {name: fastest(name, config, before.get(name)) for name in names}
     if config.integrator and config.integrator.controller.experts > 1:
         found["integrator"] = Choice(TORCH, "the experts of a mixture are run one by one")
-    return found | {"loss": Choice("inl's chunks", "less memory than torch's, which is as fast")}
+    return found | {"loss": Choice("inl's chunks", "less memory than torch's, which is as fast")} | stream
 
 
 def put(model: IntegratorLanguageModel, choices: dict[str, Choice]) -> None:
@@ -87,6 +89,8 @@ def put(model: IntegratorLanguageModel, choices: dict[str, Choice]) -> None:
     _put_attention(model, choices["attention"].way)
     for integrator in model.integrators():
         integrator.dynamics = build_dynamics(integrator.config, choices["integrator"].way)
+    if "stream" in choices:
+        _put_motion(model, choices["stream"].way)
 
 
 def describe(choices: dict[str, Choice]) -> str:
@@ -117,6 +121,13 @@ def _why_only_torch(device: torch.device, operations: Operations, bf16: bool) ->
     return ""
 
 
+def _choose_motion(operations: Operations) -> dict[str, Choice]:
+    """It runs wherever torch does, and does nothing but leave out passes over memory: nothing is to be measured."""
+    if operations == "plain":
+        return {"stream": Choice(TORCH, "training.operations is plain")}
+    return {"stream": Choice("torch in place", "in half the passes over memory")}
+
+
 def _put_loss(model: IntegratorLanguageModel, way: str) -> None:
     is_own = way != TORCH
     model.vocabulary_loss = CpuLoss() if is_own else ChunkedLoss()
@@ -132,6 +143,12 @@ def _put_attention(model: IntegratorLanguageModel, way: str) -> None:
     for block in model.blocks:
         assert isinstance(block, Block | StreamBlock)
         block.attention.inner_attention = build_attention(model.config, way)
+
+
+def _put_motion(model: IntegratorLanguageModel, way: str) -> None:
+    for step in model.modules():
+        if isinstance(step, Step):
+            step.motion = Motion() if way == TORCH else MotionInPlace()
 
 
 def build_attention(config: ModelConfig, way: str) -> InnerAttention:

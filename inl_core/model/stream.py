@@ -83,6 +83,52 @@ class Entry(nn.Module):
         return torch.addcmul(x, self.transport, shift(x, previous, has_previous))
 
 
+class Coefficients(NamedTuple):
+    """The coefficients of one step, each (D,); None where there is no such term."""
+
+    alpha: Tensor | None
+    beta: Tensor | None
+    constant: Tensor | None
+    """beta mu + A sin(gamma t + phi), what is the same for all tokens"""
+    transport: Tensor | None
+    anchor: Tensor | None
+
+
+class Motion(nn.Module):
+    """The arithmetic of a step. It has no parameters: `inl_core.kernels.apply` may put a faster one in its place."""
+
+    def forward(
+        self,
+        coefficients: Coefficients,
+        x: Tensor,
+        v: Tensor,
+        candidate: Tensor,
+        start: Tensor,
+        previous: Tensor | None,
+        has_previous: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The next x and v, from x, v, the candidate c and x_0, all (B, S, D); the rest as in `shift`."""
+        new_v = self.velocity(coefficients, x, v, candidate)
+        new_x = x + new_v
+        if coefficients.transport is not None:
+            new_x = torch.addcmul(new_x, coefficients.transport, shift(new_v, previous, has_previous))
+        if coefficients.anchor is not None:
+            new_x = torch.addcmul(new_x, coefficients.anchor, start)
+        # Without momentum nothing reads the velocity, and a compiler need not know of a gradient that is always zero.
+        return new_x, new_v.detach() if coefficients.alpha is None else new_v
+
+    def velocity(self, coefficients: Coefficients, x: Tensor, v: Tensor, candidate: Tensor) -> Tensor:
+        """alpha v + c + beta (mu - x) + A sin(gamma t + phi), (B, S, D)."""
+        new_v = candidate
+        if coefficients.alpha is not None:
+            new_v = torch.addcmul(new_v, coefficients.alpha, v)
+        if coefficients.constant is not None:
+            new_v = new_v + coefficients.constant
+        if coefficients.beta is not None:
+            new_v = torch.addcmul(new_v, coefficients.beta, x, value=-1.0)
+        return new_v
+
+
 class Step(nn.Module):
     """The step that follows one sub-layer, and its coefficients."""
 
@@ -102,6 +148,7 @@ class Step(nn.Module):
         self.beta = vector(bool(stream and stream.equilibrium))
         self.mu = vector(bool(stream and stream.equilibrium))
         self.excitation = Excitation(stream.excitation, config.d_model) if stream and stream.excitation else None
+        self.motion = Motion()
         # A tensor, so that a compiler makes one code for all layers.
         self.register_buffer("time", torch.empty(1), persistent=False)
 
@@ -121,28 +168,23 @@ class Step(nn.Module):
         self, x: Tensor, v: Tensor, candidate: Tensor, shared: Shared, previous: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The next x and v, from x, v and the candidate c, all (B, S, D); `previous` as in `shift`."""
-        new_v = self.velocity(x, v, candidate.to(x.dtype), shared.amplitude)
-        new_x = x + new_v
-        if self.transport is not None:
-            new_x = torch.addcmul(new_x, self.transport, shift(new_v, previous, shared.has_previous))
-        if self.anchor is not None:
-            new_x = torch.addcmul(new_x, self.anchor, shared.start)
-        # Without momentum nothing reads the velocity, and a compiler need not know of a gradient that is always zero.
-        return new_x, new_v.detach() if self.alpha is None else new_v
+        return self.motion(
+            self.coefficients(shared.amplitude),
+            x,
+            v if self.kappa is None else v * self.wake(x),
+            candidate.to(x.dtype),
+            shared.start,
+            previous,
+            shared.has_previous,
+        )
 
-    def velocity(self, x: Tensor, v: Tensor, candidate: Tensor, amplitude: Tensor) -> Tensor:
-        """alpha v + c + beta (mu - x) + A sin(gamma t + phi), (B, S, D)."""
-        new_v = candidate
+    def coefficients(self, amplitude: Tensor) -> Coefficients:
+        """What the tokens have in common, at A = `amplitude`."""
         constant = None if self.excitation is None else self.excitation.at(self.time, amplitude)[0]
         if self.beta is not None and self.mu is not None:
             pull = self.beta * self.mu
             constant = pull if constant is None else constant + pull
-            new_v = torch.addcmul(constant, self.beta, x, value=-1.0) + new_v
-        elif constant is not None:
-            new_v = new_v + constant
-        if self.alpha is not None:
-            new_v = torch.addcmul(new_v, self.alpha, v if self.kappa is None else v * self.wake(x))
-        return new_v
+        return Coefficients(self.alpha, self.beta, constant, self.transport, self.anchor)
 
     def wake(self, x: Tensor) -> Tensor:
         """1 - exp(-kappa rms(x - mu)), (B, S, 1): the share of alpha that is left near the equilibrium."""
@@ -205,10 +247,10 @@ def stream_trajectory(path: list[tuple[Tensor, Tensor]], steps: list[Step], ampl
     zero = torch.zeros_like(path[0][0])
     alpha, beta, candidate = [], [], []
     for step, (x, v), (_, new_v) in zip(steps, path, path[1:], strict=False):
-        share = zero if step.alpha is None else step.alpha.expand_as(x)
-        alpha.append(share if step.kappa is None else share * step.wake(x))
+        coefficients, wake = step.coefficients(amplitude), 1.0 if step.kappa is None else step.wake(x)
+        alpha.append(zero if step.alpha is None else (step.alpha * wake).expand_as(x))
         beta.append(zero if step.beta is None else step.beta.expand_as(x))
-        candidate.append(new_v - step.velocity(x, v, zero, amplitude))
+        candidate.append(new_v - step.motion.velocity(coefficients, x, v * wake, zero))
     states, velocities = zip(*path, strict=True)
     return Trajectory(
         torch.stack(states),
