@@ -30,7 +30,12 @@ def plan_data(plan: "ModelPlan", *, has_schedule: bool) -> dict[str, Any]:
             "executed_by_recomputation": plan.flops_by_recomputation,
         },
         "kv_cache": [
-            {"type": name, "bytes_per_token": size, "bytes_at_max_seq_len": size * plan.config.max_seq_len}
+            {
+                "type": name,
+                "bytes_per_token": size,
+                "bytes_per_sequence": plan.cache_of_sequence,
+                "bytes_at_max_seq_len": size * plan.config.max_seq_len + plan.cache_of_sequence,
+            }
             for name, size in plan.cache.items()
         ],
         "states": {**asdict(plan.states), "total": plan.states.total},
@@ -64,6 +69,7 @@ def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
 
     integrator = config.integrator
     is_uneven = integrator is not None and integrator.iterations_per_layer is not None
+    stream = {"stream": f"{2 * config.num_layers} steps: {', '.join(config.stream_terms)}"}
     return {
         "preset": config.preset,
         "size": config.size,
@@ -75,6 +81,7 @@ def _model_facts(plan: "ModelPlan") -> dict[str, Any]:
         "context": config.max_seq_len,
         "iterations": f"{config.mean_iterations:g} on average" if is_uneven else config.num_iterations or None,
         "controller_width": integrator.controller.width if integrator else None,
+        **(stream if config.stream_terms else {}),
         "operations": describe(plan.operations),
         "embedding_rank": config.rank,
         "vocabulary": plan.vocabulary.size,
@@ -101,8 +108,10 @@ def _tables(plan: "ModelPlan", has_schedule: bool) -> Iterator[Table]:
     yield "parameters without and with each optimisation", columns, savings
     yield from _flop_tables(plan)
     length = plan.config.max_seq_len
-    sizes = [(name, amount(size, "B"), amount(size * length, "B")) for name, size in plan.cache.items()]
-    yield "key-value cache, whatever T is", ("type", "a token", f"a row of {length:,}"), sizes
+    once = plan.cache_of_sequence
+    sizes = [(name, amount(size, "B"), amount(size * length + once, "B")) for name, size in plan.cache.items()]
+    extra = f"with {amount(once, 'B')} of velocities a row" if once else "whatever T is"
+    yield f"key-value cache, {extra}", ("type", "a token", f"a row of {length:,}"), sizes
     parts = {"weights": states.weights, "gradients": states.gradients, settings.optimizer.name: states.optimizer}
     yield "training state", ("", ""), [(name, amount(size, "B")) for name, size in parts.items()]
     yield _memory_table(plan)

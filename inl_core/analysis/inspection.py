@@ -30,7 +30,7 @@ from inl_core.inference.checkpoint_files import (
     verify_checkpoint,
 )
 from inl_core.inference.loading import fitting_model, read_model_config
-from inl_core.recipe import IntegratorConfig, ModelConfig
+from inl_core.recipe import ExcitationConfig, IntegratorConfig, ModelConfig
 from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import read_progress
 from inl_core.training.metrics import stream_metrics
@@ -247,7 +247,7 @@ class _History:
 
 
 def model_sections(config: ModelConfig, *, counted: bool = True) -> dict[str, Facts | Rows]:
-    """The architecture, the integrator and, with `counted`, the parameters by part."""
+    """The architecture, the integrator or stream and, with `counted`, the parameters by part."""
     sections: dict[str, Facts | Rows] = {
         "model": {
             "preset": config.preset,
@@ -264,6 +264,8 @@ def model_sections(config: ModelConfig, *, counted: bool = True) -> dict[str, Fa
     }
     if config.integrator:
         sections["integrator"] = _integrator_facts(config.integrator)
+    if config.stream_terms:
+        sections["stream"] = _stream_facts(config)
     if counted:
         counts = count_parameters(meta_model(config))
         total = sum(counts.values())
@@ -322,7 +324,7 @@ def _quarantine(path: Path) -> Rows:
 
 def _integrator_facts(config: IntegratorConfig) -> Facts:
     threshold = config.early_stopping.convergence_threshold
-    excitation, controller = config.excitation, config.controller
+    controller = config.controller
     return {
         "iterations": config.iterations_per_layer or config.num_iterations,
         "dt": config.dt,
@@ -331,10 +333,28 @@ def _integrator_facts(config: IntegratorConfig) -> Facts:
         "carries_velocity": config.carry_velocity,
         "readout": config.readout,
         "dynamic_alpha": config.dynamic_alpha,
-        "excitation": f"A {excitation.amplitude:g} at the start, {excitation.sparsity:.0%} of the dimensions",
+        "excitation": _excitation_text(config.excitation),
         "controller": f"{controller.width} wide, {'shared' if controller.shared else 'one a layer'}",
         "early_stopping": f"below {threshold:g}" if threshold else "off",
     }
+
+
+def _stream_facts(config: ModelConfig) -> Facts:
+    excitation = config.stream.excitation if config.stream else None
+    places = [name for name in ("embedding", "attention", "feed_forward") if config.transports_at(name)]
+    return {
+        "steps": 2 * config.num_layers,
+        "terms": list(config.stream_terms),
+        "transport_at": places,
+        "excitation": _excitation_text(excitation) if excitation else None,
+        "dynamic_alpha": bool(config.stream and config.stream.dynamic_alpha),
+        "gate": 1,
+        "dt": 1,
+    }
+
+
+def _excitation_text(excitation: ExcitationConfig) -> str:
+    return f"A {excitation.amplitude:g} at the start, {excitation.sparsity:.0%} of the dimensions"
 
 
 def _files(path: Path) -> Rows:

@@ -14,11 +14,18 @@ from inl_core.training.execution import recompute
 
 ROWS, LENGTH = 5, 64
 KEYS = {"d_model": 64, "num_heads": 4, "vocab_size": 700, "max_seq_len": LENGTH}
-PRESETS = ("v1", "v2", "v3", "v4", "transformer")
+PRESETS = ("v1", "v2", "v3", "v4", "v5", "transformer", "transport")
+WITHOUT_INTEGRATOR = ("v5", "transformer", "transport")
+TRANSPORT = {"preset": "transformer", "transport": True}
 
 
 def choices(config: ModelConfig, operations: str, *, bf16: bool = False) -> dict[str, Choice]:
     return choose(config, torch.device("cpu"), operations=operations, bf16=bf16)
+
+
+def config_of(preset: str, num_layers: int, **changes: object) -> ModelConfig:
+    named = TRANSPORT if preset == "transport" else {"preset": preset}
+    return ModelConfig.model_validate({**named, **KEYS, "num_layers": num_layers, **changes})
 
 
 def real_bytes(
@@ -58,12 +65,15 @@ def real_bytes(
 
 def cases() -> Iterator[tuple[str, str, dict]]:
     for preset in PRESETS:
-        for mode in ("none", "block", "integrator") if preset != "transformer" else ("none", "block"):
+        for mode in ("none", "block") if preset in WITHOUT_INTEGRATOR else ("none", "block", "integrator"):
             yield preset, mode, {}
     yield "v1", "none", {"bf16": True}
     yield "v3", "none", {"bf16": True, "documents": True}
     yield "v4", "none", {"documents": True}
     yield "v4", "integrator", {"bf16": True, "documents": True}
+    yield "v5", "none", {"documents": True}
+    yield "v5", "none", {"bf16": True}
+    yield "transport", "block", {"bf16": True, "documents": True}
     yield "v4", "none", {"energy_power": 2.0}
     yield "v3", "integrator", {"energy_power": 2.0}
 
@@ -71,19 +81,17 @@ def cases() -> Iterator[tuple[str, str, dict]]:
 @pytest.mark.parametrize("operations", ["auto", "plain"])
 @pytest.mark.parametrize(("preset", "mode", "circumstances"), list(cases()))
 def test_the_plan_is_what_autograd_keeps(preset: str, mode: str, circumstances: dict, operations: str) -> None:
-    config = ModelConfig.model_validate({"preset": preset, "num_layers": 3} | KEYS)
+    config = config_of(preset, 3)
     named = {"document_mask" if key == "documents" else key: value for key, value in circumstances.items()}
     named["operations"] = choices(config, operations, bf16=circumstances.get("bf16", False))
     planned = saved_activations(config, LENGTH, recomputation=mode, **named).bytes(ROWS)
     assert planned == pytest.approx(real_bytes(config, mode, operations, **circumstances), rel=0.02)
 
 
-@pytest.mark.parametrize("preset", ["v2", "v4", "transformer"])
+@pytest.mark.parametrize("preset", ["v2", "v4", *WITHOUT_INTEGRATOR])
 def test_more_layers_and_iterations_are_extrapolated_exactly(preset: str) -> None:
-    keys = {"preset": preset, "num_layers": 5} | KEYS
-    if preset != "transformer":
-        keys["integrator"] = {"num_iterations": 6}
-    config = ModelConfig.model_validate(keys)
+    changes = {} if preset in WITHOUT_INTEGRATOR else {"integrator": {"num_iterations": 6}}
+    config = config_of(preset, 5, **changes)
     for mode in ("none", "block"):
         planned = saved_activations(config, LENGTH, recomputation=mode)
         assert planned.bytes(ROWS) == pytest.approx(real_bytes(config, mode), rel=0.02)

@@ -76,6 +76,25 @@ def test_a_recipe_without_data_is_planned_all_the_same(
     assert data["data"]["prepared"] is False
     assert data["plan"]["epochs"] is None
     assert "integrator" not in data
+    assert "stream" not in data
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "terms"),
+    [
+        ("v5", {}, ["transport", "momentum", "anchor", "equilibrium", "excitation"]),
+        ("transformer", {"transport": "embedding"}, ["transport"]),
+    ],
+)
+def test_a_stream_shows_its_terms(
+    inspected: Callable[[str], dict[str, Any]], tmp_path: Path, preset: str, changes: dict[str, Any], terms: list[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(dump_recipe(recipe(preset, **changes)))
+    stream = inspected(str(path))["stream"]
+    assert (stream["steps"], stream["terms"], stream["gate"], stream["dt"]) == (4, terms, 1, 1)
+    assert (stream["excitation"] is None) == (preset == "transformer")
+    assert stream["transport_at"] == (["embedding"] if changes else ["embedding", "attention", "feed_forward"])
 
 
 def test_a_data_set_shows_splits_rows_and_sources(inspected: Callable[[str], dict[str, Any]], workplace: Path) -> None:

@@ -15,7 +15,7 @@ from inl_core.analysis.planning import (
     training_flops,
 )
 from inl_core.analysis.planning.activations import recompute
-from inl_core.analysis.planning.memory import cache_bytes, count_states, memory_table, trace_modes
+from inl_core.analysis.planning.memory import cache_bytes, count_states, memory_table, stream_bytes, trace_modes
 from inl_core.analysis.planning.optimisations import compare_optimisations
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig, OptimizerSettings
@@ -24,13 +24,15 @@ from inl_core.training.checkpoint import training_bytes
 from inl_core.training.optimizers import build_optimizers
 from tests.inference.tiny import config, recipe
 
-PRESETS = ("v1", "v2", "v3", "v4", "transformer")
+PRESETS = ("v1", "v2", "v3", "v4", "v5", "transformer", "transport")
+TRANSPORT = {"preset": "transformer", "transport": True}
 LENGTH = 48
 
 
 def model_of(preset: str, **changes) -> IntegratorLanguageModel:
     keys = {"d_model": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 300, "max_seq_len": 64}
-    model = IntegratorLanguageModel(ModelConfig.model_validate({"preset": preset} | keys | changes))
+    named = TRANSPORT if preset == "transport" else {"preset": preset}
+    model = IntegratorLanguageModel(ModelConfig.model_validate(named | keys | changes))
     model.initialise(0)
     return model
 
@@ -47,7 +49,8 @@ def test_parameters_by_part_are_all_parameters(preset: str) -> None:
     model = model_of(preset)
     counts = count_parameters(meta_model(model.config))
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
-    assert ("mu" in counts) == (preset != "transformer")
+    assert ("mu" in counts) == preset.startswith("v")
+    assert ("stream" in counts) == (preset in ("v5", "transport"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -107,12 +110,13 @@ def test_states_are_those_of_the_optimizers_that_training_builds() -> None:
             assert counted_states.checkpoint == training_bytes(model)
 
 
-@pytest.mark.parametrize("preset", ["v1", "v3"])
+@pytest.mark.parametrize("preset", ["v1", "v3", "v5", "transport"])
 def test_the_cache_has_the_size_of_the_real_one(preset: str) -> None:
     model = model_of(preset)
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         cache = model.new_cache(1, 10, dtype)
         assert 10 * cache_bytes(model.config, size) == sum(part.nbytes for part in (*cache.keys, *cache.values))
+        assert stream_bytes(model.config) == sum(part.nbytes for part in cache.previous or [])
 
 
 def test_sharding_divides_the_state_and_recomputation_the_activations() -> None:
@@ -140,11 +144,10 @@ def test_a_device_without_a_micro_batch_takes_its_share() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_optimisation_is_counted_on_models_that_differ_in_it_alone(preset: str) -> None:
-    keys = {"d_model": 128, "num_layers": 3, "num_heads": 4, "vocab_size": 3000, "preset": preset}
-    rows = {row.part: row for row in compare_optimisations(ModelConfig.model_validate(keys))}
-    assert set(rows) - {"embedding", "all parameters"} == (
-        set() if preset == "transformer" else {"controller", "mu", "excitation"}
-    )
+    model = model_of(preset, d_model=128, vocab_size=3000)
+    rows = {row.part: row for row in compare_optimisations(model.config)}
+    saving = {"v5": {"excitation"}, "transformer": set(), "transport": set()}
+    assert set(rows) - {"embedding", "all parameters"} == saving.get(preset, {"controller", "mu", "excitation"})
     assert all(row.optimised < row.full and row.full >= row.here >= row.optimised for row in rows.values())
     parts = [row for part, row in rows.items() if part != "all parameters"]
     saved = sum(row.full - row.optimised for row in parts)

@@ -157,7 +157,7 @@ def test_every_shipped_recipe_is_planned(inl: Callable[..., Result], name: str) 
     [
         ((), "needs a recipe or a model: inl plan recipes/tiny.yaml"),
         (("--size", "14B"), "size '14B' is not one of small, medium"),
-        (("--preset", "v9", "--size", "13B"), "expected 'v1', 'v2', 'v3', 'v4' or 'transformer', got 'v9'"),
+        (("--preset", "v9", "--size", "13B"), "expected 'v1', 'v2', 'v3', 'v4', 'v5' or 'transformer', got 'v9'"),
         (("--size", "small", "--set", "model.d_modle=3"), "did you mean 'd_model'?"),
         (("--size", "small", "--set", "nonsense"), "expected KEY=VALUE"),
         (("--size", "small", "--set", "model.num_heads=7"), "num_heads 7 must divide d_model 512"),

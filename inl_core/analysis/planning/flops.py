@@ -43,8 +43,10 @@ def training_flops(
         again = parts.get("controller", 0)
     elif recomputation == "block":
         again = sum(parts.values()) - parts.get("embedding", 0) - parts["head"]
-        if config.integrator is None or config.integrator.candidate != "feed_forward":
-            # Recomputation stops when the last tensor that was saved is there again: the input of the last product.
+        is_candidate = config.integrator is not None and config.integrator.candidate == "feed_forward"
+        if not (is_candidate or config.transports_at("feed_forward")):
+            # Recomputation stops when the last tensor that was saved is there again: the input of the last product,
+            # unless its output is read by an integrator, or transported.
             again -= 2 * config.num_layers * config.d_model * config.hidden_dim
     return 3 * sum(parts.values()) + again - _gradients_of_rest(config)
 

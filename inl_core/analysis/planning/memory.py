@@ -81,6 +81,11 @@ def cache_bytes(config: ModelConfig, value_bytes: int) -> int:
     return 2 * config.num_layers * config.key_value_heads * config.head_dim * value_bytes
 
 
+def stream_bytes(config: ModelConfig) -> int:
+    """What generation keeps of each sequence beside its tokens' cache: 2L + 1 rows of D float32, where v travels."""
+    return (2 * config.num_layers + 1) * config.d_model * FLOAT32_BYTES if config.transport else 0
+
+
 def trace_modes(
     recipe: Recipe,
     config: ModelConfig,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inl_core.analysis.planning.parameters import count_parameters, meta_model
-from inl_core.recipe import ModelConfig
+from inl_core.recipe import ExcitationConfig, ModelConfig
 
 _SPARSE = 0.1  # v2's sparsity, for models that excite every dimension
 
@@ -45,24 +45,31 @@ def compare_optimisations(config: ModelConfig) -> list[Saving]:
     rows = [
         Saving(part, name, full[part], optimised[part], here[part])
         for part, name in OPTIMISATIONS.items()
-        if part in full
+        if part in full and (part != "mu" or config.integrator)  # a stream's mu has one form only
     ]
     totals = (sum(counts.values()) for counts in (full, optimised, here))
     return [*rows, Saving("all parameters", "all of these", *totals)]
 
 
 def _changed(config: ModelConfig, *, optimised: bool) -> ModelConfig:
-    """The model with all four optimisations, or none; a width that no group of mu divides keeps mu as it is."""
+    """The model with all the optimisations it can have, or none; a width that no group of mu divides keeps its mu."""
     keys: dict[str, Any] = {"embedding_rank": (config.embedding_rank or "auto") if optimised else None}
     if integrator := config.integrator:
-        mu, excitation, sparsity = integrator.mu, integrator.excitation, 1.0
-        if optimised:
-            sparsity = excitation.sparsity if excitation.sparsity < 1 else _SPARSE
+        mu = integrator.mu
         form = "hierarchical" if optimised and config.d_model % mu.group_size == 0 else "per_dim"
         parts = {
             "mu": mu.model_copy(update={"form": form}),
-            "excitation": excitation.model_copy(update={"sparsity": sparsity}),
+            "excitation": _sparse(integrator.excitation, optimised=optimised),
             "controller": integrator.controller.model_copy(update={"shared": optimised}),
         }
         keys["integrator"] = integrator.model_copy(update=parts)
+    elif config.stream and config.stream.excitation:
+        excitation = _sparse(config.stream.excitation, optimised=optimised)
+        keys["stream"] = config.stream.model_copy(update={"excitation": excitation})
     return config.model_copy(update=keys)
+
+
+def _sparse(excitation: ExcitationConfig, *, optimised: bool) -> ExcitationConfig:
+    """The excitation of all dimensions, or of few: of as many as it has where these are not all."""
+    few = excitation.sparsity if excitation.sparsity < 1 else _SPARSE
+    return excitation.model_copy(update={"sparsity": few if optimised else 1.0})

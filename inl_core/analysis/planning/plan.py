@@ -17,6 +17,7 @@ from inl_core.analysis.planning.memory import (
     cache_bytes,
     count_states,
     memory_table,
+    stream_bytes,
     trace_modes,
 )
 from inl_core.analysis.planning.optimisations import Saving, compare_optimisations
@@ -99,6 +100,8 @@ class ModelPlan:
     """Mode -> FLOPs that the machine does for one token."""
     cache: dict[str, int]
     """Type -> bytes of one token in the key-value cache."""
+    cache_of_sequence: int
+    """Bytes that a sequence takes in the cache beside its tokens."""
     states: States
     memory: list[Memory]
 
@@ -133,6 +136,7 @@ def plan_model(recipe: Recipe) -> ModelPlan:
         flops_by_iterations={count: training_flops(config, length, iterations=count) for count in iterations},
         flops_by_recomputation={mode: training_flops(config, length, recomputation=mode) for mode in saved},
         cache={name: cache_bytes(config, size) for name, size in CACHE_TYPES.items()},
+        cache_of_sequence=stream_bytes(config),
         states=count_states(meta_model(config), settings.optimizer),
         memory=memory_table(recipe, config, saved, bf16=bf16),
     )
