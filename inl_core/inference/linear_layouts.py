@@ -17,7 +17,7 @@ from inl_core.kernels.measuring import remembered
 
 _FEWEST_MEASURED = 2**17
 """Elements: 0.5 MB. Smaller matrices would not gain."""
-_MEASURED = (8192, 1024)
+_MEASURED = (16384, 512)
 """A matrix of 32 MB, which does not fit the caches of a few cores."""
 _TURNS = 40
 _LEAST_GAIN = 1.05
