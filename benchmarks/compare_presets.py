@@ -1,4 +1,6 @@
-"""Presets against each other: same data, order, tokenizer, optimizer, tokens; paired by seed with the last one named.
+"""Presets against each other: same data, order, tokenizer and tokens, each at the learning rate of its recipe.
+
+Runs of one seed are compared with that of the preset named last.
 
     .venv/bin/python benchmarks/compare_presets.py --seeds 0 1 2 --output /tmp/compare
     .venv/bin/python benchmarks/compare_presets.py --presets v1 v2 v3 transformer v4 --seeds 0 \
@@ -22,7 +24,8 @@ import pyarrow.parquet as pq
 import yaml
 
 ROOT = Path(__file__).parent.parent
-RECIPES = {preset: f"tiny-{preset}.yaml" for preset in ("v1", "v2", "v3", "transformer")} | {"v4": "tiny.yaml"}
+RECIPES = {preset: f"tiny-{preset}.yaml" for preset in ("v1", "v2", "v3", "v4", "transformer", "transport")}
+RECIPES["v5"] = "tiny.yaml"
 
 
 def train(arm: str, seed: int, output: Path, overrides: list[str]) -> Path:
@@ -76,17 +79,17 @@ def dynamics(run: Path) -> str:
     if not files:
         return ""
     table = pq.read_table(files[-1]).to_pylist()
-    found = {
-        name: statistics.mean(row["mean"] for row in table if row["quantity"] == name)
+    means = {
+        name: [row["mean"] for row in table if row["quantity"] == name]
         for name in ("alpha", "beta", "gate", "velocity")
     }
-    return ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+    return ", ".join(f"{name} {statistics.mean(values):.3f}" for name, values in means.items() if values)
 
 
 def main() -> None:
     """Train what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", choices=list(RECIPES), default=["v4", "transformer"])
+    parser.add_argument("--presets", nargs="+", choices=list(RECIPES), default=["v5", "transport", "transformer"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="for every arm")

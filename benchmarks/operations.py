@@ -50,7 +50,7 @@ def integrator(tokens: int, dim: int, iterations: int) -> Callable:
     """A call of the dynamics for each way, as v4 has them."""
 
     def build(way: str) -> Run:
-        config = ModelConfig.model_validate({"d_model": dim}).integrator
+        config = ModelConfig.model_validate({"preset": "v4", "d_model": dim}).integrator
         assert config is not None
         dynamics, width = build_dynamics(config, way), config.controller.width
         x, v, candidate = (torch.randn(1, tokens, dim, requires_grad=True) for _ in range(3))

@@ -40,7 +40,7 @@ class CompletionView:
         self.max_iterations = most_iterations(loaded.model, settings.num_iterations)
         self.show_iterations = show_iterations and self.max_iterations > 0
         if show_iterations and not self.show_iterations:
-            console.warn("this model has no integrator: there are no iterations to show")
+            console.warn(f"{loaded.model.config.without_integrator}: there are no iterations to show")
 
     @property
     def is_single(self) -> bool:

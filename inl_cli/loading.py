@@ -25,7 +25,7 @@ def open_model(
 
     loaded = open_checkpoint(checkpoint, choose_device(device), note=note)
     if iterations is not None and loaded.model.config.integrator is None:
-        console.warn("this model has no integrator: --iterations has no effect")
+        console.warn(f"{loaded.model.config.without_integrator}: --iterations has no effect")
     return loaded
 
 

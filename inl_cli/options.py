@@ -32,7 +32,7 @@ RecipeOrModelArgument = Annotated[
     Path | None, path_argument("[RECIPE]", "The recipe, a YAML file; or name --preset or --size instead.")
 ]
 
-PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, transformer.")]
+PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, v5, transformer.")]
 
 SizeOption = Annotated[
     str | None, typer.Option("--size", help="A size of the documents: small, medium, large, xlarge, 3B, 7B, 13B, ...")

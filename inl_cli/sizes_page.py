@@ -55,7 +55,7 @@ def _shares() -> str:
 def _parameter_table() -> str:
     rows = []
     for entry in DOCUMENTED:
-        configs = {preset: _config(preset, entry.size) for preset in ("v1", "v2", "v3", "v4")}
+        configs = {preset: _config(preset, entry.size) for preset in ("v1", "v2", "v3", "v4", "v5")}
         counts = {preset: sum(count_parameters(meta_model(config)).values()) for preset, config in configs.items()}
         dim, layers = configs["v1"].d_model, configs["v1"].num_layers
         rows.append(
@@ -69,24 +69,26 @@ def _parameter_table() -> str:
                 _compared(counts["v2"], entry.optimised),
                 _millions(counts["v3"]),
                 _millions(counts["v4"]),
+                _millions(counts["v5"]),
             )
         )
-    columns = ("size", "D x L", "12 L D^2", "documents, standard", "v1", "documents, optimised", "v2", "v3", "v4")
+    columns = ("size", "D x L", "12 L D^2", "documents, standard", "v1", "documents, optimised")
+    columns += ("v2", "v3", "v4", "v5")
     return _markdown(columns, rows)
 
 
 def _cost_table(sizes: Sequence[str]) -> str:
     rows = []
     for size in sizes:
-        plan = _plan("v4", size=size)
+        plan = _plan("v5", size=size)
         memory = {row.recomputation: row for row in plan.memory if row.sharding == 1}
-        kept = [memory[mode].activations for mode in ("none", "integrator", "block")]
+        kept = [memory[mode].activations for mode in ("none", "block")]
         block = memory["block"]
         sizes_in_bytes = (plan.cache["bfloat16"], plan.states.total, plan.states.checkpoint, *kept)
         cells = [amount(number, "B") for number in (*sizes_in_bytes, block.working, block.total)]
         rows.append((size, plan.config.max_seq_len, flop_amount(plan.run.flops_per_token), *cells))
     columns = ("size", "context", "training", "cache a token, bf16", "state", "checkpoint", "activations, none")
-    return _markdown((*columns, "`integrator`", "`block`", "working, `block`", "total, `block`"), rows)
+    return _markdown((*columns, "`block`", "working, `block`", "total, `block`"), rows)
 
 
 def _memory_table(sizes: Sequence[str]) -> str:
@@ -104,12 +106,14 @@ def _flops_table(sizes: Sequence[str]) -> str:
     rows = []
     for size in sizes:
         cells = []
-        for config in (_config(preset, size) for preset in ("v3", "v4")):
+        for config in (_config(preset, size) for preset in ("v3", "v4", "v5")):
             plain = _config("transformer", size).model_copy(update={"embedding_rank": config.embedding_rank})
             ours, theirs = (training_flops(model, config.max_seq_len) for model in (config, plain))
-            cells += [config.num_iterations, flop_amount(theirs), flop_amount(ours), f"{ours / theirs - 1:+.1%}"]
+            cells += [config.num_iterations] if config.integrator else []
+            cells += [flop_amount(theirs), flop_amount(ours), f"{ours / theirs - 1:+.1%}"]
         rows.append((size, *cells))
     columns = [f"{preset}{name}" for preset in ("v3", "v4") for name in (": T", ", Transformer", "", ", change")]
+    columns += ["v5, Transformer", "v5", "v5, change"]
     return _markdown(("size", *columns), rows)
 
 

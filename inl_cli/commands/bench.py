@@ -32,7 +32,7 @@ AgainstOption = Annotated[
     str | None,
     typer.Option(
         metavar="OTHER",
-        help="A recipe; v1 - v4 or transformer in the same dimensions; llama, of transformers; uncached (decode).",
+        help="A recipe; v1 - v5 or transformer in the same dimensions; llama, of transformers; uncached (decode).",
     ),
 ]
 AgainstSetOption = Annotated[
@@ -111,7 +111,7 @@ def bench(
 ) -> None:
     """Measure speed, memory and time by part of a recipe or a model, against another one by turns.
 
-    inl bench train --preset v4 --d-model 512 --layers 6 --heads 8 --kv-heads 2 --vocab-size 16384 --against llama
+    inl bench train --preset v5 --d-model 512 --layers 6 --heads 8 --kv-heads 2 --vocab-size 16384 --against llama
 
     inl bench decode recipes/tiny.yaml --against uncached
 
@@ -152,7 +152,7 @@ def _check(
     """Refuse what does not go together."""
     if recipe is None and preset is None and not model:
         raise RecipeError(
-            "inl bench needs a recipe or a model: inl bench train recipes/tiny.yaml, or inl bench train --preset v4"
+            "inl bench needs a recipe or a model: inl bench train recipes/tiny.yaml, or inl bench train --preset v5"
         )
     check_recipe_or_model(recipe, preset, model.get("size"))
     if task == "data" and against:

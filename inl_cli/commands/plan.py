@@ -94,9 +94,10 @@ def _choose(
 
     from inl_core.analysis.planning import recipe_of_model
     from inl_core.recipe.load import load_recipe
+    from inl_core.recipe.presets import DEFAULT_PRESET
 
     if recipe is None:
-        given = {"preset": preset or "v4", "size": size, "vocab_size": vocab_size}
+        given = {"preset": preset or DEFAULT_PRESET, "size": size, "vocab_size": vocab_size}
         model = {key: value for key, value in given.items() if value is not None}
         return recipe_of_model(
             model, sequence_length=sequence_length, micro_batch_size=micro_batch_size, overrides=overrides

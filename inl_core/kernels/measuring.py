@@ -133,7 +133,7 @@ def _attention_pass(heads: int, key_heads: int, size: int, way: str) -> Callable
 
 def _integrator_pass(dim: int, width: int, iterations: int, way: str) -> Callable[[], Tensor]:
     """Tokens one after another, of a layer whose candidate is given."""
-    config = ModelConfig.model_validate({"d_model": dim}).integrator
+    config = ModelConfig.model_validate({"preset": "v4", "d_model": dim}).integrator
     assert config is not None
     dynamics, tokens = build_dynamics(config, way), max(64, _ELEMENTS // dim)
     x, v, candidate = (_random(tokens, dim) for _ in range(3))

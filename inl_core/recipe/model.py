@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from inl_core.recipe.base import Iterations, Length, NonNegative, Positive, Section, Vocabulary, Width
-from inl_core.recipe.presets import PRESETS, merge
+from inl_core.recipe.presets import DEFAULT_PRESET, PRESETS, merge
 from inl_core.recipe.problems import did_you_mean, shown
 from inl_core.recipe.sizes import ALIASES, SIZES, find_size
 
@@ -19,6 +19,7 @@ Layers = Annotated[int, Field(gt=0, le=1000)]
 Experts = Annotated[int, Field(gt=0, le=1024)]
 
 _MOST_CONTROLLERS = 4096
+_INSIDE = " inside its blocks (its depth is the integrator's time)"
 
 
 def _list_as_tuple(value: Any) -> Any:
@@ -187,7 +188,7 @@ class StreamConfig(Section):
 class ModelConfig(Section):
     """Everything that decides what the model computes."""
 
-    preset: Literal["v1", "v2", "v3", "v4", "v5", "transformer"] = "v4"
+    preset: Literal["v1", "v2", "v3", "v4", "v5", "transformer"] = DEFAULT_PRESET
     """The generation whose values fill in every key that is not given here."""
     size: str | None = None
     """Fills in the dimensions: one of small, medium, large, xlarge, 3B, 7B, 13B, 3072x32."""
@@ -229,11 +230,11 @@ class ModelConfig(Section):
     """sqrt_dim multiplies the embeddings by sqrt(d_model), or sinusoidal positions would outweigh them."""
     tie_head: bool = True
     """The output head uses the embedding's weights, in both factors where it has two."""
-    integrator: IntegratorConfig | None = IntegratorConfig()
+    integrator: IntegratorConfig | None = None
     """The integrator inside each block (v1 to v4); null is none."""
-    stream: StreamConfig | None = None
+    stream: StreamConfig | None = StreamConfig()
     """The second-order residual stream (v5); null is a Transformer's, x + c."""
-    transport: bool | Literal["embedding", "attention", "feed_forward"] = False
+    transport: bool | Literal["embedding", "attention", "feed_forward"] = True
     """b: the velocity of the token before moves this token, too, at the embedding and every sub-layer (true), or there
     and after one kind of sub-layer, or there alone. For v5 and transformer."""
 
@@ -242,18 +243,23 @@ class ModelConfig(Section):
     def _lay_over_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        preset = PRESETS.get(str(values.get("preset", "v4")))
+        name = str(values.get("preset", DEFAULT_PRESET))
+        preset = PRESETS.get(name)
         if preset is None:  # the field's own validation names the valid presets
             return values
         if preset["integrator"] is None and values.get("integrator") is not None:
-            name = values.get("preset")
-            raise ValueError(f"the {name} preset has no integrator: remove the integrator section")
+            default = "" if "preset" in values else ", the default,"
+            inside = _INSIDE if preset.get("stream") else ""
+            raise ValueError(
+                f"the {name} preset{default} has no integrator{inside}: "
+                "set preset: v4 (or v1, v2, v3), or remove the integrator section"
+            )
         size = values.get("size")
         if isinstance(size, str):
             names = (*SIZES, *ALIASES)
             if size not in names:
                 raise ValueError(f"size {shown(size)} is not one of {', '.join(names)}{did_you_mean(size, names)}")
-            preset = merge(preset, find_size(size).keys(str(values.get("preset", "v4"))))
+            preset = merge(preset, find_size(size).keys(name))
         return merge(preset, values)
 
     @model_validator(mode="after")
@@ -307,6 +313,11 @@ class ModelConfig(Section):
         if self.feed_forward_rounding == "down_64":
             return max(64, hidden // 64 * 64)
         return -(-hidden // 16) * 16 if self.feed_forward_rounding == "up_16" else hidden
+
+    @property
+    def without_integrator(self) -> str:
+        """For messages about an integrator's keys and options, of a model that has none."""
+        return f"this model has no integrator{_INSIDE if self.stream else ''}"
 
     @property
     def num_iterations(self) -> int:

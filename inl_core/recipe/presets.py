@@ -1,11 +1,14 @@
 """The generations as plain dictionaries: what each preset means, before a recipe's own keys are laid over it.
 
 - This is data alone and imports no torch, so that a recipe can be validated quickly.
-- Sources: docs/model.md, "The generations". `v4` and `transformer` are this project's own.
+- Sources: docs/model.md, "The generations". `v4`, `v5` and `transformer` are this project's own.
 - v2 is v1 with low-rank embeddings, a shared controller, hierarchical mu and sparse excitation; v3 has a modern block.
 """
 
-from typing import Any
+from typing import Any, Final
+
+DEFAULT_PRESET: Final = "v5"
+"""The preset of a recipe that names none."""
 
 _MODERN_BLOCK: dict[str, Any] = {
     "norm": "rmsnorm",
@@ -29,6 +32,8 @@ _FIRST_BLOCK: dict[str, Any] = {
     "embedding_norm": False,
     "embedding_scale": "sqrt_dim",  # arXiv 1706.03762, section 3.4: or the positions' sines drown the tokens
 }
+
+_PLAIN_STREAM: dict[str, Any] = {"stream": None, "transport": False}  # x + c, as in a Transformer
 
 # The dynamics that all three documents share. The code released with them adds the state itself to the residual stream.
 _DOCUMENTED_DYNAMICS: dict[str, Any] = {
@@ -61,14 +66,16 @@ PRESETS: dict[str, dict[str, Any]] = {
             "controller": {"shared": False},
             "early_stopping": {"convergence_threshold": 0.0},
         },
+        **_PLAIN_STREAM,
     },
-    "v2": {**_FIRST_BLOCK, "embedding_rank": "auto", "integrator": _DOCUMENTED_OPTIMISED},
+    "v2": {**_FIRST_BLOCK, "embedding_rank": "auto", "integrator": _DOCUMENTED_OPTIMISED, **_PLAIN_STREAM},
     "v3": {
         **_MODERN_BLOCK,
         "feed_forward_rounding": "exact",
         "embedding_rank": "auto",
         "embedding_norm": False,
         "integrator": {**_DOCUMENTED_OPTIMISED, "budget": {"strategy": "hybrid"}},
+        **_PLAIN_STREAM,
     },
     # The feed-forward is the integrator's candidate velocity and velocity is carried through depth.
     "v4": {
@@ -90,6 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "controller": {"modulation": "scalar"},
             "early_stopping": {"convergence_threshold": 0.0},
         },
+        **_PLAIN_STREAM,
     },
     # Depth is the time of one second-order system, and velocity travels along the text.
     "v5": {
@@ -113,8 +121,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "embedding_rank": None,
         "embedding_norm": True,
         "integrator": None,
-        "stream": None,
-        "transport": False,
+        **_PLAIN_STREAM,
     },
 }
 

@@ -31,13 +31,13 @@ class Recipe(Section):
                 f"training.sequence_length {self.training.sequence_length} exceeds "
                 f"model.max_seq_len {self.model.max_seq_len}"
             )
-        integrator, losses = self.model.integrator, self.training.losses
+        integrator, losses, missing = self.model.integrator, self.training.losses, self.model.without_integrator
         if integrator is None and (losses.lambda_mean or losses.lambda_speed or losses.lambda_energy):
-            raise ValueError("training.losses act on integrator states and this model has no integrator: set them to 0")
+            raise ValueError(f"training.losses act on integrator states and {missing}: set them to 0")
         if integrator is None and self.training.recomputation == "integrator":
-            raise ValueError("training.recomputation: this model has no integrator to recompute; use none or block")
+            raise ValueError(f"training.recomputation integrator: {missing}; use none or block")
         if integrator is None and self.training.cycle:
-            raise ValueError("training.cycle drives the integrator and this model has none: remove it")
+            raise ValueError(f"training.cycle drives an integrator and {missing}: remove it")
         self._check_min_iterations()
         self._check_window()
         return self
@@ -57,7 +57,7 @@ class Recipe(Section):
         if fewest is None:
             return
         if integrator is None:
-            raise ValueError("training.min_iterations: this model has no integrator; remove it")
+            raise ValueError(f"training.min_iterations: {self.model.without_integrator}; remove it")
         if integrator.budget.strategy != "uniform":
             raise ValueError("training.min_iterations: the budget sets the iterations; use budget.strategy uniform")
         least = min(self.model.layer_iterations)

@@ -3,7 +3,7 @@
 - Source: docs/model.md, "Sizes". Document 001 names three of them by their parameters after optimisation (2.2B, 5B,
   10B, and 2B): both names are accepted. The feed-forward is 4 D wide everywhere.
 - The documents give key-value heads for 3072x32 alone, four queries to one; the other grouped-query sizes follow it.
-- `num_iterations` belongs to v1, v2 and v3 (dt = 0.1); v4 has its own T.
+- `num_iterations` belongs to v1, v2 and v3 (dt = 0.1); v4 has its own T, and v5 has no iterations.
 """
 
 from dataclasses import dataclass

@@ -121,7 +121,8 @@ def test_the_cache_has_the_size_of_the_real_one(preset: str) -> None:
 
 def test_sharding_divides_the_state_and_recomputation_the_activations() -> None:
     settings = {"steps": 1, "sequence_length": 64, "batch_tokens": 512, "micro_batch_size": 8}
-    planned = recipe_from_mapping({"name": "a", "model": {"size": "small", "vocab_size": 300}, "training": settings})
+    model = {"preset": "v4", "size": "small", "vocab_size": 300}
+    planned = recipe_from_mapping({"name": "a", "model": model, "training": settings})
     saved = trace_modes(planned, planned.model, bf16=False)
     table = {(row.recomputation, row.sharding): row for row in memory_table(planned, planned.model, saved, bf16=False)}
     whole = table["none", 1]
@@ -155,7 +156,7 @@ def test_each_optimisation_is_counted_on_models_that_differ_in_it_alone(preset: 
 
 
 def test_a_width_that_no_group_divides_keeps_its_mu() -> None:
-    rows = compare_optimisations(ModelConfig(d_model=96, num_heads=4, vocab_size=300))
+    rows = compare_optimisations(ModelConfig(preset="v4", d_model=96, num_heads=4, vocab_size=300))
     mu = next(row for row in rows if row.part == "mu")
     assert mu.full == mu.optimised == 4 * 96
 

@@ -207,9 +207,10 @@ def test_the_committed_page_is_what_the_command_writes(inl: Callable[..., Result
 def test_a_key_that_is_not_used_any_more_is_one_warning(inl: Callable[..., Result], tmp_path: Path, value: str) -> None:
     path = Path(recipe_file(tmp_path))
     told = "this key is not used any more: training.operations chooses\n"
-    by_option = inl(str(path), "--set", f"model.integrator.backend={value}")
+    by_option = inl(str(path), "--set", "model.preset=v4", "--set", f"model.integrator.backend={value}")
     text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace("model: {", f"model: {{integrator: {{backend: {value}}}, "), encoding="utf-8")
+    section = f"model: {{preset: v4, integrator: {{backend: {value}}}, "
+    path.write_text(text.replace("model: {", section), encoding="utf-8")
     in_file = inl(str(path))
     assert (by_option.exit_code, in_file.exit_code) == (0, 0)
     warned = [result.stderr[result.stderr.find("warning:") :] for result in (by_option, in_file)]

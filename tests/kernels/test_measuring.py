@@ -15,7 +15,7 @@ from inl_core.recipe import ModelConfig
 from tests.kernels.native import PRODUCTS, needs_library, without_library
 
 pytestmark = needs_library
-CONFIG = ModelConfig.model_validate({"d_model": 64})
+CONFIG = ModelConfig.model_validate({"preset": "v4", "d_model": 64})
 MKL, ONEDNN = "C++ with MKL", "C++ with oneDNN"
 SECONDS = {
     "attention": {"torch": 3.0, MKL: 2.0, ONEDNN: 1.5},
@@ -59,12 +59,13 @@ def test_a_run_keeps_the_way_it_was_computed_by_unless_another_is_much_faster(me
 
 def test_other_widths_are_measured_anew(measured):
     for width in (64, 128, 64):
-        fastest("integrator", ModelConfig.model_validate({"d_model": width}))
+        fastest("integrator", ModelConfig.model_validate({"preset": "v4", "d_model": width}))
     assert len(measured) == 2
 
 
 def test_what_is_measured_is_small_whatever_the_model_is():
     huge = {
+        "preset": "v4",
         "d_model": 2**20,
         "num_heads": 2**12,
         "integrator": {"num_iterations": 5000, "controller": {"width": 2**16}},

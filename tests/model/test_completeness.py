@@ -14,9 +14,7 @@ from tests.model.test_language_model import PRESETS, VOCAB, build, some_ids
 
 BASE = {"d_model": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "max_seq_len": 64}
 
-V5 = {"preset": "v5"}
-
-# Each leaf of ModelConfig: (what else must be set for it to matter, its changed value).
+# Each leaf of ModelConfig: (what else must be set for it to matter, its changed value). The integrator is v4's.
 CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "preset": ({}, "v3"),
     "size": ({}, "small"),
@@ -39,14 +37,14 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "embedding_norm": ({}, False),
     "embedding_scale": ({}, "sqrt_dim"),
     "tie_head": ({}, False),
-    "stream.momentum": (V5, False),
-    "stream.anchor": (V5, False),
-    "stream.equilibrium": (V5, False),
-    "stream.excitation.amplitude": (V5, 0.3),
-    "stream.excitation.sparsity": (V5, 0.25),
-    "stream.dynamic_alpha": (V5, True),
-    "stream.kappa": (merge(V5, {"stream": {"dynamic_alpha": True}}), 2.0),
-    "transport": (V5, "attention"),
+    "stream.momentum": ({}, False),
+    "stream.anchor": ({}, False),
+    "stream.equilibrium": ({}, False),
+    "stream.excitation.amplitude": ({}, 0.3),
+    "stream.excitation.sparsity": ({}, 0.25),
+    "stream.dynamic_alpha": ({}, True),
+    "stream.kappa": (merge({}, {"stream": {"dynamic_alpha": True}}), 2.0),
+    "transport": ({}, "attention"),
     "integrator.num_iterations": ({}, 3),
     "integrator.iterations_per_layer": ({}, (1, 2, 3)),
     "integrator.dt": ({}, 0.4),
@@ -140,6 +138,7 @@ def test_the_table_of_changes_names_every_field():
 def test_every_field_changes_something(path):
     also, value = CHANGES[path]
     base = merge({"vocab_size": VOCAB} if path == "size" else BASE, also)
+    base |= {"preset": "v4"} if path.startswith("integrator.") else {}
     one, two = everything_observable(base), everything_observable(merge(base, nested(path, value)))
     same = len(one) == len(two) and all(
         before.shape == after.shape and torch.equal(before, after) for before, after in zip(one, two, strict=True)
@@ -217,5 +216,9 @@ def test_a_shared_controller_is_called_by_every_layer_and_modulated_by_each():
         assert not torch.allclose(model(ids).layers[2].state, before)
 
 
-def test_the_default_integrator_is_v4s():
-    assert ModelConfig().integrator == IntegratorConfig()
+def test_the_defaults_are_those_of_v5_and_the_default_integrator_is_v4s():
+    fields = ModelConfig.model_fields
+    assert ModelConfig() == ModelConfig(preset="v5")
+    for name in ("integrator", "stream", "transport"):
+        assert getattr(ModelConfig(), name) == fields[name].default
+    assert ModelConfig(preset="v4").integrator == IntegratorConfig()

@@ -15,12 +15,12 @@ ADDED_TO_MINIMAL = [
     ("modle:\n  d_model: 64\n", "4 modle: unknown key; did you mean 'model'?"),
     ("model:\n  d_modl: 64\n", "5 model.d_modl: unknown key; did you mean 'd_model'?"),
     (
-        "model:\n  integrator:\n    iteratons: 3\n",
-        "6 model.integrator.iteratons: unknown key; did you mean 'num_iterations'?",
+        "model:\n  preset: v4\n  integrator:\n    iteratons: 3\n",
+        "7 model.integrator.iteratons: unknown key; did you mean 'num_iterations'?",
     ),
     (
-        "model:\n  integrator:\n    mu:\n      fom: fixed\n",
-        "7 model.integrator.mu.fom: unknown key; did you mean 'form'?",
+        "model:\n  preset: v4\n  integrator:\n    mu:\n      fom: fixed\n",
+        "8 model.integrator.mu.fom: unknown key; did you mean 'form'?",
     ),
     # a key that lives elsewhere in the tree
     (
@@ -80,8 +80,24 @@ ADDED_TO_MINIMAL = [
     ),
     ("model:\n  num_heads: 3\n", "4 model: num_heads 3 must divide d_model 128"),
     ("model:\n  preset: transformer\n  integrator:\n    dt: 1\n", "4 model: the transformer preset has no integrator"),
+    (
+        "model:\n  integrator:\n    dt: 1\n",
+        "4 model: the v5 preset, the default, has no integrator inside its blocks (its depth is the integrator's "
+        "time): set preset: v4 (or v1, v2, v3), or remove the integrator section",
+    ),
+    (
+        "  cycle: {preset: balanced}\n",
+        "1: training.cycle drives an integrator and this model has no integrator inside its blocks (its depth is the "
+        "integrator's time): remove it",
+    ),
+    ("  losses: {lambda_mean: 1.0}\n", "1: training.losses act on integrator states and this model has no integrator"),
+    ("  recomputation: integrator\n", "1: training.recomputation integrator: this model has no integrator inside its"),
+    ("  min_iterations: 1\n", "1: training.min_iterations: this model has no integrator inside its blocks (its depth"),
     ("  sequence_length: 2048\n", "1: training.sequence_length 2048 exceeds model.max_seq_len 1024"),
-    ("  min_iterations: 3\n", "1: training.min_iterations 3 exceeds a layer's num_iterations 2; lower it"),
+    (
+        "  min_iterations: 3\nmodel:\n  preset: v4\n",
+        "1: training.min_iterations 3 exceeds a layer's num_iterations 2; lower it",
+    ),
     (
         "  min_iterations: 1\nmodel:\n  preset: v3\n",
         "1: training.min_iterations: the budget sets the iterations; use budget.strategy uniform",
@@ -118,8 +134,8 @@ ADDED_TO_MINIMAL = [
     ("  1: 2\n", "4 training.1: unknown key"),
     (f"  {'k' * 900}: 2\n", "4 training.kkk"),
     (
-        "model:\n  integrator:\n    backend: foo\n",
-        "5 model.integrator: backend 'foo': this key is not used any more (training.operations chooses); remove it",
+        "model:\n  preset: v4\n  integrator:\n    backend: foo\n",
+        "6 model.integrator: backend 'foo': this key is not used any more (training.operations chooses); remove it",
     ),
     (
         "model:\n  size: 13b\n",

@@ -21,6 +21,7 @@ from inl_core.training.schedules import learning_rate_factor
 
 INTEGERS = (-1, 0, 1, 3, 2**20, 2**31, 2**63, 2**64, 10**18, 10**300)
 FLOATS = (-math.inf, -0.0, 5e-324, 1e-30, 0.5, 0.9999999999999999, 1.0, 1e30, 1e308, math.inf)
+OF_THE_INTEGRATOR = {("model", "integrator")} | {("training", key) for key in ("cycle", "losses", "min_iterations")}
 EXTREMES = (*sorted(INTEGERS + FLOATS), math.nan)
 
 
@@ -37,8 +38,8 @@ def numbers(section: type[BaseModel] = Recipe, above: tuple[str, ...] = ()) -> l
 
 def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     model = {"d_model": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
-    if path[:2] == ("model", "stream"):
-        model["preset"] = "v5"
+    if path[:2] in OF_THE_INTEGRATOR:
+        model["preset"] = "v4"
     training: dict[str, Any] = {"steps": 10, "sequence_length": 1, "batch_tokens": 1}
     if path == ("training", "tokens"):
         del training["steps"]
@@ -118,7 +119,10 @@ def test_every_number_is_bounded_on_both_sides() -> None:
         ({"model": {"d_model": 10**12}}, "d_model: expected a number of at most 1048576"),
         ({"model": {"num_layers": 10**6}}, "num_layers: expected a number of at most 1000"),
         ({"model": {"feedforward_dim": 1, "feed_forward_rounding": "exact"}}, "leaves no hidden width"),
-        ({"model": {"num_layers": 100, "integrator": {"controller": {"experts": 1000}}}}, "num_layers x experts is"),
+        (
+            {"model": {"preset": "v4", "num_layers": 100, "integrator": {"controller": {"experts": 1000}}}},
+            "num_layers x experts is",
+        ),
         (
             {
                 "model": {"vocab_size": 10**8, "max_seq_len": 2**23},

@@ -11,6 +11,7 @@ from inl_core.recipe.problems import section_at
 from inl_core.recipe.recipe import Recipe
 
 VALUES = {"name": "x", "training": {"steps": 10}}
+V4 = {**VALUES, "model": {"preset": "v4"}}
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ VALUES = {"name": "x", "training": {"steps": 10}}
     ],
 )
 def test_a_change_is_found_and_classed(override: str, kind: str) -> None:
-    differences = recipe_differences(recipe_from_mapping(VALUES), recipe_from_mapping(VALUES, [override]))
+    differences = recipe_differences(recipe_from_mapping(V4), recipe_from_mapping(V4, [override]))
     assert [(found.path, found.kind) for found in differences] == [(override.split("=")[0], kind)]
 
 
@@ -50,7 +51,7 @@ def test_equal_recipes_do_not_differ() -> None:
 
 
 def test_a_section_that_went_is_one_difference() -> None:
-    old = recipe_from_mapping(VALUES)
+    old = recipe_from_mapping(V4)
     new = recipe_from_mapping(VALUES, ["model.preset=transformer"])
     found = {difference.path: difference for difference in recipe_differences(old, new)}
     assert set(found) == {"model.preset", "model.feed_forward_rounding", "model.integrator"}
@@ -80,16 +81,24 @@ ALTERNATIVES = {
     "model.norm_eps": 1e-5,
     "model.rope_theta": 1e5,
     "model.feed_forward": "gelu",
-    "model.feed_forward_rounding": "up_16",
+    "model.feed_forward_rounding": "exact",
     "model.bias": True,
     "model.embedding_rank": 16,
     "model.embedding_norm": False,
     "model.embedding_scale": "sqrt_dim",
     "model.tie_head": False,
-    "model.integrator": None,
     "model.d_model": 128,
     "model.num_layers": 3,
     "model.vocab_size": 401,
+    "model.stream": None,
+    "model.stream.momentum": False,
+    "model.stream.anchor": False,
+    "model.stream.equilibrium": False,
+    "model.stream.excitation": None,
+    "model.stream.excitation.sparsity": 0.5,
+    "model.stream.kappa": 2.0,
+    "model.transport": False,
+    "model.integrator": None,
     "model.integrator.num_iterations": 3,
     "model.integrator.dt": 0.5,
     "model.integrator.candidate": "controller",
@@ -115,7 +124,7 @@ def test_a_key_of_the_model_is_fixed_when_the_weights_would_not_fit(key: str) ->
     from inl_core.model import IntegratorLanguageModel
 
     base = ["model.d_model=64", "model.vocab_size=400", "model.num_layers=2"]
-    old = recipe_from_mapping(VALUES, base).model_dump(mode="json")
+    old = recipe_from_mapping(V4 if key.startswith("model.integrator") else VALUES, base).model_dump(mode="json")
     new, shapes = recipe_from_mapping(old, [f"{key}={json.dumps(ALTERNATIVES[key])}"]), []
     for recipe in (recipe_from_mapping(old), new):
         with torch.device("meta"):

@@ -53,7 +53,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
 def test_numbers_without_a_point_are_numbers_in_files_and_in_overrides(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("name: x\ntraining:\n  tokens: 1e6\n  optimizer:\n    learning_rate: 1e-3\n")
-    recipe = load_recipe(path, ["training.optimizer.eps=1e-9", "model.integrator.dt=2"])
+    recipe = load_recipe(path, ["training.optimizer.eps=1e-9", "model.preset=v4", "model.integrator.dt=2"])
     assert recipe.training.tokens == 1_000_000
     assert recipe.training.optimizer.learning_rate == 1e-3
     assert recipe.training.optimizer.eps == 1e-9
@@ -66,7 +66,7 @@ def test_an_override_wins_over_the_file_and_the_last_over_the_others() -> None:
 
 
 def test_an_override_makes_the_sections_it_needs() -> None:
-    cycle = with_overrides("training.cycle.equilibrium.lambda_mean=0.5").training.cycle
+    cycle = with_overrides("model.preset=v4", "training.cycle.equilibrium.lambda_mean=0.5").training.cycle
     assert cycle is not None
     assert cycle.equilibrium.lambda_mean == 0.5
 
@@ -94,7 +94,7 @@ def test_overriding_both_steps_and_tokens_is_an_error() -> None:
 
 
 AS_SHIPPED = [(name, []) for name in sorted(shipped_recipes())]
-WITH_PRESET = [("tiny", [f"model.preset={preset}"]) for preset in ("v1", "v2", "v3", "transformer")]
+WITH_PRESET = [("tiny", [f"model.preset={preset}"]) for preset in ("v1", "v2", "v3", "v4", "transformer")]
 
 
 @pytest.mark.parametrize(("name", "overrides"), AS_SHIPPED + WITH_PRESET)
@@ -157,7 +157,7 @@ def test_other_readers_of_yaml_see_the_same_recipe() -> None:
 
 
 def test_a_list_under_the_model_loads_and_a_dumped_one_again(tmp_path: Path) -> None:
-    values = {"name": "a", "model": {"num_layers": 2}, "training": {"steps": 1}}
+    values = {"name": "a", "model": {"preset": "v4", "num_layers": 2}, "training": {"steps": 1}}
     recipe = recipe_from_mapping(values, ["model.integrator.iterations_per_layer=[1, 4]"])
     assert recipe.model.integrator is not None
     assert recipe.model.integrator.iterations_per_layer == (1, 4)

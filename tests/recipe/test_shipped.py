@@ -9,6 +9,7 @@ import pytest
 
 from inl_core.analysis.planning import count_parameters, meta_model, training_flops
 from inl_core.analysis.planning.memory import memory_table, trace_modes
+from inl_core.recipe import ModelConfig
 from inl_core.recipe.differences import recipe_differences
 from inl_core.recipe.load import load_recipe, shipped_recipes
 from inl_core.recipe.presets import PRESETS
@@ -25,7 +26,8 @@ SIZES = {
     "7b": "7B",
     "13b": "13B",
 }
-NAMES = ("tiny", "tiny-transformer", "tiny-early-stopping", "tiny-v1", "tiny-v2", "tiny-v3", *SIZES)
+GENERATIONS = ("tiny-v1", "tiny-v2", "tiny-v3", "tiny-v4")
+NAMES = ("tiny", "tiny-transformer", "tiny-transport", "tiny-early-stopping", *GENERATIONS, *SIZES)
 
 
 def test_the_shipped_recipes_are_these() -> None:
@@ -50,7 +52,7 @@ def test_the_sizes_are_the_documents_and_one_to_four_gpus_can_share_the_batch(na
     row = find_size(size)
     dimensions = (recipe.model.d_model, recipe.model.num_layers, recipe.model.num_heads, recipe.model.max_seq_len)
     assert dimensions == (row.d_model, row.num_layers, row.num_heads, row.max_seq_len)
-    assert recipe.model.preset == "v4"
+    assert recipe.model.preset == "v5"
     for world_size in (1, 2, 4):
         recipe.training.micro_batch(world_size)  # raises where it does not divide
 
@@ -63,7 +65,7 @@ def test_each_size_is_headed_by_the_figures_of_its_plan(name: str) -> None:
     saved = trace_modes(recipe, config, bf16=True, modes=tuple({"none": 0, settings.recomputation: 0}))
     table = memory_table(recipe, config, saved, bf16=True, degrees=(1,))
     memory = next(row for row in table if row.recomputation == settings.recomputation)
-    parameters = sum(count_parameters(meta_model(config)).values())
+    parameters = _num_parameters(config)
     flops = training_flops(config, settings.sequence_length) * settings.num_steps * settings.batch_tokens
     assert (
         f"# `inl plan`: {parameters / 1e6:.1f}M parameters, {flops:.1e} FLOP, {memory.total / 1e9:.1f} GB of memory in "
@@ -71,29 +73,50 @@ def test_each_size_is_headed_by_the_figures_of_its_plan(name: str) -> None:
     ) in (RECIPES / f"{name}.yaml").read_text().splitlines()
 
 
+def _num_parameters(config: ModelConfig) -> int:
+    return sum(count_parameters(meta_model(config)).values())
+
+
 def test_the_baseline_differs_in_nothing_but_name_and_preset() -> None:
     tiny, baseline = load_recipe(RECIPES / "tiny.yaml"), load_recipe(RECIPES / "tiny-transformer.yaml")
-    one, other = PRESETS["v4"], PRESETS["transformer"]
-    of_the_preset = {f"model.{key}" for key in one if one[key] != other[key]}
+    of_the_preset = {f"model.{key}" for key in PRESETS["v5"] if PRESETS["v5"][key] != PRESETS["transformer"][key]}
     differing = {difference.path for difference in recipe_differences(tiny, baseline)}
     assert differing == {"name", "model.preset", *of_the_preset}
-    assert baseline.model.integrator is None
+    assert (baseline.model.stream, baseline.model.transport) == (None, False)
+
+
+def _body(name: str) -> list[str]:
+    """The lines of a recipe that are not comments."""
+    return [line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if not line.startswith("#")]
 
 
 def test_the_baseline_file_differs_in_two_lines() -> None:
-    def body(name: str) -> list[str]:
-        return [line for line in (RECIPES / name).read_text().splitlines() if not line.startswith("#")]
-
-    pairs = list(zip(body("tiny.yaml"), body("tiny-transformer.yaml"), strict=True))
+    pairs = list(zip(_body("tiny"), _body("tiny-transformer"), strict=True))
     assert [pair for pair in pairs if pair[0] != pair[1]] == [
         ("name: tiny", "name: tiny-transformer"),
-        ("  preset: v4", "  preset: transformer"),
+        ("  preset: v5", "  preset: transformer"),
     ]
+
+
+def test_the_control_is_the_baseline_with_the_transport_alone() -> None:
+    expected = _body("tiny-transformer")
+    expected[expected.index("name: tiny-transformer")] = "name: tiny-transport"
+    expected.insert(expected.index("  preset: transformer") + 1, "  transport: true")
+    assert _body("tiny-transport") == expected
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-transport", *SIZES])
+def test_v5_has_the_parameters_of_a_transformer(name: str) -> None:
+    ours, baseline = (
+        load_recipe(RECIPES / f"{name}.yaml", overrides).model.with_vocab_size(32768)
+        for overrides in ([], ["model.preset=transformer", "model.transport=false"])
+    )
+    assert _num_parameters(ours) == pytest.approx(_num_parameters(baseline), rel=0.01)
 
 
 @pytest.mark.parametrize(("preset", "besides"), [("v1", "optimizer"), ("v2", "optimizer"), ("v3", "")])
 def test_the_generations_are_trained_as_v4_is_but_for_what_they_say(preset: str, besides: str) -> None:
-    tiny, other = load_recipe(RECIPES / "tiny.yaml"), load_recipe(RECIPES / f"tiny-{preset}.yaml")
+    tiny, other = load_recipe(RECIPES / "tiny-v4.yaml"), load_recipe(RECIPES / f"tiny-{preset}.yaml")
     assert other.model.preset == preset
     differing = {difference.path for difference in recipe_differences(tiny, other)}
     expected = {"name", "training.optimizer.name"} if besides else {"name"}

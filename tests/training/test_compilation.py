@@ -53,13 +53,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "training": {"operations": "plain"},
     },
     "all at once": {
-        "model": {"num_layers": 12, "integrator": {"num_iterations": 3}},
+        "model": {"preset": "v4", "num_layers": 12, "integrator": {"num_iterations": 3}},
         "training": {"min_iterations": 1, "cycle": CYCLE, "losses": LOSSES, "micro_batch_size": 4},
     },
 }
 MORE_RUNS: dict[str, dict[str, Any]] = {
     "transformer": {"model": {"preset": "transformer"}},
-    "no document mask": {"data": {"document_mask": False}},
+    "no document mask": {"model": {"preset": "v4"}, "data": {"document_mask": False}},
     "v2": {"model": {"preset": "v2", "integrator": GROUPS}},
     "v4": {"model": {"preset": "v4"}},
     "v5 recomputed, no document mask": {
@@ -69,15 +69,20 @@ MORE_RUNS: dict[str, dict[str, Any]] = {
     },
     "v5 in bfloat16": {"model": {"preset": "v5"}, "training": {"operations": "plain", "precision": "bf16"}},
     "transport": {"model": {"preset": "transformer", "transport": True}},
-    "iterations of each layer": {"model": {"integrator": {"iterations_per_layer": (1, 3, 2)}}},
-    "a learned budget": {"model": {"integrator": {"num_iterations": 3, "budget": {"strategy": "learned"}}}},
-    "recomputed blocks": {"training": {"recomputation": "block"}},
-    "recomputed integrators": {"training": {"recomputation": "integrator"}},
-    "plain operations": {"training": {"operations": "plain"}},
-    "plain operations in bfloat16": {"training": {"operations": "plain", "precision": "bf16"}},
+    "iterations of each layer": {"model": {"preset": "v4", "integrator": {"iterations_per_layer": (1, 3, 2)}}},
+    "a learned budget": {
+        "model": {"preset": "v4", "integrator": {"num_iterations": 3, "budget": {"strategy": "learned"}}}
+    },
+    "recomputed blocks": {"model": {"preset": "v4"}, "training": {"recomputation": "block"}},
+    "recomputed integrators": {"model": {"preset": "v4"}, "training": {"recomputation": "integrator"}},
+    "plain operations": {"model": {"preset": "v4"}, "training": {"operations": "plain"}},
+    "plain operations in bfloat16": {
+        "model": {"preset": "v4"},
+        "training": {"operations": "plain", "precision": "bf16"},
+    },
     "plain operations, v3": {"model": {"preset": "v3", "integrator": GROUPS}, "training": {"operations": "plain"}},
-    "early stopping": {"model": {"integrator": {"early_stopping": {"convergence_threshold": 0.01}}}},
-    "experts": {"model": {"integrator": {"controller": {"experts": 2}}}},
+    "early stopping": {"model": {"preset": "v4", "integrator": {"early_stopping": {"convergence_threshold": 0.01}}}},
+    "experts": {"model": {"preset": "v4", "integrator": {"controller": {"experts": 2}}}},
     "twelve layers of v3": {"model": {"num_layers": 12, "preset": "v3", "integrator": GROUPS}},
 }
 CASES = [

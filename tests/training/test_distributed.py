@@ -17,11 +17,14 @@ LOSSES = {
         "losses": {"lambda_mean": 0.5, "lambda_speed": 0.1, "lambda_energy": 0.1},
         "evaluation": {"every": 6, "tokens": 1024},
     },
-    "model": {"integrator": {"mu": {"adaptation_rate": 0.01}}},
+    "model": {"preset": "v4", "integrator": {"mu": {"adaptation_rate": 0.01}}},
 }
 EXPERTS = {
     "training": {"micro_batch_size": 2, "evaluation": {"every": 6, "tokens": 1024}},
-    "model": {"integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "hybrid"}}},
+    "model": {
+        "preset": "v4",
+        "integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "hybrid"}},
+    },
 }
 
 

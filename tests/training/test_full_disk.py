@@ -49,7 +49,9 @@ def test_rows_hold_no_word_that_json_does_not_know(make_recipe, make_trainer):
 
 
 def test_a_full_disk_leaves_no_half_files_and_is_reported(make_recipe, make_trainer):
-    recipe = make_recipe(training={"steps": 6, "checkpoint": {"every": 2}, "logging": {"dynamics_every": 1}})
+    recipe = make_recipe(
+        training={"steps": 6, "checkpoint": {"every": 2}, "logging": {"dynamics_every": 1}}, model={"preset": "v4"}
+    )
     trainer, heard = make_trainer(recipe)
     full_from(trainer, 2, size=500)
     with files_limited_to(), pytest.raises(ValueError, match=r"trained to step 6 .*make room"):

@@ -11,9 +11,11 @@ from inl_core.training.execution import prepare_model
 from inl_core.training.metrics import read_metrics
 from inl_core.training.schedules import drawn_iterations
 
+V4 = {"preset": "v4"}
 
-def losses(make_recipe, make_trainer, name: str, **training) -> list[float]:
-    trainer, _ = make_trainer(make_recipe(training={"steps": 4, **training}), name)
+
+def losses(make_recipe, make_trainer, name: str, preset: str = "v5", **training) -> list[float]:
+    trainer, _ = make_trainer(make_recipe(training={"steps": 4, **training}, model={"preset": preset}), name)
     trainer.fit()
     return [row["loss"] for row in read_metrics(trainer.run.path) if "loss" in row]
 
@@ -30,17 +32,17 @@ def test_bits_per_byte_of_a_step_are_what_an_evaluation_of_its_batch_gives(make_
     assert row["loss"] == pytest.approx(wanted.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("part", ["block", "integrator"])
-def test_recomputation_changes_nothing(make_recipe, make_trainer, part):
-    plain = losses(make_recipe, make_trainer, "plain")
-    assert losses(make_recipe, make_trainer, part, recomputation=part) == pytest.approx(plain, rel=1e-5)
+@pytest.mark.parametrize(("preset", "part"), [("v4", "block"), ("v4", "integrator"), ("v5", "block")])
+def test_recomputation_changes_nothing(make_recipe, make_trainer, preset, part):
+    plain = losses(make_recipe, make_trainer, "plain", preset)
+    assert losses(make_recipe, make_trainer, part, preset, recomputation=part) == pytest.approx(plain, rel=1e-5)
 
 
 def test_recomputation_keeps_less_for_the_backward_pass(make_recipe, make_trainer):
     kept = {}
     for part in ("none", "integrator", "block"):
         experts = {"num_iterations": 4, "controller": {"experts": 2}}  # the one form that keeps its iterations
-        recipe = make_recipe(training={"recomputation": part}, model={"integrator": experts})
+        recipe = make_recipe(training={"recomputation": part}, model=V4 | {"integrator": experts})
         trainer, _ = make_trainer(recipe, part)
         seen: dict[int, int] = {}
 
@@ -57,7 +59,7 @@ def test_recomputation_keeps_less_for_the_backward_pass(make_recipe, make_traine
 
 
 def test_drawn_iterations_are_what_the_model_runs(make_recipe, make_trainer):
-    recipe = make_recipe(training={"steps": 6, "min_iterations": 1, "logging": {"every": 1}})
+    recipe = make_recipe(training={"steps": 6, "min_iterations": 1, "logging": {"every": 1}}, model=V4)
     trainer, _ = make_trainer(recipe, "drawn")
     ran: list[tuple[int, ...]] = []
     original = trainer.model.forward
@@ -78,14 +80,15 @@ def test_drawn_iterations_are_what_the_model_runs(make_recipe, make_trainer):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_losses(make_recipe, make_trainer):
-    plain = losses(make_recipe, make_trainer, "plain")
-    assert losses(make_recipe, make_trainer, "compiled", compile=True) == pytest.approx(plain, rel=1e-4)
+@pytest.mark.parametrize("preset", ["v4", "v5"])
+def test_compiled_blocks_give_the_same_losses(make_recipe, make_trainer, preset):
+    plain = losses(make_recipe, make_trainer, "plain", preset)
+    assert losses(make_recipe, make_trainer, "compiled", preset, compile=True) == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.slow
 def test_a_compiled_block_keeps_less_than_the_compiler_would(make_recipe, monkeypatch):
-    recipe = make_recipe(training={"compile": True})
+    recipe = make_recipe(training={"compile": True}, model=V4)
 
     def kept() -> int:
         torch.compiler.reset()
@@ -121,14 +124,15 @@ def test_muon_takes_the_matrices_of_the_blocks_and_says_so(make_recipe, make_tra
     assert held == {name for name in matrices if name.startswith("blocks.")}
     rest = {names[parameter] for group in adamw.param_groups for parameter in group["params"]}
     assert held | rest == set(names.values())
-    assert [entry.optimizer for entry in trainer.optimizers.assignments] == ["muon", "adamw", "adamw"]
+    assert [entry.optimizer for entry in trainer.optimizers.assignments] == ["muon", *["adamw"] * 3]
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.fit()
     assert all(not torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
 
 
-def test_places_and_scales_are_not_decayed(make_recipe, make_trainer):
-    trainer, _ = make_trainer(make_recipe())
+@pytest.mark.parametrize("preset", ["v4", "v5"])
+def test_places_and_scales_are_not_decayed(make_recipe, make_trainer, preset):
+    trainer, _ = make_trainer(make_recipe(model={"preset": preset}))
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
     decayed = {
         names[parameter]
@@ -137,14 +141,16 @@ def test_places_and_scales_are_not_decayed(make_recipe, make_trainer):
         for parameter in group["params"]
     }
     assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
-    assert not any(word in name for name in decayed for word in ("equilibrium", "excitation", "modulation", "gain"))
-    assert "controller.output.weight" in decayed
+    undecayed = ("equilibrium", "excitation", "modulation", "gain", "step_")
+    assert not any(word in name for name in decayed for word in undecayed)
+    assert ("controller.output.weight" if preset == "v4" else "blocks.0.attention.output.weight") in decayed
 
 
 def test_a_cycle_moves_the_amplitude_and_it_is_saved_with_the_weights(make_recipe, make_trainer):
     from safetensors.torch import load_file
 
-    recipe = make_recipe(training={"steps": 6, "cycle": {"preset": "aggressive", "num_cycles": 1, "warmup_epochs": 1}})
+    cycle = {"preset": "aggressive", "num_cycles": 1, "warmup_epochs": 1}
+    recipe = make_recipe(training={"steps": 6, "cycle": cycle}, model=V4)
     trainer, heard = make_trainer(recipe)
     trainer.fit()
     amplitudes = [row["A"] for row in heard.rows]
@@ -187,7 +193,7 @@ def test_the_dynamics_of_a_stream_are_in_the_metrics_and_recorded(make_recipe, m
 def test_experts_and_budgets_are_in_the_metrics_as_they_change(make_recipe, make_trainer):
     integrator = {"controller": {"experts": 4}, "budget": {"strategy": "hybrid"}, "num_iterations": 3}
     recipe = make_recipe(
-        training={"steps": 6, "evaluation": {"every": 3, "tokens": 256}}, model={"integrator": integrator}
+        training={"steps": 6, "evaluation": {"every": 3, "tokens": 256}}, model=V4 | {"integrator": integrator}
     )
     trainer, heard = make_trainer(recipe)
     trainer.fit()

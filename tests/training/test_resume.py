@@ -20,11 +20,18 @@ from inl_core.training.trainer import Trainer
 from tests.training.conftest import Listener, before_each_step
 
 VARIANTS = {
-    "v4": {},
+    "v5": {},
+    "v4": {"model": {"preset": "v4"}},
     "transformer": {"model": {"preset": "transformer"}},
-    "muon, drawn iterations": {"training": {"optimizer": {"name": "muon"}, "min_iterations": 1}},
+    "muon, drawn iterations": {
+        "model": {"preset": "v4"},
+        "training": {"optimizer": {"name": "muon"}, "min_iterations": 1},
+    },
     "experts, dynamic budget": {
-        "model": {"integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "dynamic"}}},
+        "model": {
+            "preset": "v4",
+            "integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "dynamic"}},
+        },
         "training": {"evaluation": {"every": 2, "tokens": 512}},
     },
     "v3, hybrid budget": {
@@ -32,7 +39,7 @@ VARIANTS = {
         "training": {"evaluation": {"every": 2, "tokens": 512}},
     },
     "cycle, losses, moving mu": {
-        "model": {"integrator": {"mu": {"adaptation_rate": 0.01}}},
+        "model": {"preset": "v4", "integrator": {"mu": {"adaptation_rate": 0.01}}},
         "training": {"cycle": {"preset": "balanced"}, "losses": {"lambda_speed": 0.1}, "micro_batch_size": 4},
     },
 }

@@ -19,7 +19,7 @@ from inl_core.analysis.planning.documents import VOCABULARY
 from inl_core.errors import RecipeError
 from inl_core.recipe import Recipe
 from inl_core.recipe.load import load_recipe, recipe_from_mapping
-from inl_core.recipe.presets import PRESETS
+from inl_core.recipe.presets import DEFAULT_PRESET, PRESETS
 
 LLAMA, UNCACHED = "llama", "uncached"
 _DIMENSIONS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "feedforward_dim", "max_seq_len", "vocab_size")
@@ -87,7 +87,7 @@ def other_candidate(against: str, first: Candidate, overrides: Sequence[str] = (
 
 def _of_preset(choice: Choice, context: int | None) -> Recipe:
     rows, length = choice.batch_size or _PRESET_BATCH, choice.sequence_length or _PRESET_LENGTH
-    model = {"preset": choice.preset or "v4", "vocab_size": VOCABULARY, **choice.model}
+    model = {"preset": choice.preset or DEFAULT_PRESET, "vocab_size": VOCABULARY, **choice.model}
     if "size" not in model:
         model.setdefault("max_seq_len", max(_PRESET_CONTEXT, length, context or 0))
     training = {"steps": 1, "sequence_length": length, "batch_tokens": rows * length}
