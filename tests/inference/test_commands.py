@@ -115,9 +115,10 @@ def test_usage_errors_exit_with_2(inl: Callable[..., Result]) -> None:
 
 def test_what_has_no_effect_is_said(inl: Callable[..., Result]) -> None:
     assert "warning: top-k has no effect" in inl("generate", "--top-k", "3", *SHORT).stderr
-    stderr = inl("generate", "runs/transformer", "--iterations", "3", "--show-iterations", *SHORT).stderr
-    assert "warning: this model has no integrator: --iterations has no effect" in stderr
-    assert "warning: this model has no integrator: there are no iterations to show" in stderr
+    for preset, inside in (("transformer", ""), ("v5", " inside its blocks (its depth is the integrator's time)")):
+        stderr = inl("generate", f"runs/{preset}", "--iterations", "3", "--show-iterations", *SHORT).stderr
+        assert f"warning: this model has no integrator{inside}: --iterations has no effect" in stderr
+        assert f"warning: this model has no integrator{inside}: there are no iterations to show" in stderr
 
 
 def test_iterations_are_shown_as_a_table_where_there_is_no_colour(inl: Callable[..., Result]) -> None:

@@ -1,5 +1,6 @@
 """Scores against a slow reference: one target at a time, in float64, bytes counted by hand."""
 
+import json
 import math
 from pathlib import Path
 
@@ -172,6 +173,16 @@ def test_a_checkpoint_loads_as_it_was_saved(tmp_path: Path) -> None:
         ids = torch.tensor([[1, 50, 60]])
         torch.testing.assert_close(loaded.model(ids).hidden, saved(ids).hidden)
         assert (loaded.step, loaded.model.training) == (7, False)
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "v5"])
+def test_a_checkpoint_from_before_there_was_a_stream_loads_as_it_was_saved(tmp_path: Path, preset: str) -> None:
+    path = write_checkpoint(tmp_path / "run", preset)
+    before, values = load_model(path).model.config, json.loads((path / "config.json").read_text())
+    assert (values["model"].pop("stream"), values["model"].pop("transport")) == (None, False)
+    (path / "config.json").write_text(json.dumps(values))
+    reseal(path)
+    assert load_model(path).model.config == before
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

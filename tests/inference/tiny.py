@@ -23,7 +23,7 @@ TEXT = (
     "def greet(name):\n    return f'Hello, {name}'\n\n"
     "Gr\u00fc\u00dfe aus K\u00f6ln, \u3053\u3093\u306b\u3061\u306f, \U0001f600.\n"
 )
-PRESETS = ("v3", "v4", "transformer")
+PRESETS = ("v3", "v4", "v5", "transformer")
 
 
 @cache

@@ -84,7 +84,7 @@ def test_every_expert_and_router_gets_a_gradient_also_one_without_tokens():
 def test_one_expert_is_the_plain_integrator():
     assert not any("router" in name or "experts" in name for name in build("v4").state_dict())
     with pytest.raises(ValueError, match="top_k 5 exceeds experts 3"):
-        ModelConfig.model_validate({"integrator": {"controller": {"experts": 3, "top_k": 5}}})
+        ModelConfig.model_validate({"preset": "v4", "integrator": {"controller": {"experts": 3, "top_k": 5}}})
 
 
 def test_cached_generation_of_a_mixture_equals_the_uncached_forward_pass():
