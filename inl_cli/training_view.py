@@ -15,6 +15,7 @@ from inl_core.training.run_data import RunData
 from inl_core.training.trainer import Trainer
 
 _SECONDS_BETWEEN_LINES = 10.0
+_OF_STREAM = {"momentum": "force_momentum", "transport": "movement_transport"}
 
 
 def show_plan(console: Console, trainer: Trainer, data: RunData) -> None:
@@ -93,9 +94,11 @@ class TrainingView(Observer):
     def on_metrics(self, row: dict[str, Any]) -> None:
         """Show a row: in the live view at once, as a line when the interval is over."""
         self.row = row
-        for name in ("alpha", "transport"):  # measured at some steps only
-            if row.get(f"{name}_mean") is not None:
-                self.measured[name] = f"{row[f'{name}_mean']:.3f} at step {row['step']}"
+        # These are measured at some steps only. Of a stream, whose alpha and b have both signs, the shares are shown.
+        figures = _OF_STREAM if "state_rms" in row else {"alpha": "alpha_mean"}
+        for title, name in figures.items():
+            if row.get(name) is not None:
+                self.measured[title] = f"{row[name]:.3f} at step {row['step']}"
         if self.live is not None:
             self.live.update(self._panel())
             return

@@ -30,7 +30,10 @@ WindowOption = Annotated[
 FollowedOption = Annotated[
     int | None,
     typer.Option(
-        "--iterations", metavar="N", max=10_000, help="Iterations to follow in each layer; default 2 T, and at least 8."
+        "--iterations",
+        metavar="N",
+        max=10_000,
+        help="Iterations to follow in each layer; default 2 T, and at least 8. Not for v5, which is followed whole.",
     ),
 ]
 EpsilonOption = Annotated[float, typer.Option(help="A dimension has converged when it is closer than this.")]
@@ -63,12 +66,13 @@ def convergence_report(
     from inl_core.analysis.convergence.report import (
         default_directory,
         report_convergence,
-        require_integrator,
+        require_dynamics,
         write_report,
     )
+    from inl_core.analysis.convergence.stream_statistics import coefficient_table
 
     loaded = open_model(console, checkpoint, device)
-    require_integrator(loaded)
+    require_dynamics(loaded)
     source = open_source(console, loaded, data, text, split)
     with console.progress() as progress:
         progress.start("measuring", "passes")
@@ -83,9 +87,10 @@ def convergence_report(
             progress=progress.update,
         )
     directory = output or default_directory(loaded.path)
-    files, warning = write_report(report, sample, directory)
+    files, warning = write_report(report, sample, directory, coefficient_table(loaded.model))
     summary = {**report.summary(), "directory": directory, "files": files}
-    console.result(summary, lambda: _show(console, summary))
+    show = _show_stream if report.terms else _show
+    console.result(summary, lambda: show(console, summary))
     if warning:
         console.warn(warning)
 
@@ -106,6 +111,28 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     console.write("\n")
     rows = [_bits_cells(row["layer"], row) for row in bits["without_layer"]]
     console.table("Bits per byte with one layer's integrator skipped", ("layer", *_BITS_COLUMNS), rows)
+    console.write(f"\nwritten to {summary['directory']}: {', '.join(summary['files'])}\n")
+
+
+def _show_stream(console: Console, summary: dict[str, Any]) -> None:
+    from inl_core.analysis.convergence.markdown import sentences, shown
+    from inl_core.analysis.convergence.stream_markdown import share_cells, share_names, without_tables
+    from inl_core.training.depth import place_name
+
+    rows = summary["layers"][0]["iterations"][1:]
+    shares = share_names(rows)
+    title = f"{summary['checkpoint']} on {summary['tokens']:,} tokens of {summary['text']}"
+    title += f"\none system of {len(rows)} steps: {', '.join(summary['terms'])}"
+    motion = ("state_rms", "velocity_rms", "residual", "distance_end")
+    cells = [(place_name(row), *(row[name]["p50"] for name in motion)) for row in rows]
+    console.table(f"{title}\nrms figures, medians over tokens", ("", "x", "v", "moves", "to its end"), cells)
+    console.write("\n" + "".join(f"{sentence}\n" for sentence in sentences(summary)) + "\n")
+    cells = [(place_name(row), *share_cells(row, shares)) for row in rows]
+    console.table("shares of the terms, means over tokens", ("", *(name.split("_")[1] for name in shares)), cells)
+    console.write(f"\nBits per byte, the model as it is: {shown(summary['bits_per_byte']['bits_per_byte'])}\n")
+    for title, columns, cells in without_tables(summary):
+        console.write("\n")
+        console.table(title, ("", *columns[1:]), cells)
     console.write(f"\nwritten to {summary['directory']}: {', '.join(summary['files'])}\n")
 
 

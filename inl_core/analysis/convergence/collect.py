@@ -4,6 +4,7 @@
   still gets what the model itself computes.
 - A hook on each integrator runs the longer path, so only one layer's path is in memory at a time. All tokens go into
   the layer's statistics, and those of a sample are kept whole.
+- A stream is followed as it is: it ends where the model ends.
 - Legend: B batch, S sequence, N scored tokens of a batch, D d_model, T iterations followed.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from inl_core.analysis.convergence.layer_statistics import LayerStatistics
 from inl_core.analysis.convergence.sample import TokenSample
+from inl_core.analysis.convergence.stream_statistics import StreamStatistics
 from inl_core.corpus.loader import IGNORED, Batch
 from inl_core.model import Integrator, IntegratorLanguageModel, IntegratorOutput, Options, Trajectory
 
@@ -54,6 +56,27 @@ def trace(
                 kept = sample.choose(batch) if sample else None
                 model(**model_inputs(batch, device), options=Options(early_stopping=False))
     return [statistics[index] for index in sorted(statistics)]
+
+
+@torch.inference_mode()
+def trace_stream(
+    model: IntegratorLanguageModel, batches: Iterable[Batch], *, epsilon: float, sample: TokenSample | None = None
+) -> StreamStatistics:
+    """Follow the stream of a model without integrators, all 2L steps of it, on the scored tokens of `batches`."""
+    statistics, device = StreamStatistics(model, epsilon), model.embedding.table.weight.device
+    mu = torch.zeros((), device=device) if statistics.mu is None else statistics.mu
+    for batch in batches:
+        scored = torch.from_numpy(batch.targets != IGNORED).to(device)
+        if not scored.any():
+            continue
+        output = model(**model_inputs(batch, device), options=Options(keep_trajectory=True))
+        path = output.layers[0].trajectory
+        assert path is not None
+        path = _tokens(path, scored)
+        measures = statistics.add(path)
+        if sample:
+            sample.add(0, statistics.used_iterations, sample.choose(batch), path, mu, measures)
+    return statistics
 
 
 def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from inl_core.analysis.convergence.markdown import system_name
 from inl_core.analysis.convergence.sample import GAINS
 from inl_core.analysis.convergence.stability import KINDS
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LAYERS = 8
-_COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5f", "#8a5fa8")
+COLOURS = ("#3b6fb6", "#c8553d", "#3f8f5f", "#8a5fa8")
 _KIND_COLOURS = ("#7fa6d6", "#e3b062", "#b08cc9", "#c8553d")
 _DOTTED: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 1.2}
 _PORTRAIT_TOKENS = 6
@@ -30,12 +31,15 @@ _SHADED = "\nshaded: beyond the model's own T"
 Summary = dict[str, Any]
 
 
-def draw_figures(summary: Summary, sample: pa.Table, directory: Path) -> list[str]:
+Drawing = Callable[[Summary, pa.Table], "Figure | None"]
+
+
+def draw_figures(drawings: dict[str, Drawing], summary: Summary, sample: pa.Table, directory: Path) -> list[str]:
     """Draw every figure that the report has data for, and return their names; ImportError without matplotlib."""
     import matplotlib  # noqa: F401 - a missing matplotlib is found here, before anything is written
 
     names = []
-    for name, draw in _DRAW.items():
+    for name, draw in drawings.items():
         figure = draw(summary, sample)
         if figure is not None:
             figure.savefig(directory / name, dpi=130)
@@ -50,21 +54,23 @@ def shown_layers(layers: list[Any], most: int = MOST_LAYERS) -> list[Any]:
     return [layers[round(index * (len(layers) - 1) / (most - 1))] for index in range(most)]
 
 
-def _residuals(summary: Summary, _: pa.Table) -> "Figure":
-    figure, panels = _panels(summary, "Movement in each iteration: median over tokens, and the 5th to 95th percentile")
+def draw_residuals(summary: Summary, _: pa.Table) -> "Figure":
+    """How far each iteration, or step, moves the state."""
+    unit = "step" if summary["terms"] else "iteration"
+    figure, panels = layer_panels(summary, f"Movement in each {unit}: median over tokens, 5th to 95th percentile")
     for axes, layer in panels:
-        _band(axes, layer, "residual", _COLOURS[0], "||x_t - x_{t-1}|| / sqrt(D)")
+        band(axes, layer, "residual", COLOURS[0], "||x_t - x_{t-1}|| / sqrt(D)")
     figure.axes[0].set_ylim(bottom=0)
-    return _finish(figure, "iteration t", "rms change of the state")
+    return finish(figure, f"{unit} t", "rms change of the state")
 
 
 def _distances(summary: Summary, _: pa.Table) -> "Figure":
-    figure, panels = _panels(summary, "How far the states are from mu and from their own fixed point")
+    figure, panels = layer_panels(summary, "How far the states are from mu and from their own fixed point")
     for axes, layer in panels:
-        _band(axes, layer, "distance_fixed_point", _COLOURS[1], "to the fixed point of the frozen step")
-        _band(axes, layer, "distance_mu", _COLOURS[0], "to mu")
+        band(axes, layer, "distance_fixed_point", COLOURS[1], "to the fixed point of the frozen step")
+        band(axes, layer, "distance_mu", COLOURS[0], "to mu")
         axes.set_yscale("log")
-    return _finish(figure, "iteration t", "rms distance (log scale)")
+    return finish(figure, "iteration t", "rms distance (log scale)")
 
 
 def _gains(summary: Summary, _: pa.Table) -> "Figure":
@@ -74,10 +80,10 @@ def _gains(summary: Summary, _: pa.Table) -> "Figure":
     figure = Figure(figsize=(9.5, 1.2 + 1.75 * len(layers)), layout="constrained")
     grid = figure.subplots(len(layers), 3, squeeze=False, sharex=True, sharey="col")
     for row, layer in zip(grid, layers, strict=True):
-        for axes, name, colour in zip(row, GAINS, _COLOURS, strict=False):
-            _band(axes, layer, name, colour, f"{name}: median, 5% - 95%")
+        for axes, name, colour in zip(row, GAINS, COLOURS, strict=False):
+            band(axes, layer, name, colour, f"{name}: median, 5% - 95%")
             _mark_used(axes, summary, layer)
-            _tidy(axes)
+            tidy(axes)
             axes.set_title(f"layer {layer['layer']}: {name}", fontsize=9)
             axes.set_ylim(0, None if name == "beta" else 1.05)
     title = "alpha, beta and gate over tokens and dimensions: median, 5th to 95th percentile"
@@ -87,14 +93,14 @@ def _gains(summary: Summary, _: pa.Table) -> "Figure":
 
 
 def _stability(summary: Summary, _: pa.Table) -> "Figure":
-    figure, panels = _panels(summary, "What the frozen steps would do: share of tokens x dimensions", mark=False)
+    figure, panels = layer_panels(summary, "What the frozen steps would do: share of tokens x dimensions", mark=False)
     for axes, layer in panels:
         rows = layer["iterations"][1:]
         shares = [[row["stability"][kind] for row in rows] for kind in KINDS]
         axes.stackplot([row["iteration"] for row in rows], shares, labels=KINDS, colors=_KIND_COLOURS)
         axes.set(xlim=(1, len(rows)), ylim=(0, 1))
         axes.axvline(layer["used_iterations"], **_DOTTED)
-    return _finish(figure, "iteration t (dotted: own T)", "share")
+    return finish(figure, "iteration t (dotted: own T)", "share")
 
 
 def _bits(summary: Summary, _: pa.Table) -> "Figure":
@@ -113,7 +119,7 @@ def _bits(summary: Summary, _: pa.Table) -> "Figure":
     )
     left, right = figure.subplots(1, 2)
     counts, values, errors = columns(found["by_iterations"], "iterations")
-    left.errorbar(counts, values, yerr=errors, marker="o", markersize=4, capsize=3, color=_COLOURS[0])
+    left.errorbar(counts, values, yerr=errors, marker="o", markersize=4, capsize=3, color=COLOURS[0])
     for count, value in zip(counts, values, strict=True):
         if not math.isnan(value):
             left.annotate(f"{value:.3f}", (count, value), xytext=(4, 7), textcoords="offset points", fontsize=8)
@@ -123,12 +129,12 @@ def _bits(summary: Summary, _: pa.Table) -> "Figure":
     left.set_title("Bits per byte by iterations", fontsize=11)
     left.legend(fontsize=8)
     layers, values, errors = columns(found["without_layer"], "layer")
-    right.bar(layers, values, yerr=errors, capsize=3, color=_COLOURS[1], width=0.7)
+    right.bar(layers, values, yerr=errors, capsize=3, color=COLOURS[1], width=0.7)
     right.axhline(0, color="black", linewidth=0.8)
     right.set(xlabel="layer whose integrator is skipped", ylabel="bits per byte more")
     right.set_title("What each layer's integrator is worth", fontsize=11)
     for axes in (left, right):
-        _tidy(axes)
+        tidy(axes)
     return figure
 
 
@@ -136,19 +142,20 @@ def _iterations_used(summary: Summary, _: pa.Table) -> "Figure | None":
     stopping = summary["early_stopping"]
     if not stopping:
         return None
-    figure, panels = _panels(
+    figure, panels = layer_panels(
         summary, f"Iterations used under early stopping (threshold {stopping['convergence_threshold']:g})", mark=False
     )
     for axes, layer in panels:
         counts = stopping["tokens_by_iterations"][layer["layer"]]
         shares = [count / max(1, sum(counts)) for count in counts]
-        axes.bar(range(len(counts)), shares, color=_COLOURS[2], width=0.8)
+        axes.bar(range(len(counts)), shares, color=COLOURS[2], width=0.8)
         axes.set(xlim=(0.4, len(counts) - 0.4), ylim=(0, 1))
-    return _finish(figure, "iterations", "share of tokens")
+    return finish(figure, "iterations", "share of tokens")
 
 
-def _portrait(summary: Summary, sample: pa.Table) -> "Figure":
-    figure, panels = _panels(
+def draw_portrait(summary: Summary, sample: pa.Table) -> "Figure":
+    """Velocity over state, of a few tokens and dimensions."""
+    figure, panels = layer_panels(
         summary, "Phase portrait of a few dimensions: one line a token, a dot where it starts", mark=False
     )
     layers, tokens = np.asarray(sample["layer"]), np.asarray(sample["token_index"])
@@ -162,29 +169,29 @@ def _portrait(summary: Summary, sample: pa.Table) -> "Figure":
         x, v = (part[rows].reshape(-1, count, part.shape[1]) for part in (errors, velocities))
         used = layer["used_iterations"] + 1
         for dim in range(x.shape[2]):
-            colour = _COLOURS[dim % len(_COLOURS)]
+            colour = COLOURS[dim % len(COLOURS)]
             axes.plot(x[:, :, dim].T, v[:, :, dim].T, color=colour, linewidth=0.5, alpha=0.45)
             axes.plot(x[:, :used, dim].T, v[:, :used, dim].T, color=colour, linewidth=1.4, alpha=0.9)
             axes.plot(x[:, 0, dim], v[:, 0, dim], ".", color=colour, markersize=5, label=f"dimension {names[dim]}")
         _clip(axes, x, v)
         axes.axhline(0, color="grey", linewidth=0.6)
         axes.axvline(0, color="grey", linewidth=0.6)
-    return _finish(figure, "x - mu (thick: own iterations)", "velocity v", whole_numbers=False)
+    return finish(figure, "x - mu (thick: own iterations)", "velocity v", whole_numbers=False)
 
 
-_DRAW: dict[str, Callable[[Summary, pa.Table], "Figure | None"]] = {
-    "residual.png": _residuals,
+DRAW: dict[str, Drawing] = {
+    "residual.png": draw_residuals,
     "distance.png": _distances,
     "gains.png": _gains,
     "stability.png": _stability,
     "bits_per_byte.png": _bits,
     "iterations_used.png": _iterations_used,
-    "portrait.png": _portrait,
+    "portrait.png": draw_portrait,
 }
-FIGURES = tuple(_DRAW)
+FIGURES = tuple(DRAW)
 
 
-def _panels(summary: Summary, title: str, *, mark: bool = True) -> "tuple[Figure, Iterator[tuple[Axes, Any]]]":
+def layer_panels(summary: Summary, title: str, *, mark: bool = True) -> "tuple[Figure, Iterator[tuple[Axes, Any]]]":
     """A figure of one panel a layer, and the panels with their layers."""
     from matplotlib.figure import Figure
 
@@ -196,11 +203,11 @@ def _panels(summary: Summary, title: str, *, mark: bool = True) -> "tuple[Figure
     for axes in list(grid)[len(layers) :]:
         axes.set_visible(False)
     of = f" ({len(layers)} of {len(summary['layers'])} layers)" if len(layers) < len(summary["layers"]) else ""
-    figure.suptitle(title + of + (_SHADED if mark else ""), fontsize=11)
+    figure.suptitle(title + of + (_SHADED if mark and not summary["terms"] else ""), fontsize=11)
 
     def pairs() -> Iterator[tuple[Any, Any]]:
         for axes, layer in zip(figure.axes, layers, strict=False):
-            axes.set_title(f"layer {layer['layer']}: {layer['verdict']['word']}", fontsize=9)
+            axes.set_title(f"{system_name(summary, layer)}: {layer['verdict']['word']}", fontsize=9)
             if mark:
                 _mark_used(axes, summary, layer)
             yield axes, layer
@@ -208,7 +215,8 @@ def _panels(summary: Summary, title: str, *, mark: bool = True) -> "tuple[Figure
     return figure, pairs()
 
 
-def _band(axes: "Axes", layer: Any, name: str, colour: str, label: str) -> None:
+def band(axes: "Axes", layer: Any, name: str, colour: str, label: str) -> None:
+    """The median of one figure over iterations, and the band from its 5th to its 95th percentile."""
     rows = [row for row in layer["iterations"] if row.get(name) and row[name]["p50"] is not None]
     t = [row["iteration"] for row in rows]
     p5, p50, p95 = ([row[name][key] for row in rows] for key in ("p5", "p50", "p95"))
@@ -223,13 +231,13 @@ def _mark_used(axes: "Axes", summary: Summary, layer: Any) -> None:
     axes.set_xlim(0, last)
 
 
-def _finish(figure: "Figure", xlabel: str, ylabel: str, *, whole_numbers: bool = True) -> "Figure":
+def finish(figure: "Figure", xlabel: str, ylabel: str, *, whole_numbers: bool = True) -> "Figure":
     """Labels, a legend and the common looks of a figure of panels."""
     figure.supylabel(ylabel, fontsize=10)
     visible = [axes for axes in figure.axes if axes.get_visible()]
     columns = min(4, len(visible))
     for index, axes in enumerate(visible):
-        _tidy(axes, whole_numbers=whole_numbers)
+        tidy(axes, whole_numbers=whole_numbers)
         if index + columns >= len(visible):  # the lowest of its column; a figure's own label would meet the legend
             axes.set_xlabel(xlabel, fontsize=9)
             axes.tick_params(labelbottom=True)
@@ -239,7 +247,7 @@ def _finish(figure: "Figure", xlabel: str, ylabel: str, *, whole_numbers: bool =
     return figure
 
 
-def _tidy(axes: "Axes", *, whole_numbers: bool = True) -> None:
+def tidy(axes: "Axes", *, whole_numbers: bool = True) -> None:
     """The common looks; `whole_numbers` are those on the x-axis."""
     from matplotlib.ticker import MaxNLocator
 

@@ -1,5 +1,6 @@
 """What iterating is worth: bits per byte at T = 0, 1, 2, ..., without single layers, and under early stopping.
 
+- A stream has no T to choose: bits per byte without single steps, and without single terms of its equation.
 - At T = 0 every integrator is skipped: s_T = s_0 and v_T = v_0, so it moves nothing. In v4 the feed-forward acts only
   through the integrator, as its candidate velocity, and is skipped with it.
 - All figures are measured on the same batches, so that differences are paired; their standard error is over batches.
@@ -9,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from inl_core.corpus.loader import IGNORED, Batch
 from inl_core.errors import ArtefactError
 from inl_core.inference.evaluate import evaluate
 from inl_core.model import Integrator, IntegratorLanguageModel, IntegratorOutput
+from inl_core.model.stream import Step
+from inl_core.training.depth import places
 
 MOST_POINTS = 12
 """Points of the curve over T beside 0 and the model's own T."""
@@ -85,6 +88,36 @@ def skipped(model: IntegratorLanguageModel, layers: Iterable[int] | None = None)
         yield
 
 
+@contextmanager
+def passed_over(step: Step) -> Iterator[None]:
+    """While open, a step of a stream hands on the state and velocity it was given: its sub-layer moves nothing."""
+    handle = step.register_forward_hook(lambda _, inputs, output: inputs[:2])
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+_VECTORS = {"momentum": "alpha", "transport": "transport", "anchor": "anchor", "equilibrium": "beta"}
+
+
+@contextmanager
+@torch.no_grad()
+def without(model: IntegratorLanguageModel, term: str) -> Iterator[None]:
+    """While open, one term of a stream (ModelConfig.stream_terms) is 0 in all steps, and everything else as it is."""
+    named = (*model.named_parameters(), ("excitation", model.excitation_amplitude))
+    ending = _VECTORS.get(term, term)
+    found = [tensor for name, tensor in named if name.split(".")[-1] == ending]
+    kept = [tensor.clone() for tensor in found]
+    try:
+        for tensor in found:
+            tensor.zero_()
+        yield
+    finally:
+        for tensor, value in zip(found, kept, strict=True):
+            tensor.copy_(value)
+
+
 def iteration_counts(num_iterations: int) -> list[int]:
     """0, 1, ... 2T. For a large T about MOST_POINTS of these, evenly spaced, with 0, 1 and T always among them."""
     every = max(1, -(-2 * num_iterations // MOST_POINTS))
@@ -101,6 +134,10 @@ class IterationReport:
     """iterations, bits_per_byte, change, standard_error."""
     without_layer: list[dict[str, Any]]
     """layer, bits_per_byte, change, standard_error."""
+    without_step: list[dict[str, Any]] = field(default_factory=list)
+    """Of a stream: step, layer, sub_layer, bits_per_byte, change, standard_error."""
+    without_term: list[dict[str, Any]] = field(default_factory=list)
+    """Of a stream: term, bits_per_byte, change, standard_error."""
 
 
 def measure_iterations(
@@ -113,11 +150,20 @@ def measure_iterations(
     """Score a text; each call of `windows` begins it anew, and `done` is called after each pass over it."""
     own, integrator = score(model, windows(), token_num_bytes), model.config.integrator
     done()
-    assert integrator is not None
 
-    def row(name: str, number: int, found: Score) -> dict[str, Any]:
+    def row(name: str, key: int | str, found: Score) -> dict[str, Any]:
         done()
-        return {name: number, "bits_per_byte": found.bits_per_byte, **found.change_from(own)}
+        return {name: key, "bits_per_byte": found.bits_per_byte, **found.change_from(own)}
+
+    if integrator is None:
+        without_step, without_term = [], []
+        for number, (place, step) in enumerate(zip(places(model.config.num_layers), model.steps(), strict=True), 1):
+            with passed_over(step):
+                without_step.append({**place, **row("step", number, score(model, windows(), token_num_bytes))})
+        for term in model.config.stream_terms:
+            with without(model, term):
+                without_term.append(row("term", term, score(model, windows(), token_num_bytes)))
+        return IterationReport(own.bits_per_byte, [], [], without_step, without_term)
 
     by_iterations, without_layer = [], []
     for count in iteration_counts(integrator.num_iterations):
@@ -137,6 +183,8 @@ def measure_iterations(
 
 def num_passes(model: IntegratorLanguageModel) -> int:
     """How often `measure_iterations` calls `done`."""
+    if model.config.integrator is None:
+        return 1 + len(model.steps()) + len(model.config.stream_terms)
     return 1 + len(iteration_counts(model.config.num_iterations)) + len(model.integrators())
 
 

@@ -24,14 +24,20 @@ _CAPTIONS = {
 def to_markdown(summary: Summary, figures: Sequence[str], warning: str | None = None) -> str:
     """The whole report; `figures` are the files beside it, `warning` says why there are none."""
     parts = [_head(summary), _verdicts(summary), _bits(summary), _stopping(summary)]
-    parts += [_figures(figures, warning), *(_layer(summary, layer) for layer in summary["layers"]), _terms(summary)]
+    layers = (_layer(summary, layer) for layer in summary["layers"])
+    parts += [show_figures(figures, warning, _CAPTIONS), *layers, _terms(summary)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def system_name(summary: Summary, layer: Summary) -> str:
+    """What the report calls a layer, or the whole of a stream."""
+    return "all steps" if summary["terms"] else f"layer {layer['layer']}"
+
+
 def sentences(summary: Summary) -> list[str]:
-    """One sentence for each layer."""
+    """One sentence for each layer, or for the stream."""
     return [
-        f"layer {layer['layer']}: the states {_WORDS[layer['verdict']['word']]} ({layer['verdict']['reason']})"
+        f"{system_name(summary, layer)}: the states {_WORDS[layer['verdict']['word']]} ({layer['verdict']['reason']})"
         for layer in summary["layers"]
     ]
 
@@ -77,7 +83,7 @@ def _verdicts(summary: Summary) -> str:
 def _bits(summary: Summary) -> str:
     found, columns = summary["bits_per_byte"], ("bits_per_byte", "change", "standard_error")
     curve, layers = (
-        _table(
+        markdown_table(
             (title, *(name.replace("_", " ") for name in columns)),
             [(row[key], *(row[name] for name in columns)) for row in found[rows]],
         )
@@ -104,21 +110,22 @@ def _stopping(summary: Summary) -> str:
     return (
         f"## Early stopping\n\nThreshold {shown(stopping['convergence_threshold'])}: bits per byte "
         f"{shown(stopping['bits_per_byte'])}, {signed(stopping['change'])} against all iterations.\n\n"
-        + _table(("layer", "mean iterations", *(f"used {t}" for t in range(1, most))), rows)
+        + markdown_table(("layer", "mean iterations", *(f"used {t}" for t in range(1, most))), rows)
     )
 
 
-def _figures(figures: Sequence[str], warning: str | None) -> str:
-    lines = [f"![{_CAPTIONS[name]}]({name})" for name in figures]
+def show_figures(figures: Sequence[str], warning: str | None, captions: dict[str, str]) -> str:
+    """The section of the figures, or why there are none."""
+    lines = [f"![{captions[name]}]({name})" for name in figures]
     return "## Figures\n\n" + ("\n\n".join(lines) if lines else f"There are {warning}.")
 
 
 def _layer(summary: Summary, layer: Summary) -> str:
-    def table(columns: Sequence[str], cells: Callable[[Summary], Iterable[Any]], *, first: int = 0) -> str:
+    def by_iteration(columns: Sequence[str], cells: Callable[[Summary], Iterable[Any]], *, first: int = 0) -> str:
         """A row for each iteration from `first` on."""
         rows = layer["iterations"][first:]
         marks = (f"{row['iteration']}{'' if row['used'] else ' *'}" for row in rows)
-        return _table(("t", *columns), [(mark, *cells(row)) for mark, row in zip(marks, rows, strict=True)])
+        return markdown_table(("t", *columns), [(mark, *cells(row)) for mark, row in zip(marks, rows, strict=True)])
 
     motion = ("residual p5 / p50 / p95", "energy", "distance to mu p5 / p50 / p95", *KINDS, "spectral radius p50")
     gains = (*(f"{name} mean, p5 / p50 / p95" for name in GAINS), "no fixed point")
@@ -126,24 +133,24 @@ def _layer(summary: Summary, layer: Summary) -> str:
         (
             f"## Layer {layer['layer']}\n\n(*: beyond the model's own T = {layer['used_iterations']})",
             f"Against mu (tolerance {summary['epsilon']:g}):",
-            table(METRICS, lambda row: (row["against_mu"][name] for name in METRICS)),
+            by_iteration(METRICS, lambda row: (row["against_mu"][name] for name in METRICS)),
             "Against the token's own fixed point:",
-            table(METRICS, lambda row: (row["against_fixed_point"][name] for name in METRICS)),
+            by_iteration(METRICS, lambda row: (row["against_fixed_point"][name] for name in METRICS)),
             "Motion, and stability of the frozen steps:",
-            table(motion, _motion, first=1),
-            table(gains, _gains, first=1),
+            by_iteration(motion, _motion, first=1),
+            by_iteration(gains, _gains, first=1),
         )
     )
 
 
 def _motion(row: Summary) -> tuple[Any, ...]:
     stability = row["stability"]
-    spreads = (_spread(row["residual"]), row["energy"]["mean"], _spread(row["distance_mu"]))
+    spreads = (spread(row["residual"]), row["energy"]["mean"], spread(row["distance_mu"]))
     return (*spreads, *(f"{stability[kind]:.1%}" for kind in KINDS), stability["spectral_radius"]["p50"])
 
 
 def _gains(row: Summary) -> tuple[str, ...]:
-    means = (f"{shown(row[name]['mean'])}, {_spread(row[name])}" for name in GAINS)
+    means = (f"{shown(row[name]['mean'])}, {spread(row[name])}" for name in GAINS)
     return (*means, f"{row['share_without_fixed_point']:.1%}")
 
 
@@ -156,11 +163,13 @@ def _terms(summary: Summary) -> str:
     )
 
 
-def _spread(values: Summary) -> str:
+def spread(values: Summary) -> str:
+    """p5 / p50 / p95."""
     return " / ".join(shown(values[key]) for key in ("p5", "p50", "p95"))
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(shown(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """The convergence report of one checkpoint: measure it on a text, and write what was found.
 
-    DIR/report.md  summary.json  trajectories.parquet  *.png
+    DIR/report.md  summary.json  trajectories.parquet  *.png          and of a stream coefficients.parquet
 
 - Every number is defined in docs/convergence-report.md; summary.json holds all of them, report.md the ones to read.
 - Figures need matplotlib, the extra [plot]; without it everything else is written and the report says so.
@@ -14,10 +14,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
-from inl_core.analysis.convergence.collect import trace
-from inl_core.analysis.convergence.figures import FIGURES, draw_figures
+from inl_core.analysis.convergence.collect import trace, trace_stream
+from inl_core.analysis.convergence.figures import DRAW, FIGURES, draw_figures
 from inl_core.analysis.convergence.iterations import (
     IterationReport,
     StoppingReport,
@@ -25,15 +27,18 @@ from inl_core.analysis.convergence.iterations import (
     measure_stopping,
     num_passes,
 )
-from inl_core.analysis.convergence.layer_statistics import LayerStatistics
+from inl_core.analysis.convergence.layer_statistics import PathStatistics
 from inl_core.analysis.convergence.markdown import to_markdown
 from inl_core.analysis.convergence.sample import TokenSample, portrait_dims
 from inl_core.analysis.convergence.stability import BETA_FLOOR
+from inl_core.analysis.convergence.stream_figures import STREAM_FIGURES, stream_drawings
+from inl_core.analysis.convergence.stream_markdown import stream_to_markdown
 from inl_core.analysis.convergence.verdict import Evidence, Thresholds, Verdict, gather, judge
 from inl_core.corpus.loader import Batch
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
+from inl_core.recipe import ModelConfig
 
 FEWEST_FOLLOWED = 8
 """Iterations followed by default, unless twice the model's own are more."""
@@ -45,7 +50,7 @@ _BATCH_ELEMENTS = 2**21
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: the verdict, what it rests on, and a row of figures an iteration (LayerStatistics.rows)."""
+    """One layer: the verdict, what it rests on, and a row of figures an iteration (PathStatistics.rows)."""
 
     layer: int
     verdict: Verdict
@@ -61,8 +66,10 @@ class ConvergenceReport:
     checkpoint: Path
     step: int
     preset: str
+    terms: list[str]
+    """Those of a stream, which is one system and stands as the only layer; empty for a model with integrators."""
     num_iterations: int
-    """T, the model's own."""
+    """T, the model's own; of a stream 2L, its steps."""
     iterations_followed: int
     text: str
     tokens: int
@@ -85,12 +92,12 @@ class ConvergenceReport:
         return to_jsonable_python(self, inf_nan_mode="null")
 
 
-def require_integrator(loaded: LoadedModel) -> None:
+def require_dynamics(loaded: LoadedModel) -> None:
     """ArtefactError for a model that has no dynamics to report."""
-    if loaded.model.config.integrator is None:
+    if not loaded.model.config.has_dynamics:
         raise ArtefactError(
             f"{loaded.path}: a {loaded.model.config.preset} checkpoint has no integrator, so no states that could "
-            "converge; name a checkpoint of a preset v1 to v4"
+            "converge; name a checkpoint of a preset v1 to v5"
         )
 
 
@@ -110,18 +117,20 @@ def report_convergence(
 
     Args:
         num_iterations: iterations to follow each layer for; default twice the model's own, at least FEWEST_FOLLOWED.
+            A stream has its 2L steps and no more.
         epsilon: tolerance of the convergence metrics, in units of the state.
         sample_tokens: about how many tokens' trajectories are kept.
         progress: called with how many passes over the text are done, and how many there are.
 
     Raises:
-        ArtefactError: the model has no integrator.
-        RecipeError: fewer iterations than the model's own, or an epsilon that is not positive.
+        ArtefactError: the model has no dynamics.
+        RecipeError: fewer iterations than the model's own, any number for a stream, or an epsilon that is not positive.
     """
-    require_integrator(loaded)
+    require_dynamics(loaded)
     model = loaded.model
-    followed = num_iterations or max(FEWEST_FOLLOWED, 2 * model.config.num_iterations)
-    _check(model.config.num_iterations, followed, epsilon)
+    own, followed = _iterations(model.config, num_iterations)
+    if not epsilon > 0:
+        raise RecipeError(f"epsilon {epsilon}: must be above 0")
     if window is None:
         window = min(default_window(loaded), max(1, text.num_targets))
     windows = _windows(text, window, max_tokens, numbers_per_token=followed * model.config.d_model)
@@ -129,8 +138,11 @@ def report_convergence(
     advance = lambda: progress(next(num_done), passes)  # noqa: E731
     model.eval()
     sample = TokenSample(loaded.tokenizer, size=sample_tokens, num_tokens=min(max_tokens, text.num_targets))
-    statistics = trace(model, windows(), num_iterations=followed, epsilon=epsilon, sample=sample)
-    if not statistics:
+    if model.config.integrator is None:
+        statistics = [trace_stream(model, windows(), epsilon=epsilon, sample=sample)]
+    else:
+        statistics = trace(model, windows(), num_iterations=followed, epsilon=epsilon, sample=sample)
+    if not statistics or not statistics[0].num_tokens:
         raise ArtefactError(f"{text.name}: holds no target token; give it more text")
     advance()
     byte_table = text.byte_counts(max_tokens).token_num_bytes
@@ -139,7 +151,8 @@ def report_convergence(
         checkpoint=loaded.path,
         step=loaded.step,
         preset=model.config.preset,
-        num_iterations=model.config.num_iterations,
+        terms=list(model.config.stream_terms),
+        num_iterations=own,
         iterations_followed=followed,
         text=text.name,
         tokens=statistics[0].num_tokens,
@@ -156,11 +169,17 @@ def report_convergence(
     return report, sample
 
 
-def _check(own: int, followed: int, epsilon: float) -> None:
+def _iterations(config: ModelConfig, wanted: int | None) -> tuple[int, int]:
+    """The model's own iterations, and those to follow."""
+    if config.integrator is None:
+        steps = 2 * config.num_layers
+        if wanted is not None:
+            raise RecipeError(f"iterations {wanted}: this model is one system of {steps} steps; leave iterations out")
+        return steps, steps
+    own, followed = config.num_iterations, wanted or max(FEWEST_FOLLOWED, 2 * config.num_iterations)
     if followed < max(2, own):
         raise RecipeError(f"iterations {followed}: must be at least 2 and the model's own {own}")
-    if not epsilon > 0:
-        raise RecipeError(f"epsilon {epsilon}: must be above 0")
+    return own, followed
 
 
 def _windows(text: Text, window: int, max_tokens: int, *, numbers_per_token: int) -> Callable[[], Iterator[Batch]]:
@@ -171,9 +190,10 @@ def _windows(text: Text, window: int, max_tokens: int, *, numbers_per_token: int
     return partial(text.windows, window=window, batch_size=rows, max_tokens=max_tokens)
 
 
-def _layer(index: int, statistics: LayerStatistics, bits: IterationReport, thresholds: Thresholds) -> LayerReport:
-    evidence = gather(statistics, bits.bits_per_byte, bits.without_layer[index]["change"])
-    verdict = judge(evidence, thresholds)
+def _layer(index: int, statistics: PathStatistics, bits: IterationReport, thresholds: Thresholds) -> LayerReport:
+    change = bits.without_layer[index]["change"] if bits.without_layer else None
+    evidence = gather(statistics, bits.bits_per_byte, change)
+    verdict = judge(evidence, thresholds, unit="iteration" if bits.without_layer else "step")
     return LayerReport(index, verdict, evidence, statistics.used_iterations, statistics.rows())
 
 
@@ -183,21 +203,34 @@ def default_directory(checkpoint: Path) -> Path:
     return run / "reports" / f"convergence-{checkpoint.name}"
 
 
-def write_report(report: ConvergenceReport, sample: TokenSample, directory: Path) -> tuple[list[str], str | None]:
+def write_report(
+    report: ConvergenceReport, sample: TokenSample, directory: Path, coefficients: pa.Table | None = None
+) -> tuple[list[str], str | None]:
     """Write all files of a report, in place of those of an earlier report in the same directory.
+
+    Args:
+        coefficients: of a stream, as `coefficient_table` has them.
 
     Returns:
         The names of the files; why there are no figures among them, None when there are.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for name in FIGURES:
+    for name in (*FIGURES, *STREAM_FIGURES, "coefficients.parquet"):
         (directory / name).unlink(missing_ok=True)
     summary, figures, warning = report.summary(), [], None
+    files = ["report.md", "summary.json", "trajectories.parquet"]
     try:
-        figures = draw_figures(summary, sample.table(), directory)
+        if coefficients is None:
+            figures = draw_figures(DRAW, summary, sample.table(), directory)
+        else:
+            figures = draw_figures(stream_drawings(coefficients), summary, sample.table(), directory)
     except ImportError:
         warning = 'no figures: they need matplotlib, which pip install "inl[plot]" brings'
+    if coefficients is not None:
+        files.append("coefficients.parquet")
+        pq.write_table(coefficients, directory / files[-1])
     sample.write(directory / "trajectories.parquet")
     (directory / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (directory / "report.md").write_text(to_markdown(summary, figures, warning), encoding="utf-8")
-    return ["report.md", "summary.json", "trajectories.parquet", *figures], warning
+    to_text = to_markdown if coefficients is None else stream_to_markdown
+    (directory / "report.md").write_text(to_text(summary, figures, warning), encoding="utf-8")
+    return [*files, *figures], warning

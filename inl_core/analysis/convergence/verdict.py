@@ -18,7 +18,7 @@ The verdict is the first of these that holds:
 from dataclasses import dataclass
 from typing import Literal
 
-from inl_core.analysis.convergence.layer_statistics import LayerStatistics
+from inl_core.analysis.convergence.layer_statistics import PathStatistics
 
 Word = Literal["converge", "oscillate", "drift", "ignored"]
 
@@ -63,8 +63,8 @@ class Verdict:
     reason: str
 
 
-def gather(statistics: LayerStatistics, bits_per_byte: float | None, change_without: float | None) -> Evidence:
-    """The evidence in a layer's statistics."""
+def gather(statistics: PathStatistics, bits_per_byte: float | None, change_without: float | None) -> Evidence:
+    """The evidence in the statistics of a layer or stream."""
     found = statistics.distributions
     size = found["state_rms"][0].percentile(50)
     used = min(statistics.used_iterations, statistics.num_iterations)
@@ -79,9 +79,9 @@ def gather(statistics: LayerStatistics, bits_per_byte: float | None, change_with
     )
 
 
-def judge(evidence: Evidence, thresholds: Thresholds = Thresholds()) -> Verdict:
-    """The word for one layer."""
-    ignored = _ignored(evidence, thresholds)
+def judge(evidence: Evidence, thresholds: Thresholds = Thresholds(), *, unit: str = "iteration") -> Verdict:
+    """The word for one layer, or for a stream, whose `unit` is a step."""
+    ignored = _ignored(evidence, thresholds, unit)
     if ignored:
         return Verdict("ignored", ignored)
     if evidence.num_nonfinite:
@@ -89,7 +89,8 @@ def judge(evidence: Evidence, thresholds: Thresholds = Thresholds()) -> Verdict:
     peak, last = max(evidence.movement), evidence.movement[-1]
     share = last / peak if peak else 0.0
     turns, count = evidence.num_turns, len(evidence.movement)
-    still = f"after {count} iterations it moves {last:.3g} an iteration, {share:.0%} of its peak"
+    article = "an" if unit == "iteration" else "a"
+    still = f"after {count} {unit}s it moves {last:.3g} {article} {unit}, {share:.0%} of its peak"
     if share <= thresholds.converged_movement:
         return Verdict("converge", f"{still}, having turned back {turns:.1f} times")
     if turns >= thresholds.oscillating_turns:
@@ -97,9 +98,9 @@ def judge(evidence: Evidence, thresholds: Thresholds = Thresholds()) -> Verdict:
     return Verdict("drift", f"{still}, and it turned back only {turns:.1f} times")
 
 
-def _ignored(evidence: Evidence, thresholds: Thresholds) -> str | None:
+def _ignored(evidence: Evidence, thresholds: Thresholds, unit: str) -> str | None:
     if evidence.displacement < thresholds.ignored_displacement:
-        return f"the used iterations move the state by {evidence.displacement:.2%} of its size"
+        return f"the used {unit}s move the state by {evidence.displacement:.2%} of its size"
     if evidence.change_without is None or not evidence.bits_per_byte:
         return None
     share = evidence.change_without / evidence.bits_per_byte
