@@ -123,7 +123,8 @@ def _report(console: Console, result: dict[str, Any]) -> None:
     score = result["evaluation"] or {}
 
     def render() -> None:
-        rows = [(name.replace("_", " "), score[name]) for name in score]
+        shown = [name for name in score if name != "iterations" or score[name]]  # a model may have none
+        rows = [(name.replace("_", " "), score[name]) for name in shown]
         console.table(f"{result['run']}: step {result['step']:,}", ("validation", ""), rows)
 
     console.result(result, render)
