@@ -100,6 +100,20 @@ def test_people_see_every_table(inl: Callable[..., Result]) -> None:
     assert "integrator" not in transformer.stdout
 
 
+def test_the_plan_of_a_stream_names_its_terms_and_counts_its_velocities(inl: Callable[..., Result]) -> None:
+    data = figures(inl("--preset", "v5", *SMALL, "--json"))
+    model = data["model"]
+    assert model["stream"] == f"{2 * model['layers']} steps: transport, momentum, anchor, equilibrium, excitation"
+    once = 4 * (2 * model["layers"] + 1) * model["d_model"]
+    for row in data["kv_cache"]:
+        assert row["bytes_per_sequence"] == once
+        assert row["bytes_at_max_seq_len"] == model["context"] * row["bytes_per_token"] + once
+    assert "of velocities a row" in inl("--preset", "v5", *SMALL).stdout
+    transformer = figures(inl("--preset", "transformer", *SMALL, "--json"))
+    assert "stream" not in transformer["model"]
+    assert transformer["kv_cache"][0]["bytes_per_sequence"] == 0
+
+
 def test_mixtures_budgets_and_uneven_iterations_are_planned(inl: Callable[..., Result]) -> None:
     experts = ("model.integrator.controller.experts=4", "model.integrator.iterations_per_layer=[1, 4]")
     data = figures(inl("--preset", "v4", *SMALL, *(word for text in experts for word in ("--set", text)), "--json"))
