@@ -186,7 +186,10 @@ def _show_depth(console: Console, report: "ParameterReport") -> None:
     for kind, title in (("force", "what made the velocity"), ("movement", "what moved the state")):
         names = dict.fromkeys(row["quantity"] for row in report.layers if row["quantity"].startswith(kind))
         if names:
-            rows = [(place, *(f"{mean:.1%}" for mean in means)) for place, *means in _means(report, names)]
+            rows = [
+                (place, *(None if mean is None else f"{mean:.1%}" for mean in means))
+                for place, *means in _means(report, names)
+            ]
             console.write("\n")
             console.table(f"{title}: shares", ("", *(name.split("_")[1] for name in names)), rows)
 

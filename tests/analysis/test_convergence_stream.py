@@ -203,6 +203,20 @@ def test_momentum_alone_is_reported_too(reported: Callable[..., Result], monkeyp
     assert not any("movement" in name or "mu" in name for name in rows[1])
 
 
+def test_what_a_step_lacks_is_null(
+    reported: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = reported("transport after attention")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "report" / "summary.json").read_text())["layers"][0]["iterations"]
+    assert [row["movement_transport"]["mean"] is None for row in rows] == [True, False, True, False, True]
+    table = pq.read_table(tmp_path / "report" / "coefficients.parquet").to_pandas()
+    assert table.groupby("step")["transport"].count().tolist() == [32, 32, 0, 32, 0]
+    excited = table[(table["step"] == 1) & table["gamma"].notna()]["channel"]
+    assert excited.tolist() == model_of("transport after attention").steps()[0].excitation.excited.tolist()
+
+
 def test_a_stream_is_followed_whole(reported: Callable[..., Result]) -> None:
     result = reported("v5", "--iterations", "9")
     assert result.exit_code == 2

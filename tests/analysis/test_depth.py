@@ -23,6 +23,10 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "v5": ("v5", {}),
     "dynamic alpha": ("v5", {"stream": {"dynamic_alpha": True}}),
     "transport": ("transformer", {"transport": True}),
+    "transport after attention": (
+        "v5",
+        {"transport": "attention", "stream": {"dynamic_alpha": False, "excitation": {"sparsity": 0.25}}},
+    ),
     "momentum": ("v5", {"transport": False, "stream": {"anchor": False, "equilibrium": False, "excitation": None}}),
 }
 IDS = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -58,7 +62,10 @@ def by_the_equation(model: IntegratorLanguageModel) -> dict[tuple[str, str], np.
         mu, excitation = vector(step.mu), step.excitation
         wake = 1 - np.exp(-step.kappa * rms(x - mu)[..., None]) if step.kappa else 1.0
         forces = {"momentum": wake * vector(step.alpha) * v, "candidate": c, "pull": vector(step.beta) * (mu - x)}
-        wave = amplitude * np.sin(vector(excitation.gamma) * t + vector(excitation.phi)) if excitation else np.zeros(32)
+        wave = np.zeros(32)
+        if excitation:
+            excited = excitation.excited.tolist()
+            wave[excited] = amplitude * np.sin(vector(excitation.gamma) * t + vector(excitation.phi))
         forces["excitation"] = np.broadcast_to(wave, x.shape)
         v = sum(forces.values())
         moves = {"velocity": v, "transport": vector(step.transport) * shift(v), "anchor": vector(step.anchor) * start}
@@ -92,7 +99,7 @@ def test_shares_and_motion_are_those_of_the_equation(name: str) -> None:
             assert sum(means) == pytest.approx(1.0) or not means
 
 
-@pytest.mark.parametrize("name", ["v5", "transport"])
+@pytest.mark.parametrize("name", ["v5", "transport", "transport after attention"])
 def test_the_learned_vectors_are_the_models(name: str) -> None:
     preset, changes = STREAMS[name]
     model = tiny_model(preset, **changes)
@@ -145,6 +152,14 @@ def test_inspect_params_shows_every_sub_layer(inspected: Callable[..., Result]) 
     rows = list(csv.DictReader(io.StringIO(inspected("v5", "--csv").stdout)))
     assert [float(row["mean"]) for row in rows] == [row["mean"] for row in data["layers"]]
     assert {row["layer"] for row in rows} == {"", "0", "1"}
+
+
+def test_a_term_that_a_sub_layer_lacks_is_a_dash(inspected: Callable[..., Result]) -> None:
+    printed = inspected("transport after attention")
+    assert printed.exit_code == 0, printed.output
+    shares = printed.stdout[printed.stdout.index("what moved the state") :]
+    [line] = [line for line in shares.splitlines() if line.startswith("layer 0 feed-forward")]
+    assert "-" in line.split()[-3:]
 
 
 def test_of_a_transformer_with_transport_only_the_transport_is_learned(inspected: Callable[..., Result]) -> None:

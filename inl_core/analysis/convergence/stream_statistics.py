@@ -72,15 +72,16 @@ def coefficient_table(model: IntegratorLanguageModel) -> pa.Table | None:
         return None
     rows = []
     for number, (place, vectors) in enumerate(coefficients_by_place(model)):
-        columns = dict(vectors)
-        if number and (excitation := model.steps()[number - 1].excitation) is not None:
+        columns: dict[str, list[float | None]] = {name: vector.tolist() for name, vector in vectors.items()}
+        if "gamma" in columns:
+            excitation = model.steps()[number - 1].excitation
+            assert excitation is not None
+            excited = excitation.excited.tolist()
             for name in ("gamma", "phi"):
-                whole = torch.full((excitation.dim,), torch.nan)
-                whole[excitation.excited.cpu()] = vectors[name].cpu()
-                columns[name] = whole
-        values = {name: vector.tolist() for name, vector in columns.items()}
+                found = dict(zip(excited, columns[name], strict=True))
+                columns[name] = [found.get(channel) for channel in range(model.config.d_model)]
         for channel in range(model.config.d_model):
-            own = {name: value[channel] for name, value in values.items()}
+            own = {name: values[channel] for name, values in columns.items()}
             rows.append({"step": number, **place, "channel": channel, **own})
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
