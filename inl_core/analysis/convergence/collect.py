@@ -8,7 +8,7 @@
 - Legend: B batch, S sequence, N scored tokens of a batch, D d_model, T iterations followed.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inl_core.analysis.convergence.layer_statistics import LayerStatistics
+from inl_core.analysis.convergence.layer_statistics import LayerStatistics, PathStatistics
 from inl_core.analysis.convergence.sample import TokenSample
 from inl_core.analysis.convergence.stream_statistics import StreamStatistics
 from inl_core.corpus.loader import IGNORED, Batch
@@ -31,11 +31,14 @@ def trace(
     num_iterations: int,
     epsilon: float,
     sample: TokenSample | None = None,
-) -> list[LayerStatistics]:
-    """Follow every layer on the scored tokens of `batches`; the model must be in evaluation mode.
+) -> Sequence[PathStatistics]:
+    """Follow every layer, or the stream, on the scored tokens of `batches`; the model must be in evaluation mode.
 
     Early stopping is off here; what it does is measured by iterations.py.
     """
+    if model.config.integrator is None:
+        stream = trace_stream(model, batches, epsilon=epsilon, sample=sample)
+        return [stream] if stream.num_tokens else []
     statistics: dict[int, LayerStatistics] = {}
     device = model.embedding.table.weight.device
     scored, kept = torch.empty(0), None  # of the batch that is running

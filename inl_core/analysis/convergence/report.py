@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
-from inl_core.analysis.convergence.collect import trace, trace_stream
+from inl_core.analysis.convergence.collect import trace
 from inl_core.analysis.convergence.figures import DRAW, FIGURES, draw_figures
 from inl_core.analysis.convergence.iterations import (
     IterationReport,
@@ -128,9 +128,7 @@ def report_convergence(
     """
     require_dynamics(loaded)
     model = loaded.model
-    own, followed = _iterations(model.config, num_iterations)
-    if not epsilon > 0:
-        raise RecipeError(f"epsilon {epsilon}: must be above 0")
+    own, followed = _iterations(model.config, num_iterations, epsilon)
     if window is None:
         window = min(default_window(loaded), max(1, text.num_targets))
     windows = _windows(text, window, max_tokens, numbers_per_token=followed * model.config.d_model)
@@ -138,11 +136,8 @@ def report_convergence(
     advance = lambda: progress(next(num_done), passes)  # noqa: E731
     model.eval()
     sample = TokenSample(loaded.tokenizer, size=sample_tokens, num_tokens=min(max_tokens, text.num_targets))
-    if model.config.integrator is None:
-        statistics = [trace_stream(model, windows(), epsilon=epsilon, sample=sample)]
-    else:
-        statistics = trace(model, windows(), num_iterations=followed, epsilon=epsilon, sample=sample)
-    if not statistics or not statistics[0].num_tokens:
+    statistics = trace(model, windows(), num_iterations=followed, epsilon=epsilon, sample=sample)
+    if not statistics:
         raise ArtefactError(f"{text.name}: holds no target token; give it more text")
     advance()
     byte_table = text.byte_counts(max_tokens).token_num_bytes
@@ -169,8 +164,10 @@ def report_convergence(
     return report, sample
 
 
-def _iterations(config: ModelConfig, wanted: int | None) -> tuple[int, int]:
-    """The model's own iterations, and those to follow."""
+def _iterations(config: ModelConfig, wanted: int | None, epsilon: float) -> tuple[int, int]:
+    """The model's own iterations, and those to follow; RecipeError where the settings cannot be used."""
+    if not epsilon > 0:
+        raise RecipeError(f"epsilon {epsilon}: must be above 0")
     if config.integrator is None:
         steps = 2 * config.num_layers
         if wanted is not None:
