@@ -195,7 +195,8 @@ class InnerAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
         )
-        return mixed.view(batch, self.num_heads, length, -1).transpose(1, 2).reshape(batch, length, -1)
+        mixed = mixed.view(batch, self.num_heads, length, -1).transpose(1, 2).reshape(batch, length, -1)
+        return mixed.to(packed.dtype)  # a cache may hold another one
 
 
 class Attention(nn.Module):

@@ -140,6 +140,17 @@ def test_the_cache_gives_what_the_whole_text_gives(name):
     torch.testing.assert_close(last[:, 0], torch.stack((whole[2, 5], whole[0, 10])), rtol=1e-9, atol=1e-9)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["v5", "transformer"])
+def test_a_cache_in_bfloat16_gives_nearly_what_one_in_float32_gives(name):
+    model, ids = variant(name).float().eval(), some_ids(3, 11)
+    caches = [model.new_cache(3, 11, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for a, b in [(0, 6), (6, 10), (10, 11)]:
+        exact, rounded = (model(ids[:, a:b], cache=cache).hidden for cache in caches)
+        assert rounded.dtype == exact.dtype == torch.float32
+        torch.testing.assert_close(rounded, exact, rtol=0.0, atol=0.05 * exact.abs().max().item())
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5), min_size=1, max_size=3), st.booleans())
 def test_a_token_has_a_predecessor_only_in_its_document(rows: list[list[int]], is_restarted: bool):
