@@ -18,7 +18,7 @@ import torch._functorch.config as compiler_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from inl_core.errors import ExecutionWarning
+from inl_core.errors import ExecutionWarning, InlError
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.block import Block
 from inl_core.model.dynamics import Dynamics
@@ -134,7 +134,14 @@ class _Kind:
         return (self.compiled if self.compilations < _MOST_COMPILATIONS else self.method)(*args)
 
     def _generate(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        code = generate_code(graph, inputs)  # which may ask for another graph before it returns
+        try:
+            code = generate_code(graph, inputs)  # which may ask for another graph before it returns
+        except InlError:
+            raise
+        except Exception as error:  # a fault of the compiler, or its processes were killed: nothing need end for that
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            warnings.warn(f"{self.what}, but that failed: {reason}; it runs uncompiled", ExecutionWarning, stacklevel=2)
+            return graph.forward
         self.compilations += 1
         if self.compilations > 1:
             after = (

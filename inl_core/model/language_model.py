@@ -149,12 +149,20 @@ class IntegratorLanguageModel(nn.Module):
             if self.config.integrator is not None:
                 x, outputs = self._integrate(x, rotary, mask, cache, options)
             else:
-                all_have = positions is None and document_ids is None and (cache is None or cache.padding is None)
-                has_previous = None if all_have else have_previous(places, document_ids)
+                has_previous = self._have_previous(places, positions, document_ids, cache)
                 x, outputs = self._stream(x, rotary, mask, has_previous, cache, options)
         if cache is not None:
             cache.length += num_new
         return ModelOutput(self.norm_final(x), outputs, table if self.head is None else None)
+
+    def _have_previous(
+        self, places: Tensor, positions: Tensor | None, document_ids: Tensor | None, cache: KVCache | None
+    ) -> Tensor | None:
+        """As the stream wants it: None where nobody looks at the token before, or all but a text's first have one."""
+        is_told = positions is not None or document_ids is not None
+        # A static cache always has a mask: torch 2.13's compiler fails on transport without one from a cache.
+        is_masked = cache is not None and (cache.is_static or cache.padding is not None)
+        return have_previous(places, document_ids) if self.config.transport and (is_told or is_masked) else None
 
     def _integrate(
         self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None, options: Options

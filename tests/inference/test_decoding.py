@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inl_core.errors import ExecutionWarning
 from inl_core.inference import decoding, linear_layouts
 from inl_core.inference.decoding import Decoder
 from inl_core.inference.generate import GenerationSettings, generate
@@ -197,6 +198,38 @@ def test_the_compiled_step_is_the_model_s_and_compiles_nothing_after_its_first_t
     with torch.compiler.set_stance("fail_on_recompile"):
         found, _ = step_by_step(decoder, ids, prompt=5)
     torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [("v5", {}), pytest.param("transformer", {"transport": True}, marks=pytest.mark.slow)],
+)
+@torch.no_grad()
+def test_rows_of_one_length_are_decoded_by_generated_code(preset: str, changes: dict[str, Any], recwarn) -> None:
+    """No padding, more than one row, matrices as torch has them: the compiler is left its choice of what to fuse."""
+    torch._dynamo.reset()
+    compilation.compiled_for.cache_clear()
+    model = tiny_model(preset, num_layers=1, **changes)
+    ids = random_ids(model, 2, 9)
+    found, _ = step_by_step(Decoder(model, Options(), rows=2, compiled=True), ids, prompt=6)
+    torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 5:]), atol=1e-5, rtol=1e-5)
+    assert not [warning for warning in recwarn if issubclass(warning.category, ExecutionWarning)]
+
+
+@torch.no_grad()
+def test_a_compiler_that_fails_is_warned_of_and_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> None:
+        raise RuntimeError("no space left\nand more")
+
+    torch._dynamo.reset()
+    compilation.compiled_for.cache_clear()
+    monkeypatch.setattr(compilation, "generate_code", generate_code)
+    model = tiny_model("v5")
+    ids = random_ids(model, 2, 9)
+    with pytest.warns(ExecutionWarning, match="compiled for decoding, but that failed: no space left; it runs uncomp"):
+        found, _ = step_by_step(Decoder(model, Options(), rows=2, compiled=True), ids, prompt=6)
+    torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 5:]), atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("compiler")
