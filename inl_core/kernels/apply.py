@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
     way: str
     """`torch`, `C++ with MKL` or `C++ with oneDNN` (the library whose matrix product it calls); of the loss
-    `inl's chunks`."""
+    `inl's chunks`, of the stream `torch in place`."""
     why: str
 
 

@@ -15,7 +15,7 @@ from inl_core.model.stream import Coefficients, Motion
 
 
 class MotionInPlace(Motion):
-    """The same step; generation, which keeps no gradient, takes the plain one."""
+    """The same step; a pass with a cache of velocities takes the plain one."""
 
     def forward(
         self,

@@ -182,8 +182,8 @@ class Step(nn.Module):
         """What the tokens have in common, at A = `amplitude`."""
         constant = None if self.excitation is None else self.excitation.at(self.time, amplitude)[0]
         if self.beta is not None and self.mu is not None:
-            pull = self.beta * self.mu
-            constant = pull if constant is None else constant + pull
+            towards_mu = self.beta * self.mu
+            constant = towards_mu if constant is None else constant + towards_mu
         return Coefficients(self.alpha, self.beta, constant, self.transport, self.anchor)
 
     def wake(self, x: Tensor) -> Tensor:
@@ -216,6 +216,12 @@ class StreamBlock(nn.Module):
         """The second step, whose candidate is the feed-forward's output."""
         candidate = self.feed_forward(self.norm_feed_forward(x))
         return self.step_feed_forward(x, v, candidate, shared, None if cache is None else cache.previous[1])
+
+
+def stream_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """All that the entry and the steps of a model learn, mu and the excitation included."""
+    own = (module for module in model.modules() if isinstance(module, Entry | Step))
+    return {parameter for module in own for parameter in module.parameters()}
 
 
 def flow(

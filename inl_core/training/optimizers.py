@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from inl_core.model.stream import stream_parameters
 from inl_core.recipe import OptimizerSettings
 
 
@@ -92,9 +93,10 @@ class Optimizers:
 def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> Optimizers:
     """Split the parameters into groups and build their optimizers (fused AdamW where torch has it: CPU and CUDA)."""
     muon, decay, plain, stream = [], [], [], []
+    of_stream = stream_parameters(model)
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() == 2 and "modulation" not in name
-        if ".step_" in name or name.startswith("entry."):
+        if parameter in of_stream:
             stream.append((name, parameter))
         elif settings.name == "muon" and is_matrix and name.startswith("blocks."):
             muon.append((name, parameter))
@@ -116,7 +118,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
         parts.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
     groups = group("with decay", decay, settings.weight_decay, settings.learning_rate)
     groups += group("without decay", plain, 0.0, settings.learning_rate)
-    groups += group("of the stream", stream, 0.0, settings.learning_rate * settings.stream_rate_factor)
+    groups += group("vectors of the steps", stream, 0.0, settings.learning_rate * settings.stream_rate_factor)
     fused = device.type in ("cpu", "cuda")
     parts.append(torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=fused))
     return Optimizers(parts)

@@ -110,6 +110,18 @@ def test_states_are_those_of_the_optimizers_that_training_builds() -> None:
             assert counted_states.checkpoint == training_bytes(model)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_streams_group_is_what_its_modules_learn_whatever_others_are_called(preset: str) -> None:
+    model = model_of(preset)
+    model.blocks[0].step_size = torch.nn.Parameter(torch.zeros(3))
+    optimizers = build_optimizers(model, OptimizerSettings(), torch.device("cpu"))
+    groups = {group["label"]: group["param_names"] for part in optimizers.parts for group in part.param_groups}
+    names = [name for name, _ in model.named_parameters()]
+    wanted = [name for name in names if "step_attention." in name or "step_feed_forward." in name or "entry." in name]
+    assert groups.get("vectors of the steps", []) == wanted
+    assert (preset in ("v5", "transport")) == bool(wanted)
+
+
 @pytest.mark.parametrize("preset", ["v1", "v3", "v5", "transport"])
 def test_the_cache_has_the_size_of_the_real_one(preset: str) -> None:
     model = model_of(preset)

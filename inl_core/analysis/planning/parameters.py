@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 from inl_core.model import IntegratorLanguageModel
+from inl_core.model.stream import stream_parameters
 from inl_core.recipe import ModelConfig
 
-# The first matching prefix or part of a parameter's name decides where it is counted.
+_STREAM = "stream"
+# The first matching prefix or part of a parameter's name decides where it is counted. What the stream's modules learn
+# matches their row, whatever its name.
 _PARTS = (
     ("embedding", ("embedding.",)),
     ("head", ("head.",)),
@@ -17,7 +20,7 @@ _PARTS = (
     ("budget", ("budget.",)),
     ("mu", (".equilibrium.", ".mu")),
     ("excitation", (".excitation.",)),
-    ("stream", (".step_", "entry.")),
+    (_STREAM, ()),
     ("feed-forward", (".feed_forward.",)),
     ("norms and gains", ("norm", "_gain")),
 )
@@ -26,8 +29,10 @@ _PARTS = (
 def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     """Parameters by part, in a fixed order; parts a model does not have are left out."""
     counts: dict[str, int] = {name: 0 for name, _ in _PARTS}
+    of_stream = stream_parameters(model)
     for name, parameter in model.named_parameters():
-        part = next((part for part, marks in _PARTS if any(mark in name for mark in marks)), None)
+        own = _STREAM if parameter in of_stream else None
+        part = next((part for part, marks in _PARTS if part == own or any(mark in name for mark in marks)), None)
         assert part is not None, f"parameter {name} belongs to no part"
         counts[part] += parameter.numel()
     return {part: count for part, count in counts.items() if count}
