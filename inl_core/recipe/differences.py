@@ -73,6 +73,7 @@ _FIXED = {
     "model.integrator.readout",
     "model.num_kv_heads",
     "model.num_layers",
+    "model.preset",
     "model.stream",
     "model.stream.anchor",
     "model.stream.equilibrium",

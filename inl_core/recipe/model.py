@@ -278,9 +278,10 @@ class ModelConfig(Section):
         controllers = self.num_layers * self.integrator.controller.experts if self.integrator else 0
         if controllers > _MOST_CONTROLLERS:
             raise ValueError(f"num_layers x experts is {controllers:,}, above {_MOST_CONTROLLERS:,}; lower one of them")
-        if self.integrator and (self.stream or self.transport):
-            key = "stream" if self.stream else "transport"
-            raise ValueError(f"{key} is for blocks without an integrator (v5 and transformer): remove it")
+        if self.stream and self.preset != "v5":
+            raise ValueError("stream is for v5: set preset: v5 (and switch its terms off one by one), or remove it")
+        if self.transport and self.preset not in ("v5", "transformer"):
+            raise ValueError(f"transport is for v5 and transformer, not for {self.preset}: remove it")
         if self.stream and self.stream.dynamic_alpha and not self.stream.momentum:
             raise ValueError("stream.dynamic_alpha acts on the momentum: set stream.momentum true")
         each = self.integrator.iterations_per_layer if self.integrator else None

@@ -39,7 +39,13 @@ def changed_recipe(
         if problem := problem_with_path(tuple(key.split("."))):
             raise RecipeError(f"--allow-change {key}: {problem}")
     path = _recipe_file(run, warn)
-    old, new = (load_recipe(path, given, allow_pipe=False) for given in ((), overrides))
+    old = load_recipe(path, allow_pipe=False)
+    if any(_sets_another_preset(text, old.model.preset) for text in overrides):
+        raise RecipeError(
+            f"{run}: model.preset cannot change in a run, whose weights are those of a {old.model.preset} model; "
+            "`inl train` starts a new run"
+        )
+    new = load_recipe(path, overrides, allow_pipe=False)
     changes = recipe_differences(old, new)
     for change in changes:
         show(change)
@@ -153,6 +159,12 @@ def _check_recipe(run: Path, checkpoint: Path, recipe: Recipe, allowed: Collecti
 def _refused(changes: Sequence[Difference], allowed: Collection[str]) -> list[Difference]:
     """The changes that --allow-change would permit and does not; changes that nothing permits are not among them."""
     return [c for c in changes if c.kind == "identity" and not c.is_fixed and c.path not in allowed]
+
+
+def _sets_another_preset(override: str, preset: str) -> bool:
+    """Whether an override names another generation, with whose rules the run's own keys would be refused one by one."""
+    key, _, value = override.partition("=")
+    return key.strip() == "model.preset" and value.strip(" '\"") != preset
 
 
 def _flags(changes: Sequence[Difference]) -> str:

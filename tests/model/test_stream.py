@@ -214,8 +214,15 @@ def test_a_kept_trajectory_is_the_whole_depth_and_changes_nothing(name):
 
 
 def test_the_integrators_switches_are_refused_by_name():
-    for key, values in {"stream": {"stream": {}}, "transport": TRANSPORT}.items():
-        with pytest.raises(ValueError, match=f"{key} is for blocks without an integrator"):
-            ModelConfig.model_validate({"preset": "v4", **values})
+    for preset in (*(f"v{generation}" for generation in range(1, 5)), "transformer"):
+        with pytest.raises(
+            ValueError, match=r"stream is for v5: set preset: v5 \(and switch its terms off one by one\)"
+        ):
+            ModelConfig.model_validate({"preset": preset, "stream": {"momentum": True}})
+    for integrator in ({}, {"integrator": None}):  # without one v4 is its block alone, and still no stream
+        with pytest.raises(ValueError, match="transport is for v5 and transformer, not for v4: remove it"):
+            ModelConfig.model_validate({"preset": "v4", "transport": True, **integrator})
+        with pytest.raises(ValueError, match="stream is for v5"):
+            ModelConfig.model_validate({"preset": "v4", "stream": {}, **integrator})
     with pytest.raises(ValueError, match="the v5 preset has no integrator"):
         ModelConfig.model_validate({"preset": "v5", "integrator": {"early_stopping": {"convergence_threshold": 0.1}}})

@@ -89,6 +89,16 @@ def test_a_change_that_no_leave_helps_is_not_offered(trained):
         changed(run.path, "training.seed=1")
 
 
+@pytest.mark.parametrize(("preset", "other"), [("v5", "v4"), ("v5", "transformer"), ("v4", "v5")])
+def test_a_run_keeps_its_generation(train, preset, other):
+    run, recipe = train(preset)
+    assert changed(run.path, f"model.preset={preset}") == recipe
+    for override in (f"model.preset={other}", f"model.preset='{other}'", f"model={{preset: {other}}}"):
+        with pytest.raises(RecipeError, match=r"model\.preset.* cannot change in a run") as refused:
+            changed(run.path, override, allowed=("model.preset", "model"))
+        assert "--allow-change" not in str(refused.value)
+
+
 def test_what_cannot_be_resumed_is_not_sent_to_a_train_that_would_refuse_it(trained, tmp_path):
     run, recipe = trained
     with pytest.raises(ArtefactError, match="`inl train RECIPE` starts one"):
