@@ -114,7 +114,7 @@ def _presets(_: str | None) -> Iterator[Row]:
 def _set_by_presets() -> list[str]:
     """The keys that some preset sets, dotted."""
     keys = dict.fromkeys(key for preset in PRESETS.values() for key, _ in _flat("model.", preset))
-    return [key for key in keys if key != "model.integrator"]
+    return [key for key in keys if key not in ("model.integrator", "model.stream")]  # null: its keys show a dash
 
 
 def _sizes(_: str | None) -> Iterator[Row]:
