@@ -116,20 +116,21 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
 
 def _show_stream(console: Console, summary: dict[str, Any]) -> None:
     from inl_core.analysis.convergence.markdown import sentences, shown
-    from inl_core.analysis.convergence.stream_markdown import share_cells, share_names, without_tables
+    from inl_core.analysis.convergence.stream_markdown import share_tables, without_tables
     from inl_core.training.depth import place_name
 
     rows = summary["layers"][0]["iterations"][1:]
-    shares = share_names(rows)
     title = f"{summary['checkpoint']} on {summary['tokens']:,} tokens of {summary['text']}"
     title += f"\none system of {len(rows)} steps: {', '.join(summary['terms'])}"
     motion = ("state_rms", "velocity_rms", "residual", "distance_end")
     cells = [(place_name(row), *(row[name]["p50"] for name in motion)) for row in rows]
     console.table(f"{title}\nrms figures, medians over tokens", ("", "x", "v", "moves", "to its end"), cells)
     console.write("\n" + "".join(f"{sentence}\n" for sentence in sentences(summary)) + "\n")
-    cells = [(place_name(row), *share_cells(row, shares)) for row in rows]
-    console.table("shares of the terms, means over tokens", ("", *(name.split("_")[1] for name in shares)), cells)
-    console.write(f"\nBits per byte, the model as it is: {shown(summary['bits_per_byte']['bits_per_byte'])}\n")
+    for title, columns, shares in share_tables(rows):
+        cells = [(place_name(row), *own) for row, own in zip(rows, shares, strict=True)]
+        console.table(title, ("", *columns), cells)
+        console.write("\n")
+    console.write(f"Bits per byte, the model as it is: {shown(summary['bits_per_byte']['bits_per_byte'])}\n")
     for title, columns, cells in without_tables(summary):
         console.write("\n")
         console.table(title, ("", *columns[1:]), cells)

@@ -181,17 +181,17 @@ def _show_measured(console: Console, report: "ParameterReport") -> None:
 
 
 def _show_depth(console: Console, report: "ParameterReport") -> None:
+    from inl_core.training.depth import share_groups
+
     motion = {"state": "rms x", "velocity": "rms v", "residual": "rms change of x"}
     console.table("x and v after each step, and how far it moved x", ("", *motion.values()), _means(report, motion))
-    for kind, title in (("force", "what made the velocity"), ("movement", "what moved the state")):
-        names = dict.fromkeys(row["quantity"] for row in report.layers if row["quantity"].startswith(kind))
-        if names:
-            rows = [
-                (place, *(None if mean is None else f"{mean:.1%}" for mean in means))
-                for place, *means in _means(report, names)
-            ]
-            console.write("\n")
-            console.table(f"{title}: shares", ("", *(name.split("_")[1] for name in names)), rows)
+    for title, names in share_groups({row["quantity"] for row in report.layers}).items():
+        rows = [
+            (place, *(None if mean is None else f"{mean:.1%}" for mean in means))
+            for place, *means in _means(report, names)
+        ]
+        console.write("\n")
+        console.table(f"{title}: shares", ("", *names.values()), rows)
 
 
 def _means(report: "ParameterReport", names: Iterable[str]) -> list[tuple[Any, ...]]:

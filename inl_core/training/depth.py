@@ -6,7 +6,7 @@
 - Legend: B batch, S sequence, N tokens, D d_model, L layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ Place = dict[str, Any]
 EMBEDDING: Place = {"layer": None, "sub_layer": "embedding"}
 FORCES = ("momentum", "candidate", "pull", "excitation")
 MOVEMENTS = ("velocity", "transport", "anchor")
+_TERMS = {"force": ("what makes the velocity", FORCES), "movement": ("what moves the state", MOVEMENTS)}
 
 
 def places(num_layers: int) -> list[Place]:
@@ -81,13 +82,24 @@ def rms(values: Tensor) -> Tensor:
 
 def step_shares(step: Step, path: Trajectory, t: int, amplitude: Tensor) -> dict[str, Tensor]:
     """force_NAME and movement_NAME, the shares of the terms of step t, where there is more than one term."""
-    found = {"force": forces(step, path, t, amplitude), "movement": movements(step, path, t)}
-    return {
-        f"{kind}_{name}": share
-        for kind, terms in found.items()
-        if len(terms) > 1
-        for name, share in shares(terms).items()
+    found = {}
+    for kind, terms in (("force", forces(step, path, t, amplitude)), ("movement", movements(step, path, t))):
+        if len(terms) > 1:
+            found |= {f"{kind}_{name}": share for name, share in shares(terms).items()}
+    return {name: found[name] for names in share_groups(found).values() for name in names}
+
+
+def share_groups(present: Container[str]) -> dict[str, dict[str, str]]:
+    """Title -> share -> its term, in the one order in which all reports show them.
+
+    Args:
+        present: names of shares, as of `step_shares`; a group of which none is present is left out.
+    """
+    found = {
+        title: {f"{kind}_{term}": term for term in terms if f"{kind}_{term}" in present}
+        for kind, (title, terms) in _TERMS.items()
     }
+    return {title: names for title, names in found.items() if names}
 
 
 def quantities(model: IntegratorLanguageModel, path: Trajectory) -> Iterator[tuple[Place, str, Tensor]]:

@@ -21,7 +21,7 @@ from inl_core.inference.evaluate import evaluate
 from inl_core.model import IntegratorLanguageModel, Options
 from tests.analysis.test_convergence_collect import arrays, load, middle, windows
 from tests.analysis.test_convergence_statistics import slow_metrics
-from tests.analysis.test_depth import DOCUMENTS, IDS, PLACES, STREAMS, rms
+from tests.analysis.test_depth import DOCUMENTS, FORCES, IDS, MOVEMENTS, PLACES, STREAMS, columns_below, rms
 from tests.inference.tiny import tiny_model, write_checkpoint
 
 TERMS = ["transport", "momentum", "anchor", "equilibrium", "excitation"]
@@ -183,6 +183,13 @@ def test_the_report_is_written_and_printed(reported: Callable[..., Result], tmp_
     for place in PLACES:
         assert f"\n{place} " in result.stdout
         assert f"| {place} |" in text
+    titles = {"what makes the velocity": FORCES, "what moves the state": MOVEMENTS}
+    for title, columns in list(titles.items())[name == "transport" :]:
+        wanted = [term for term in columns if name == "v5" or term != "anchor"]
+        assert columns_below(result.stdout, title) == wanted
+        below = text.index(f"## {title[0].upper()}{title[1:]}")
+        assert f"| t |  | {' | '.join(wanted)} |\n" in text[below : below + 200]
+    assert ("what makes the velocity" in result.stdout) == (name == "v5")
     figures = {"residual", "distance", "coefficients", "shares", "transport", "bits_per_byte", "portrait"}
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == figures
     assert all(f"]({figure}.png)" in text for figure in figures)

@@ -30,6 +30,7 @@ STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum": ("v5", {"transport": False, "stream": {"anchor": False, "equilibrium": False, "excitation": None}}),
 }
 IDS = torch.randint(0, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+FORCES, MOVEMENTS = ["momentum", "candidate", "pull", "excitation"], ["velocity", "transport", "anchor"]
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [0] * 9])
 PLACES = ["layer 0 attention", "layer 0 feed-forward", "layer 1 attention", "layer 1 feed-forward"]
 
@@ -139,12 +140,21 @@ def inspected(workplace: Path, tmp_path: Path) -> Callable[..., Result]:
     return run
 
 
+def columns_below(text: str, title: str) -> list[str]:
+    """The columns of the table whose title's line begins so, without those that have no name."""
+    lines = text.splitlines()
+    [row] = [row for row, line in enumerate(lines) if line.startswith(title)]
+    return lines[row + 1].split()
+
+
 def test_inspect_params_shows_every_sub_layer(inspected: Callable[..., Result]) -> None:
     printed, data = inspected("v5"), json.loads(inspected("v5", "--json").stdout)
     assert printed.exit_code == 0, printed.output
     for title in ("alpha, momentum", "b, transport", "r, anchor", "beta, the pull", "mu, the", "gamma, radians a step"):
         assert f"\n{title}" in printed.stdout
     assert "period, steps" in printed.stdout
+    assert columns_below(printed.stdout, "what makes the velocity") == FORCES
+    assert columns_below(printed.stdout, "what moves the state") == MOVEMENTS
     assert all(f"\n{place} " in printed.stdout for place in ["embedding", *PLACES])
     mu = next(row for row in data["layers"] if row["quantity"] == "mu")
     assert f"{mu['mean']:.4f}" in printed.stdout
@@ -157,7 +167,7 @@ def test_inspect_params_shows_every_sub_layer(inspected: Callable[..., Result]) 
 def test_a_term_that_a_sub_layer_lacks_is_a_dash(inspected: Callable[..., Result]) -> None:
     printed = inspected("transport after attention")
     assert printed.exit_code == 0, printed.output
-    shares = printed.stdout[printed.stdout.index("what moved the state") :]
+    shares = printed.stdout[printed.stdout.index("what moves the state") :]
     [line] = [line for line in shares.splitlines() if line.startswith("layer 0 feed-forward")]
     assert "-" in line.split()[-3:]
 
@@ -165,7 +175,7 @@ def test_a_term_that_a_sub_layer_lacks_is_a_dash(inspected: Callable[..., Result
 def test_of_a_transformer_with_transport_only_the_transport_is_learned(inspected: Callable[..., Result]) -> None:
     printed, data = inspected("transport").stdout, json.loads(inspected("transport", "--json").stdout)
     assert "b, transport" in printed
-    assert not any(title in printed for title in ("alpha", "beta", "gamma", "what made the velocity"))
+    assert not any(title in printed for title in ("alpha", "beta", "gamma", "what makes the velocity"))
     assert data["amplitude"] is None
     measured = {"state", "velocity", "residual", "movement_velocity", "movement_transport"}
     assert {row["quantity"] for row in data["layers"]} == {"transport", *measured}

@@ -18,7 +18,7 @@ from inl_core.analysis.convergence.figures import (
     layer_panels,
     tidy,
 )
-from inl_core.analysis.convergence.stream_markdown import share_names
+from inl_core.training.depth import share_groups
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,26 +71,21 @@ def _shares(summary: Summary, _: pa.Table) -> "Figure | None":
     from matplotlib.figure import Figure
 
     rows = summary["layers"][0]["iterations"][1:]
-    names = share_names(rows)
-    kinds = [(kind, title) for kind, title in _KINDS.items() if any(name.startswith(kind) for name in names)]
-    if not kinds:
+    groups = share_groups({name for row in rows for name in row})
+    if not groups:
         return None
-    figure = Figure(figsize=(5.2 * len(kinds) + 0.5, 3.8), layout="constrained")
-    for axes, (kind, title) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    figure = Figure(figsize=(5.2 * len(groups) + 0.5, 3.8), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         below = np.zeros(len(rows))
-        for name, colour in zip([name for name in names if name.startswith(kind)], COLOURS, strict=False):
+        for (name, label), colour in zip(names.items(), COLOURS, strict=False):
             heights = np.array([row[name]["mean"] or 0.0 for row in rows])
-            label = name.removeprefix(f"{kind}_")
             axes.bar([row["iteration"] for row in rows], heights, bottom=below, color=colour, label=label)
             below += heights
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title[0].upper() + title[1:], fontsize=10)
         axes.legend(fontsize=8, loc="lower right")
         _by_step(axes)
     figure.supylabel("share, mean over tokens", fontsize=10)
     return figure
-
-
-_KINDS = {"force": "What makes the velocity", "movement": "What moves the state"}
 
 
 def _transport(coefficients: pa.Table, summary: Summary, _: pa.Table) -> "Figure | None":

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from inl_core.analysis.convergence.markdown import markdown_table, sentences, show_figures, shown, signed, spread
-from inl_core.analysis.convergence.stream_statistics import COEFFICIENTS, SHARES
+from inl_core.analysis.convergence.stream_statistics import COEFFICIENTS
 from inl_core.documents.convergence import METRICS
-from inl_core.training.depth import place_name
+from inl_core.training.depth import place_name, share_groups
 
 Summary = dict[str, Any]
 
@@ -27,15 +27,12 @@ def stream_to_markdown(summary: Summary, figures: Sequence[str], warning: str | 
     return "\n\n".join([*parts, *_tables(summary), _TERMS]) + "\n"
 
 
-def share_names(rows: Sequence[Summary]) -> list[str]:
-    """The shares that the rows have."""
-    return [name for name in SHARES if any(name in row for row in rows)]
-
-
-def share_cells(row: Summary, names: Sequence[str]) -> list[str | None]:
-    """The mean shares of one step, in percent; None where the step has no such term."""
-    means = [row[name]["mean"] for name in names]
-    return [None if mean is None else f"{mean:.1%}" for mean in means]
+def share_tables(rows: Sequence[Summary]) -> Iterator[tuple[str, list[str], list[list[str | None]]]]:
+    """Title, columns and a row for each of `rows`: the mean shares of a group's terms, None where there is no term."""
+    for title, names in share_groups({name for row in rows for name in row}).items():
+        means = [[row[name]["mean"] for name in names] for row in rows]
+        cells = [[None if mean is None else f"{mean:.1%}" for mean in own] for own in means]
+        yield f"{title}: shares of the terms, means over tokens", list(names.values()), cells
 
 
 def without_tables(summary: Summary) -> Iterator[tuple[str, tuple[str, ...], list[tuple[Any, ...]]]]:
@@ -98,10 +95,8 @@ def _tables(summary: Summary) -> Iterator[str]:
     motion = [name for name in motion if name in rows[0]]
     columns = [f"{name.replace('_', ' ')} p5 / p50 / p95" for name in motion]
     yield section("Motion", columns, [[spread(row[name]) for name in motion] for row in rows])
-    shares = share_names(rows)
-    if shares:
-        columns = [name.replace("_", ": ") for name in shares]
-        yield section("Shares of the terms, means over tokens", columns, [share_cells(row, shares) for row in rows[1:]])
+    for title, columns, cells in share_tables(rows[1:]):
+        yield section(title[0].upper() + title[1:], columns, cells)
     own = [name for name in COEFFICIENTS if any(name in row for row in rows)]
     cells = [[spread(row[name]) if name in row else None for name in own] for row in rows]
     yield section("Coefficients, p5 / p50 / p95 over channels", own, cells)
@@ -112,8 +107,8 @@ def _tables(summary: Summary) -> Iterator[str]:
 
 
 _TERMS = (
-    "## Terms\n\nx state, v velocity, D dimensions. Residual: ||x_t - x_{t-1}|| / sqrt(D), over tokens. force: the "
-    "terms whose sum is the new velocity, momentum alpha v, candidate c, pull beta (mu - x) and excitation. movement: "
-    "the terms that move the state, velocity v, transport b shift(v) and anchor r x_0. A share is the length of one "
+    "## Terms\n\nx state, v velocity, D dimensions. Residual: ||x_t - x_{t-1}|| / sqrt(D), over tokens. The "
+    "terms whose sum is the new velocity: momentum alpha v, candidate c, pull beta (mu - x) and excitation. The terms "
+    "that move the state: velocity v, transport b shift(v) and anchor r x_0. A share is the length of one "
     "term over the sum of the lengths of all, for one token. end: where the token's own state is after the last step."
 )

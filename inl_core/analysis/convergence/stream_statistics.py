@@ -13,11 +13,10 @@ from torch import Tensor
 
 from inl_core.analysis.convergence.layer_statistics import PathStatistics
 from inl_core.model import IntegratorLanguageModel, Trajectory
-from inl_core.training.depth import EMBEDDING, FORCES, MOVEMENTS, coefficients, places, step_shares
+from inl_core.training.depth import EMBEDDING, coefficients, places, step_shares
 from inl_core.training.dynamics import summarise
 
 COEFFICIENTS = ("alpha", "transport", "anchor", "beta", "mu", "gamma", "phi")
-SHARES = (*(f"force_{name}" for name in FORCES), *(f"movement_{name}" for name in MOVEMENTS))
 
 
 class StreamStatistics(PathStatistics):
