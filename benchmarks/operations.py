@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 .venv/bin/python benchmarks/operations.py            # --repeats --only
 
 - `torch`: what `training.operations: plain` computes with. `C++ with MKL`, `C++ with oneDNN`: ours, by the product of
-  the one library and of the other. `inl's chunks`: the loss.
+  the one library and of the other. `inl's chunks`: the loss. `torch in place`: the stream's step, against term by term.
 - The ways take turns call by call in one process, so that a busy moment slows all of them; between two calls, 16 MB are
   written, so that no tensor waits in a core's own cache. Medians, and least times behind them, ms; and the megabytes
   that autograd keeps between the passes.
@@ -21,8 +21,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from inl_core.kernels.apply import TORCH, build_attention, build_dynamics
 from inl_core.kernels.cpu.library import library
 from inl_core.kernels.loss import ChunkedLoss, CpuLoss
+from inl_core.kernels.stream import MotionInPlace
 from inl_core.model.attention import first_of_document, rotary_tables
 from inl_core.model.dynamics import Drive
+from inl_core.model.stream import Coefficients, Motion
 from inl_core.recipe import ModelConfig
 
 Run = Callable[[], Tensor]
@@ -76,6 +78,23 @@ def loss(tokens: int, dim: int, vocabulary: int) -> Callable:
     return build
 
 
+def stream(batch: int, length: int, dim: int) -> Callable:
+    """A call of the stream's step with all terms, as v5 has them."""
+
+    def build(way: str) -> Run:
+        motion = Motion() if way == TORCH else MotionInPlace()
+        x, v, candidate, start = (torch.randn(batch, length, dim, requires_grad=True) for _ in range(4))
+        coefficients = Coefficients(*(torch.randn(dim).mul(0.1).requires_grad_() for _ in Coefficients._fields))
+
+        def run() -> Tensor:
+            # Both go on into the next step, so the gradient comes back by both.
+            return torch.stack([part.sum() for part in motion(coefficients, x, v, candidate, start, None, None)])
+
+        return run
+
+    return build
+
+
 CASES: dict[str, Callable] = {
     "attention, tiny: 16 x 128, 4 heads of 32": attention(16, 128, 4, 4, 32),
     "attention, tiny, documents": attention(16, 128, 4, 4, 32, documents=True),
@@ -88,10 +107,16 @@ CASES: dict[str, Callable] = {
     "integrator, d = 512: 1,024 x 512, T = 2": integrator(1024, 512, 2),
     "integrator, d = 512, T = 5": integrator(1024, 512, 5),
     "integrator, d = 768: 1,024 x 768, T = 2": integrator(1024, 768, 2),
+    "stream, tiny: 16 x 128 x 128": stream(16, 128, 128),
+    "stream, d = 512: 4 x 256 x 512": stream(4, 256, 512),
     "loss, tiny: 2,048 x 128, V = 2,048": loss(2048, 128, 2048),
     "loss, d = 512: 1,024 x 512, V = 16,384": loss(1024, 512, 16_384),
     "loss, d = 768: 1,024 x 768, V = 50,304": loss(1024, 768, 50_304),
 }
+
+
+OTHER_WAYS = {"loss": "inl's chunks", "stream": "torch in place"}
+"""Of the operations that are not in C++: the first word of a row -> the way that stands against torch's."""
 
 
 def measure(build: Callable[[str], Run], ways: list[str], repeats: int) -> dict[str, list[float]]:
@@ -138,7 +163,8 @@ def main() -> None:
         if arguments.only not in name:
             continue
         torch.manual_seed(0)
-        ways = [TORCH, "inl's chunks"] if name.startswith("loss") else [TORCH, *in_cpp]
+        other = OTHER_WAYS.get(name.partition(",")[0])
+        ways = [TORCH, other] if other else [TORCH, *in_cpp]
         times = measure(build, ways, arguments.repeats)
         medians = {way: statistics.median(values) for way, values in times.items()}
         cells = [f"{medians[way]:.2f} ({min(times[way]):.2f})" for way in ways]
