@@ -4,6 +4,7 @@ import csv as csv_module
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,7 +161,7 @@ def _show_learned(console: Console, report: "ParameterReport", titles: dict[str,
         if quantity == "mu":
             column = ("distance from start",)
         elif quantity == "gamma":
-            periods = (row["mean"] for row in report.of("period"))
+            periods = (_finite(row["mean"]) for row in report.of("period"))
             rows = [(*row, period) for row, period in zip(rows, periods, strict=True)]
             column = (f"period, {title.split()[-1]}s",)
             title += f" (A = {report.amplitude:.4g})"
@@ -186,10 +187,7 @@ def _show_depth(console: Console, report: "ParameterReport") -> None:
     motion = {"state": "rms x", "velocity": "rms v", "residual": "rms change of x"}
     console.table("x and v after each step, and how far it moved x", ("", *motion.values()), _means(report, motion))
     for title, names in share_groups({row["quantity"] for row in report.layers}).items():
-        rows = [
-            (place, *(None if mean is None else f"{mean:.1%}" for mean in means))
-            for place, *means in _means(report, names)
-        ]
+        rows = [(place, *(_text(mean, ".1%") for mean in means)) for place, *means in _means(report, names)]
         console.write("\n")
         console.table(f"{title}: shares", ("", *names.values()), rows)
 
@@ -200,7 +198,16 @@ def _means(report: "ParameterReport", names: Iterable[str]) -> list[tuple[Any, .
     for row in report.layers:
         if row["quantity"] in names:
             found.setdefault(_place(row), {})[row["quantity"]] = row["mean"]
-    return [(place, *(means.get(name) for name in names)) for place, means in found.items()]
+    return [(place, *(_finite(means.get(name)) for name in names)) for place, means in found.items()]
+
+
+def _finite(value: float | None) -> float | None:
+    """None, which a table shows as a dash, where there is no number or one that is not finite."""
+    return value if value is not None and isfinite(value) else None
+
+
+def _text(value: float | None, form: str) -> str | None:
+    return None if _finite(value) is None else format(value, form)
 
 
 def _place(row: dict[str, Any]) -> Any:
@@ -213,5 +220,5 @@ def _cells(report: "ParameterReport", quantity: str, names: tuple[str, ...]) -> 
     return [(_place(row), *_values(row, names)) for row in report.of(quantity)]
 
 
-def _values(row: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    return [f"{row[name]:.1%}" if name == "saturated" else f"{row[name]:.4f}" for name in names]
+def _values(row: dict[str, Any], names: tuple[str, ...]) -> list[str | None]:
+    return [_text(row[name], ".1%" if name == "saturated" else ".4f") for name in names]

@@ -7,7 +7,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from inl_core.recipe.base import Iterations, Length, NonNegative, Positive, Section, Vocabulary, Width
 from inl_core.recipe.presets import DEFAULT_PRESET, PRESETS, merge
@@ -234,7 +234,7 @@ class ModelConfig(Section):
     """The integrator inside each block (v1 to v4); null is none."""
     stream: StreamConfig | None = StreamConfig()
     """The second-order residual stream (v5); null is a Transformer's, x + c."""
-    transport: bool | Literal["embedding", "attention", "feed_forward"] = True
+    transport: StrictBool | Literal["embedding", "attention", "feed_forward"] = True
     """b: the velocity of the token before moves this token, too, at the embedding and every sub-layer (true), or there
     and after one kind of sub-layer, or there alone. For v5 and transformer."""
 

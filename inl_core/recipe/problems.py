@@ -70,8 +70,9 @@ def unknown_key(path: KeyPath, root: type[BaseModel]) -> str:
         return f"unknown key; did you mean '{near[0]}'?"
     if near := get_close_matches(key, names, n=1, cutoff=0.7):  # the key itself where it is one of them
         candidates = [other for other in elsewhere if other[-1] == near[0]]
-        nearest = max(candidates, key=lambda other: _num_shared(other, path))
-        return f"unknown key; did you mean '{dotted(nearest)}'?"
+        shared = max(_num_shared(other, path) for other in candidates)
+        nearest = [f"'{dotted(other)}'" for other in candidates if _num_shared(other, path) == shared]
+        return f"unknown key; did you mean {' or '.join(nearest)}?"
     return f"unknown key; the keys here are {', '.join(here)}" if here else "unknown key"
 
 
@@ -109,6 +110,7 @@ def _message(path: KeyPath, group: list[ErrorDetails], root: type[BaseModel]) ->
     if kind == "missing":
         return "missing: the list is too short" if isinstance(path[-1], int) else f"missing; {_purpose(path, root)}"
     expected = " or ".join(dict.fromkeys(_expected(finding) for finding in group))
+    expected = expected.replace("true or false or ", "true, false, ")
     return f"expected {expected}, got {shown(value)}{_hint(value, group)}"
 
 

@@ -32,7 +32,8 @@ class Recipe(Section):
                 f"model.max_seq_len {self.model.max_seq_len}"
             )
         integrator, losses, missing = self.model.integrator, self.training.losses, self.model.without_integrator
-        if integrator is None and (losses.lambda_mean or losses.lambda_speed or losses.lambda_energy):
+        weights = (losses.lambda_mean, losses.lambda_mean_final, losses.lambda_speed, losses.lambda_energy)
+        if integrator is None and any(weights):
             raise ValueError(f"training.losses act on integrator states and {missing}: set them to 0")
         if integrator is None and self.training.recomputation == "integrator":
             raise ValueError(f"training.recomputation integrator: {missing}; use none or block")

@@ -90,6 +90,20 @@ def test_tables_json_and_csv_hold_the_same_figures(inl: Callable[..., Result], w
     assert f"{alpha['saturated']:.1%}" in printed.stdout
 
 
+@pytest.mark.parametrize("preset", ["v4", "v5"])
+def test_what_is_not_finite_is_a_dash(
+    inl: Callable[..., Result], workplace: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+) -> None:
+    found = report(workplace, preset)
+    for row in found.layers:
+        row |= dict.fromkeys(row.keys() & {"mean", "saturated"}, math.nan)
+    monkeypatch.setattr("inl_core.analysis.parameters.report_parameters", lambda *given, **options: found)
+    result = inl("inspect-params", f"runs/{preset}")
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.stdout
+    assert " - " in result.stdout
+
+
 def test_a_transformer_has_no_integrator_and_says_so(inl: Callable[..., Result]) -> None:
     result = inl("inspect-params", "runs/transformer")
     assert result.exit_code == 0

@@ -92,10 +92,18 @@ def test_any_text_can_be_measured(inl: Callable[..., Result], tmp_path: Path, mo
         assert summary["layers"][0]["iterations"][0]["nonfinite_tokens"] == 0
 
 
+def test_a_v5_without_terms_has_nothing_to_report(inl: Callable[..., Result], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "off", "v5", stream=None, transport=False)
+    result = inl(str(tmp_path / "off"))
+    assert result.exit_code == 4
+    assert "all terms of this model's stream are off, so it is a plain Transformer" in result.stderr
+    assert "name a checkpoint of a preset v1 to v5, or of a Transformer with transport" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["runs/transformer"], 4, "has no integrator"),
+        (["runs/transformer"], 4, "has no integrator, so it is a plain Transformer"),
         (["runs/none"], 4, "no such run or checkpoint"),
         (["runs/v4", "--text", "missing.txt"], 2, "no such file"),
         (["runs/v4", "--data", "missing"], 4, "missing"),

@@ -213,6 +213,12 @@ def test_a_kept_trajectory_is_the_whole_depth_and_changes_nothing(name):
         torch.testing.assert_close(path.velocities[t + 1], wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("value", ["yes", 1])
+def test_transport_is_not_converted(value):
+    with pytest.raises(ValueError, match="transport"):
+        ModelConfig.model_validate({"transport": value})
+
+
 def test_the_integrators_switches_are_refused_by_name():
     for preset in (*(f"v{generation}" for generation in range(1, 5)), "transformer"):
         with pytest.raises(

@@ -31,6 +31,10 @@ ADDED_TO_MINIMAL = [
         "  learning_rat: 1e-3\n",
         "4 training.learning_rat: unknown key; did you mean 'training.optimizer.learning_rate'?",
     ),
+    (
+        "model:\n  excitation:\n    amplitude: 4\n",
+        "5 model.excitation: unknown key; did you mean 'model.integrator.excitation' or 'model.stream.excitation'?",
+    ),
     ("model:\n  mu:\n    zzzz: 1\n", "5 model.mu: unknown key; did you mean 'model.integrator.mu'?"),
     (
         "  cycle:\n    qqqq: 1\n",
@@ -73,6 +77,10 @@ ADDED_TO_MINIMAL = [
         "model:\n  embedding_rank: autoo\n",
         "5 model.embedding_rank: expected a whole number or 'auto', got 'autoo'; did you mean 'auto'?",
     ),
+    (
+        "model:\n  transport: everywhere\n",
+        "5 model.transport: expected true, false, 'embedding', 'attention' or 'feed_forward', got 'everywhere'",
+    ),
     # values that do not fit together: the message names their section
     (
         "  micro_batch_size: 5\n",
@@ -91,6 +99,7 @@ ADDED_TO_MINIMAL = [
         "integrator's time): remove it",
     ),
     ("  losses: {lambda_mean: 1.0}\n", "1: training.losses act on integrator states and this model has no integrator"),
+    ("  losses: {lambda_mean_final: 0.1}\n", "1: training.losses act on integrator states and this model has no"),
     ("  recomputation: integrator\n", "1: training.recomputation integrator: this model has no integrator inside its"),
     ("  min_iterations: 1\n", "1: training.min_iterations: this model has no integrator inside its blocks (its depth"),
     ("  sequence_length: 2048\n", "1: training.sequence_length 2048 exceeds model.max_seq_len 1024"),

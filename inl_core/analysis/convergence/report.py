@@ -94,10 +94,12 @@ class ConvergenceReport:
 
 def require_dynamics(loaded: LoadedModel) -> None:
     """ArtefactError for a model that has no dynamics to report."""
-    if not loaded.model.config.has_dynamics:
+    config = loaded.model.config
+    if not config.has_dynamics:
+        lacks = "all terms of this model's stream are off" if config.preset == "v5" else "this model has no integrator"
         raise ArtefactError(
-            f"{loaded.path}: a {loaded.model.config.preset} checkpoint has no integrator, so no states that could "
-            "converge; name a checkpoint of a preset v1 to v5"
+            f"{loaded.path}: {lacks}, so it is a plain Transformer, without states that could converge; name a "
+            "checkpoint of a preset v1 to v5, or of a Transformer with transport"
         )
 
 
