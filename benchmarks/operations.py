@@ -24,7 +24,7 @@ from inl_core.kernels.loss import ChunkedLoss, CpuLoss
 from inl_core.kernels.stream import MotionInPlace
 from inl_core.model.attention import first_of_document, rotary_tables
 from inl_core.model.dynamics import Drive
-from inl_core.model.stream import Coefficients, Motion
+from inl_core.model.stream import Coefficients, Motion, Shared
 from inl_core.recipe import ModelConfig
 
 Run = Callable[[], Tensor]
@@ -84,11 +84,12 @@ def stream(batch: int, length: int, dim: int) -> Callable:
     def build(way: str) -> Run:
         motion = Motion() if way == TORCH else MotionInPlace()
         x, v, candidate, start = (torch.randn(batch, length, dim, requires_grad=True) for _ in range(4))
+        shared = Shared(start, torch.zeros(()), None, None, None)
         coefficients = Coefficients(*(torch.randn(dim).mul(0.1).requires_grad_() for _ in Coefficients._fields))
 
         def run() -> Tensor:
             # Both go on into the next step, so the gradient comes back by both.
-            return torch.stack([part.sum() for part in motion(coefficients, x, v, candidate, start, None, None)])
+            return torch.stack([part.sum() for part in motion(coefficients, x, v, candidate, shared, None)])
 
         return run
 

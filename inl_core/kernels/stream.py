@@ -11,28 +11,21 @@ import torch
 from torch import Tensor
 
 from inl_core.model.derivatives import needs_plain_operations
-from inl_core.model.stream import Coefficients, Motion
+from inl_core.model.stream import Coefficients, Motion, Shared
 
 
 class MotionInPlace(Motion):
     """The same step; a pass with a cache of velocities takes the plain one."""
 
     def forward(
-        self,
-        coefficients: Coefficients,
-        x: Tensor,
-        v: Tensor,
-        candidate: Tensor,
-        start: Tensor,
-        previous: Tensor | None,
-        has_previous: Tensor | None,
+        self, own: Coefficients, x: Tensor, v: Tensor, candidate: Tensor, shared: Shared, previous: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `Motion.forward`."""
-        has_terms = any(value is not None for value in coefficients)
+        has_terms = any(value is not None for value in own)
         if not has_terms or previous is not None or needs_plain_operations():
-            return super().forward(coefficients, x, v, candidate, start, previous, has_previous)
-        new_x, new_v = _Move.apply(x, v, candidate, start, has_previous, *coefficients)
-        return new_x, new_v.detach() if coefficients.alpha is None else new_v
+            return super().forward(own, x, v, candidate, shared, previous)
+        new_x, new_v = _Move.apply(x, v, candidate, shared.start, shared.has_previous, *own)
+        return new_x, new_v.detach() if own.alpha is None else new_v
 
 
 class _Move(torch.autograd.Function):

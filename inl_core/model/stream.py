@@ -98,34 +98,27 @@ class Motion(nn.Module):
     """The arithmetic of a step. It has no parameters: `inl_core.kernels.apply` may put a faster one in its place."""
 
     def forward(
-        self,
-        coefficients: Coefficients,
-        x: Tensor,
-        v: Tensor,
-        candidate: Tensor,
-        start: Tensor,
-        previous: Tensor | None,
-        has_previous: Tensor | None,
+        self, own: Coefficients, x: Tensor, v: Tensor, candidate: Tensor, shared: Shared, previous: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The next x and v, from x, v, the candidate c and x_0, all (B, S, D); the rest as in `shift`."""
-        new_v = self.velocity(coefficients, x, v, candidate)
+        """The next x and v, from x, v and the candidate c, all (B, S, D); `previous` as in `shift`."""
+        new_v = self.velocity(own, x, v, candidate)
         new_x = x + new_v
-        if coefficients.transport is not None:
-            new_x = torch.addcmul(new_x, coefficients.transport, shift(new_v, previous, has_previous))
-        if coefficients.anchor is not None:
-            new_x = torch.addcmul(new_x, coefficients.anchor, start)
+        if own.transport is not None:
+            new_x = torch.addcmul(new_x, own.transport, shift(new_v, previous, shared.has_previous))
+        if own.anchor is not None:
+            new_x = torch.addcmul(new_x, own.anchor, shared.start)
         # Without momentum nothing reads the velocity, and a compiler need not know of a gradient that is always zero.
-        return new_x, new_v.detach() if coefficients.alpha is None else new_v
+        return new_x, new_v.detach() if own.alpha is None else new_v
 
-    def velocity(self, coefficients: Coefficients, x: Tensor, v: Tensor, candidate: Tensor) -> Tensor:
+    def velocity(self, own: Coefficients, x: Tensor, v: Tensor, candidate: Tensor) -> Tensor:
         """alpha v + c + beta (mu - x) + A sin(gamma t + phi), (B, S, D)."""
         new_v = candidate
-        if coefficients.alpha is not None:
-            new_v = torch.addcmul(new_v, coefficients.alpha, v)
-        if coefficients.constant is not None:
-            new_v = new_v + coefficients.constant
-        if coefficients.beta is not None:
-            new_v = torch.addcmul(new_v, coefficients.beta, x, value=-1.0)
+        if own.alpha is not None:
+            new_v = torch.addcmul(new_v, own.alpha, v)
+        if own.constant is not None:
+            new_v = new_v + own.constant
+        if own.beta is not None:
+            new_v = torch.addcmul(new_v, own.beta, x, value=-1.0)
         return new_v
 
 
@@ -173,9 +166,8 @@ class Step(nn.Module):
             x,
             v if self.kappa is None else v * self.wake(x),
             candidate.to(x.dtype),
-            shared.start,
+            shared,
             previous,
-            shared.has_previous,
         )
 
     def coefficients(self, amplitude: Tensor) -> Coefficients:
