@@ -15,10 +15,10 @@ from inl_core.inference.decoding import Decoder
 from inl_core.inference.generate import GenerationSettings, generate
 from inl_core.inference.linear_layouts import ReorderedLinear, SharedLinear, SummedLinear, laid_out
 from inl_core.kernels import compilation
+from inl_core.kernels.cpu.library import find_compilers
 from inl_core.model import IntegratorLanguageModel, Options
 from inl_core.model.dynamics import Dynamics
 from tests.inference.tiny import tiny_model, tokenizer
-from tests.kernels.native import needs_library
 
 CHANGES: dict[str, dict[str, Any]] = {
     "v1": {},
@@ -201,7 +201,7 @@ def test_the_compiled_step_is_the_model_s_and_compiles_nothing_after_its_first_t
     torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 4:]), atol=1e-5, rtol=1e-5)
 
 
-@needs_library  # and so a compiler
+@pytest.mark.skipif(not find_compilers(), reason="no C++ compiler")
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [("v5", {}), pytest.param("transformer", {"transport": True}, marks=pytest.mark.slow)],
