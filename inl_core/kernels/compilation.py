@@ -135,10 +135,15 @@ class _Kind:
 
     def _generate(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         try:
-            code = generate_code(graph, inputs)  # which may ask for another graph before it returns
-        except InlError:
-            raise
-        except Exception as error:  # a fault of the compiler, or its processes were killed: nothing need end for that
+            code = generate_code(graph, inputs)
+        except Exception as error:
+            from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException  # with torch.compile, late
+
+            # By exceptions of its own torch asks for another graph. Anything else is a fault of the compiler, or its
+            # processes were killed, and nothing need end for that.
+            is_request = isinstance(error, TorchDynamoException) and not isinstance(error, BackendCompilerFailed)
+            if is_request or isinstance(error, InlError):
+                raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             warnings.warn(f"{self.what}, but that failed: {reason}; it runs uncompiled", ExecutionWarning, stacklevel=2)
             return graph.forward

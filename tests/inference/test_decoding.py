@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 from inl_core.errors import ExecutionWarning
 from inl_core.inference import decoding, linear_layouts
@@ -235,6 +236,16 @@ def test_a_compiler_that_fails_is_warned_of_and_done_without(monkeypatch: pytest
         found, _ = step_by_step(Decoder(model, Options(), rows=2, compiled=True), ids, prompt=6)
     torch.testing.assert_close(found, model.logits(model(ids).hidden[:, 5:]), atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
+
+
+def test_what_torch_asks_of_itself_by_an_exception_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate_code(graph: torch.fx.GraphModule, inputs: list[Any]) -> None:
+        raise TensorifyScalarRestartAnalysis
+
+    monkeypatch.setattr(compilation, "generate_code", generate_code)
+    kind = compilation._Kind(Decoder._step, "decoding", any_shape=False, is_fixed=False)
+    with pytest.raises(TensorifyScalarRestartAnalysis):
+        kind._generate(torch.fx.symbolic_trace(torch.nn.Identity()), [])
 
 
 @pytest.mark.usefixtures("compiler")

@@ -80,6 +80,7 @@ def test_drawn_iterations_are_what_the_model_runs(make_recipe, make_trainer):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error::inl_core.errors.ExecutionWarning")
 @pytest.mark.parametrize("preset", ["v4", "v5"])
 def test_compiled_blocks_give_the_same_losses(make_recipe, make_trainer, preset):
     plain = losses(make_recipe, make_trainer, "plain", preset)
