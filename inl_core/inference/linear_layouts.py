@@ -6,14 +6,13 @@
   for a large matrix, and remembered (inl_core/kernels/measuring.py).
 """
 
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inl_core.kernels.measuring import remembered
+from inl_core.kernels.measuring import least_seconds, remembered
 
 _FEWEST_MEASURED = 2**17
 """Elements: 0.5 MB. Smaller matrices would not gain."""
@@ -96,14 +95,7 @@ def measure(ways: tuple[str, ...]) -> dict[str, float]:
     layers = {way: _WAYS[way](weight, None) for way in ways}
     if "sum" in ways:
         layers = {way: torch.compile(layer, fullgraph=True) for way, layer in layers.items()}
-    seconds = dict.fromkeys(ways, float("inf"))
-    for turn in range(_TURNS + 1):
-        for way, layer in layers.items():
-            start = time.perf_counter()
-            layer(x)
-            if turn:  # the first also compiles
-                seconds[way] = min(seconds[way], time.perf_counter() - start)
-    return seconds
+    return least_seconds({way: partial(layer, x) for way, layer in layers.items()}, _TURNS)
 
 
 def _reordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 - apply.py      what was chosen for each part of a model, and why; puts it into the model
 - measuring.py  which way is the fastest on this machine
 - attention.py, integrator.py  two operations in C++, for CPUs;  loss.py  the loss over the vocabulary in chunks
+- stream.py  the arithmetic of v5's step, in place;  compilation.py  what torch.compile makes of the parts of a model
 - cpu/          the sources in C++, how they are compiled and kept, and how they are called
 
 The model never imports this room. A model that nothing was applied to computes with torch's own operations.

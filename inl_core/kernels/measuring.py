@@ -10,7 +10,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache, partial
 
 import torch
@@ -103,15 +103,22 @@ def measure(part: str, sizes: tuple[int, ...], products: tuple[str, ...]) -> dic
 
 
 def _time(build: Callable[[str], Callable[[], Tensor]], ways: list[str]) -> dict[str, float]:
-    passes = {way: build(way) for way in ways}
-    seconds = {way: float("inf") for way in ways}
+    def there_and_back(run: Callable[[], Tensor]) -> Callable[[], None]:
+        return lambda: run().sum().backward()
+
     with torch.enable_grad():
-        for turn in range(_TURNS + 1):
-            for way, run in passes.items():
-                start = time.perf_counter()
-                run().sum().backward()
-                if turn:  # the first pass also makes kernels
-                    seconds[way] = min(seconds[way], time.perf_counter() - start)
+        return least_seconds({way: there_and_back(build(way)) for way in ways}, _TURNS)
+
+
+def least_seconds(runs: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """way -> the least seconds of some turns, in each of which every way runs once."""
+    seconds = dict.fromkeys(runs, float("inf"))
+    for turn in range(turns + 1):
+        for way, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first also makes kernels
+                seconds[way] = min(seconds[way], time.perf_counter() - start)
     return seconds
 
 

@@ -1,7 +1,8 @@
 """The model: token ids -> hidden states -> logits. Imports torch and the recipe, nothing else of ours.
 
 In reading order:
-- language_model.py  the whole model; block.py  one layer of it; embedding.py  its two ends
+- language_model.py  the whole model; embedding.py  its two ends
+- stream.py  one layer of v5 and of the Transformer; block.py  one layer of v1 to v4, with an integrator inside
 - attention.py, feed_forward.py  the two parts that every Transformer has
 - integrator.py  one layer's second-order system; dynamics.py  the equation of one step and the loop over T steps
 - controller.py (alpha, beta, gate, v_cand), equilibrium.py (mu), excitation.py (gamma, phi)  what a step is made of

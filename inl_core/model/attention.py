@@ -58,7 +58,8 @@ class KVCache:
     """Preallocated keys and values of each layer, (B, K, M, F), and the number of filled slots.
 
     padding: (B,) the number of leading slots of a row that hold no token (left padding), or None.
-    stream_dtype: of `previous`, where keys and values have another one.
+    dtype: of keys and values.
+    stream_dtype: of `previous`, which is part of the residual stream.
     is_static: attention always runs over all M slots, hidden ones behind a mask, and `length` is a 0-dim tensor. So
         nothing that a compiler makes code for changes from token to token.
     """
@@ -73,7 +74,7 @@ class KVCache:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        stream_dtype: torch.dtype | None = None,
+        stream_dtype: torch.dtype,
         is_static: bool = False,
     ) -> None:
 
@@ -86,7 +87,7 @@ class KVCache:
         # Where velocity travels along the text (stream.py): the last token's embedding and its velocity after each of
         # the 2L steps, 2L+1 times (B, 1, D).
         rows = 2 * config.num_layers + 1
-        self.previous = zeros(rows, 1, config.d_model, dtype=stream_dtype or dtype) if config.transport else None
+        self.previous = zeros(rows, 1, config.d_model, dtype=stream_dtype) if config.transport else None
         self.length = torch.zeros((), dtype=torch.int64, device=device) if is_static else 0
         self.padding: Tensor | None = None
         self.is_static = is_static

@@ -44,7 +44,6 @@ def have_previous(positions: Tensor, document_ids: Tensor | None) -> Tensor:
     """(B, S, 1) bool: whether a token has one before it in its document, whose first token's position is 0."""
     found = positions > 0
     if document_ids is not None:
-        found = found.clone()
         found[:, 1:] &= document_ids[:, 1:] == document_ids[:, :-1]
     return found[..., None]
 

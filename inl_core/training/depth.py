@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from inl_core.model import IntegratorLanguageModel, Trajectory
+from inl_core.model.dynamics import rms
 from inl_core.model.stream import Step
 
 Place = dict[str, Any]
@@ -75,9 +76,9 @@ def shares(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: length / total for name, length in lengths.items()}
 
 
-def rms(values: Tensor) -> Tensor:
-    """The root mean square over the last dimension."""
-    return values.square().mean(-1).sqrt()
+def token_rms(values: Tensor) -> Tensor:
+    """The root mean square of each token: (..., D) -> (...)."""
+    return rms(values).squeeze(-1)
 
 
 def step_shares(step: Step, path: Trajectory, t: int, amplitude: Tensor) -> dict[str, Tensor]:
@@ -116,7 +117,7 @@ def quantities(model: IntegratorLanguageModel, path: Trajectory) -> Iterator[tup
         found = coefficients(step)
         if step.kappa is not None:
             found["alpha"] = path.alpha[t]
-        found |= {"state": rms(path.states[t + 1]), "velocity": rms(path.velocities[t + 1])}
-        found |= {"residual": rms(path.states[t + 1] - path.states[t])}
+        found |= {"state": token_rms(path.states[t + 1]), "velocity": token_rms(path.velocities[t + 1])}
+        found |= {"residual": token_rms(path.states[t + 1] - path.states[t])}
         for name, values in (found | step_shares(step, path, t, model.excitation_amplitude)).items():
             yield place, name, values

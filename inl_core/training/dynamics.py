@@ -16,7 +16,7 @@ from torch import Tensor
 
 from inl_core.files import written_aside
 from inl_core.model import Integrator, IntegratorLanguageModel, Options, Trajectory
-from inl_core.training.depth import FORCES, MOVEMENTS, quantities
+from inl_core.training.depth import FORCES, MOVEMENTS, quantities, token_rms
 
 PERCENTILES = (5, 50, 95)
 SATURATION = 0.01
@@ -95,7 +95,7 @@ def _paths(
 
 def _residuals(trajectory: Trajectory) -> Tensor:
     """||x_{t+1} - x_t|| / sqrt(D), (T, B, S)."""
-    return (trajectory.states[1:] - trajectory.states[:-1]).square().mean(-1).sqrt()
+    return token_rms(trajectory.states[1:] - trajectory.states[:-1])
 
 
 def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str
     for name in ("alpha", "beta", "gate"):
         values = getattr(trajectory, name)
         rows.append({"quantity": name, **summarise(values), "saturated": saturation(name, values, config.beta_max)})
-    speeds = trajectory.velocities[1:].square().mean(-1).sqrt()  # (T, B, S)
+    speeds = token_rms(trajectory.velocities[1:])  # (T, B, S)
     rows.append({"quantity": "velocity", **summarise(speeds)})
     residuals = _residuals(trajectory)
     rows += [{"quantity": f"residual_{t + 1}", **summarise(residual)} for t, residual in enumerate(residuals)]

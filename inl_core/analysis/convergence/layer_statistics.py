@@ -15,7 +15,7 @@ from inl_core.analysis.convergence.sketch import Distribution
 from inl_core.analysis.convergence.stability import BETA_FLOOR, KINDS, fixed_point, frozen_stability
 from inl_core.documents.convergence import ConvergenceMetrics
 from inl_core.model import Trajectory
-from inl_core.training.depth import rms
+from inl_core.training.depth import token_rms
 
 _FROM_START = ("state_rms", "velocity_rms", "energy", "displacement")
 
@@ -154,11 +154,11 @@ def measure_tokens(path: Trajectory, targets: dict[str, Tensor], displaced: Tens
     moves = states.diff(dim=0)
     never = states.new_full((1, states.shape[1]), torch.nan)
     return {
-        "state_rms": rms(states),
-        "velocity_rms": rms(velocities),
+        "state_rms": token_rms(states),
+        "velocity_rms": token_rms(velocities),
         "energy": velocities.square().mean(-1),
-        "displacement": rms(states - states[:1]),
-        **{f"distance_{name}": rms(states - target) for name, target in targets.items()},
-        "residual": torch.cat((never, rms(moves))),
-        "unforced_residual": torch.cat((never, rms(moves - displaced))),
+        "displacement": token_rms(states - states[:1]),
+        **{f"distance_{name}": token_rms(states - target) for name, target in targets.items()},
+        "residual": torch.cat((never, token_rms(moves))),
+        "unforced_residual": torch.cat((never, token_rms(moves - displaced))),
     }
