@@ -105,7 +105,13 @@ class Console:
         console = self.rich_stdout if is_data else self.rich_stderr
         if title:  # printed here: rich would break the table's own title at the table's width
             console.print(_plain_text(title), style="bold", soft_wrap=True)
-        console.print(table)
+        if console.is_terminal:
+            console.print(table)
+            return
+        with console.capture() as captured:
+            console.print(table)
+        for line in captured.get().splitlines():  # in a file the spaces that fill a row up are in the way
+            console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
 
     def result(self, data: Any, render: Callable[[], None]) -> None:
         """The command's outcome: `data` as one JSON object under --json, else whatever `render` prints."""

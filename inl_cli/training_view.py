@@ -15,7 +15,7 @@ from inl_core.training.run_data import RunData
 from inl_core.training.trainer import Trainer
 
 _SECONDS_BETWEEN_LINES = 10.0
-_OF_STREAM = {"momentum": "force_momentum", "transport": "movement_transport"}
+_OF_STREAM = {"momentum share": "force_momentum", "transport share": "movement_transport"}
 
 
 def show_plan(console: Console, trainer: Trainer, data: RunData) -> None:
@@ -98,7 +98,8 @@ class TrainingView(Observer):
         figures = _OF_STREAM if "state_rms" in row else {"alpha": "alpha_mean"}
         for title, name in figures.items():
             if row.get(name) is not None:
-                self.measured[title] = f"{row[name]:.3f} at step {row['step']}"
+                value = f"{row[name]:.1%}" if figures is _OF_STREAM else f"{row[name]:.3f}"
+                self.measured[title] = f"{value} at step {row['step']}"
         if self.live is not None:
             self.live.update(self._panel())
             return

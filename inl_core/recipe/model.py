@@ -44,7 +44,7 @@ class ExcitationConfig(Section):
     """The harmonic excitation A sin(gamma t + phi)."""
 
     amplitude: NonNegative = 0.03
-    """A, the amplitude at the start of a run; a cycle may change it."""
+    """A, the amplitude at the start of a run; in v1 to v4 a cycle may change it."""
     sparsity: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the dimensions that are excited, evenly spaced; 1 is all of them."""
 

@@ -49,5 +49,5 @@ def test_the_phase_is_that_of_a_cycle_and_told_only_where_there_is_one(lines):
 def test_of_a_stream_the_shares_of_momentum_and_transport_are_told(lines):
     measured = {"alpha_mean": 0.01, "state_rms": 2.0, "force_momentum": 0.25, "movement_transport": 0.125}
     first, second = lines(measured, {})
-    assert first.endswith("momentum 0.250 at step 1  transport 0.125 at step 1")
+    assert first.endswith("momentum share 25.0% at step 1  transport share 12.5% at step 1")
     assert "momentum" not in second

@@ -15,18 +15,17 @@ from inl_core.training.interruption import StopSignal
 SIGNALS = [getattr(signal, name) for name in interruption.SIGNALS if hasattr(signal, name)]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def heard() -> Iterator[None]:
-    """No signal is ignored, as SIGHUP is under `nohup`."""
+    """No signal is ignored, as SIGHUP is under `nohup` and SIGINT in the background of a script."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_in_the_loop_a_signal_is_a_request_and_elsewhere_it_interrupts(number):
     before = signal.getsignal(number)
