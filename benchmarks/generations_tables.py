@@ -6,8 +6,8 @@
   is given with its standard error.
 - Differences are to the Transformer with transport, run by run of the same seed. Their standard error is that of their
   mean; with one seed there is none.
-- Arms of the search are compared with the arm whose name theirs begins with, or else the Transformer, run by run of the
-  same rate and seed.
+- Arms of the search are compared with the arm whose name theirs begins with, or else the Transformer, each at its own
+  best rate, run by run of the same seed.
 - Equal FLOPs and equal seconds: an arm that costs r times the Transformer's (FLOPs a token, or milliseconds a step) is
   read at 1/r of the tokens. Between the runs of the whole length and those of a share of it, each with a whole schedule
   of its own, bits per byte are taken to be linear in the logarithm of the tokens, and beyond the shorter ones, too.
@@ -40,7 +40,7 @@ class Results:
         found = {line["arm"] for line in self.runs}
         self.arms = [arm for arm in MAIN_ARMS if arm in found]
         self.search = [arm for arm in study()["arms"] if arm in found.difference(MAIN_ARMS)]
-        self.rates = {arm: best_rate(self.of(arm)) for arm in self.arms}
+        self.rates = {arm: best_rate(self.of(arm)) for arm in found}
 
     def of(self, arm: str, **wanted: Any) -> list[Line]:
         """The runs of an arm with these values."""
@@ -83,7 +83,7 @@ def difference_text(arm: Scores, reference: Scores) -> str:
     if len(pairs) < 2:
         return text
     error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return f"{text} +- {error:.4f} ({abs(statistics.mean(pairs)) / error:.1f} standard errors)"
+    return f"{text} +- {error:.4f}" + (f" ({abs(statistics.mean(pairs)) / error:.1f} standard errors)" if error else "")
 
 
 def print_size(size: str, results: Results) -> None:
@@ -109,26 +109,19 @@ def print_size(size: str, results: Results) -> None:
 
 
 def print_search(results: Results) -> None:
-    """Every arm of the search at every rate, and the runs of the main arms with the same seeds."""
+    """Every arm of the search at every rate, and the main arms beside them."""
     if not results.search:
         return
     seeds = {line["seed"] for arm in results.search for line in results.of(arm)}
     rates = sorted({line["rate"] for arm in results.search for line in results.of(arm)})
-    title = f"search, seed {', '.join(map(str, sorted(seeds)))}"
-    print(f"\n| {title} | {' | '.join(f'{rate:g}' for rate in rates)} | against |")
+    names, columns = ", ".join(map(str, sorted(seeds))), " | ".join(f"{rate:g}" for rate in rates)
+    print(f"\n| search, seeds {names} | {columns} | against |")
     print(f"|---|{'---|' * len(rates)}---|")
     for arm in [*results.arms, *results.search]:
-        runs = {(line["rate"], line["seed"]): line["bits_per_byte"] for line in results.of(arm, share=1.0)}
-        row = [
-            mean_text(score for (its, seed), score in runs.items() if its == rate and seed in seeds) for rate in rates
-        ]
-        against = ""
-        if arm in results.search:
-            reference = next((main for main in MAIN_ARMS if arm.startswith(f"{main}-")), BASELINE)
-            of_reference = {(line["rate"], line["seed"]): line["bits_per_byte"] for line in results.of(reference)}
-            pairs = [runs[key] - of_reference[key] for key in sorted(runs.keys() & of_reference.keys())]
-            against = f"{reference}: {', '.join(f'{pair:+.4f}' for pair in pairs)}, mean {statistics.mean(pairs):+.4f}"
-        print(f"| {arm} | {' | '.join(row)} | {against} |")
+        row = [mean_text(results.scores(arm, rate=rate).values()) for rate in rates]
+        reference = next((main for main in MAIN_ARMS if arm.startswith(f"{main}-")), BASELINE)
+        difference = difference_text(results.scores(arm), results.scores(reference))
+        print(f"| {arm} | {' | '.join(row)} | {f'{reference}: {difference}' if arm in results.search else ''} |")
 
 
 def print_downstream(results: Results) -> None:
