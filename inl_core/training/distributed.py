@@ -1,4 +1,4 @@
-"""The processes of a run: one is world size 1, `torchrun` gives more, and the code above sees no difference.
+"""The processes of a run: one is world size 1, torchrun or srun give more, and the code above sees no difference.
 
 - DDP averages gradients over ranks; the losses are shares of a global sum, so the trainer multiplies by the world size.
 - Gloo on CPUs, NCCL on GPUs.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from inl_core.errors import InlError, RecipeError
-from inl_core.launcher import read_place, refuse_separate_tasks
+from inl_core.launcher import Place, read_place
 
 Result = TypeVar("Result")
 
@@ -94,12 +94,12 @@ def choose_device(setting: str, local_rank: int = 0) -> torch.device:
 
 @contextmanager
 def start_world(device: str) -> Iterator[World]:
-    """Join the process group that torchrun describes in the environment, if any; leave it at the end.
+    """Join the process group that torchrun or srun describes in the environment, if any; leave it at the end.
 
     Raises:
         RecipeError: the environment makes no sense, or the device is not there.
+        ConnectionError: the processes did not find each other.
     """
-    refuse_separate_tasks()
     place = read_place()
     size, rank = place.size, place.rank
     chosen = choose_device(device, place.local_rank)
@@ -107,7 +107,7 @@ def start_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     control = None
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        _meet("nccl" if chosen.type == "cuda" else "gloo", place)
         control = dist.new_group(backend="gloo") if chosen.type == "cuda" else None
     try:
         yield World(rank, size, chosen, control)
@@ -116,6 +116,14 @@ def start_world(device: str) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _meet(backend: str, place: Place) -> None:
+    try:
+        dist.init_process_group(backend, init_method=place.meeting, rank=place.rank, world_size=place.size)
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"rank {place.rank} of {place.size} did not find the others: {reason}") from error
 
 
 def parallelize(module: nn.Module, world: World) -> nn.Module:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,17 @@ def test_one_of_several_processes_keeps_its_exit_code_and_its_message(inl, monke
     outcome = inl("train", "missing.yaml")
     assert outcome.exit_code == 2
     assert "missing.yaml" in outcome.stderr
+
+
+def test_processes_that_cannot_meet_are_one_line(recipe_file, inl, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        found = {"PROCID": "0", "STEP_NUM_TASKS": "2", "JOB_ID": "7", "JOB_NODELIST": "localhost"}
+        for name, value in found.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        outcome = inl("train", recipe_file())
+    assert outcome.exit_code == 1
+    assert outcome.stderr.startswith("rank 0 of 2 did not find the others: ")
+    assert outcome.stderr.count("\n") == 1
