@@ -5,14 +5,22 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from inl_core.errors import RecipeError
+from inl_core.files import refuse_remote
+
 
 def given_path(text: str) -> Path:
     """The parser of every option and argument that is a path.
 
-    It refuses '', which mostly is a shell variable that is not set: Path('') would be the current directory.
+    It refuses '', which mostly is a shell variable that is not set: Path('') would be the current directory. It also
+    refuses URLs.
     """
     if not text:
         raise typer.BadParameter("'' names no file; write . if the current directory is meant")
+    try:
+        refuse_remote(text)
+    except RecipeError as error:
+        raise typer.BadParameter(str(error)) from None
     return Path(text)
 
 

@@ -7,6 +7,7 @@
 
 import json
 import os
+import re
 import select
 import stat
 import tempfile
@@ -29,6 +30,7 @@ ASIDE = ".tmp"
 RECORD_LIMIT = 64 << 20
 """Bytes. A JSON record may not be larger; real configurations, manifests and tokenizers are far smaller."""
 
+_REMOTE = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # Path("s3://bucket") is written s3:/bucket
 _LONGEST_SILENCE = 10
 """Seconds to wait for someone to write to a FIFO."""
 
@@ -143,17 +145,28 @@ def entry_path(directory: Path, name: str) -> Path:
     return directory / parts
 
 
-def expand_home(path: str | Path) -> Path:
+def expand_home(path: str | os.PathLike[str]) -> Path:
     """The path with the home directory for `~` or `~user` at its start, which shells keep behind `=` and in quotes.
 
     Raises:
-        RecipeError: there is no such user, or no home directory is known.
+        RecipeError: there is no such user, or no home directory is known; or the path is a URL.
     """
+    refuse_remote(path)
     try:
         return Path(path).expanduser()
     except RuntimeError:
         name = shortened(str(path))
         raise RecipeError(f"{name}: no home directory is known for it; write ./{name} if a file is meant") from None
+
+
+def refuse_remote(path: str | os.PathLike[str]) -> None:
+    """RecipeError when the path is a URL: without this, s3://bucket/x would be taken for a directory named `s3:`."""
+    text = os.fspath(path)
+    if _REMOTE.match(text):
+        raise RecipeError(
+            f"{shortened(text)}: a URL; only paths of this machine are read and written, so mount that storage, or "
+            "copy the files here"
+        )
 
 
 def shortened(text: str, longest: int = 200) -> str:

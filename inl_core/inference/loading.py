@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
-from inl_core.files import is_directory
+from inl_core.files import expand_home, is_directory
 from inl_core.inference.checkpoint_files import (
     CONFIG,
     MANIFEST,
@@ -72,6 +72,7 @@ def find_checkpoint(
         if found is None:
             raise ArtefactError(f"{runs}/: no run with a checkpoint here; name one, or train with `inl train RECIPE`")
         return found
+    path = expand_home(path)
     if not os.path.lexists(path):
         hint = f"; did you mean {runs / path}?" if is_directory(runs / path) else ""
         raise ArtefactError(f"{path}: no such run or checkpoint{hint}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from inl_core.files import expand_home
+from inl_core.files import expand_home, refuse_remote
 
 
 class Section(BaseModel):
@@ -61,6 +61,7 @@ def _whole_path(value: Any) -> Any:
         return value
     if not value:
         raise ValueError("an empty path would be the working directory; write . if that is meant, or null")
+    refuse_remote(value)
     return _home_expanded(value)
 
 
@@ -70,8 +71,14 @@ def _home_expanded(text: str) -> str:
     return str(expand_home(text)) if text.startswith("~") else text
 
 
+def _source(text: str) -> str:
+    if not text.startswith("file://"):  # how a name that is not UTF-8 is written
+        refuse_remote(text)
+    return _home_expanded(text)
+
+
 FilePath = Annotated[Path, BeforeValidator(_whole_path)]
 """A path in a recipe; `~` at its start is the home directory."""
 
-Source = Annotated[str, AfterValidator(_home_expanded)]
+Source = Annotated[str, AfterValidator(_source)]
 """A source of text: a path or glob, where `~` at the start is the home directory, or the name of another source."""

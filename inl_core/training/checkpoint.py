@@ -39,6 +39,7 @@ from inl_core.inference.checkpoint_files import (
 )
 from inl_core.inference.tensor_files import check_tensors, first_nonfinite, open_tensors, read_tensor
 from inl_core.model import IntegratorLanguageModel
+from inl_core.training.distributed import World
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import remove_checkpoint
 
@@ -67,7 +68,8 @@ class TrainState(BaseModel):
     """The data set's fingerprint; a resumed run refuses another."""
     world_size: Annotated[int, Field(gt=0, lt=2**31)] = 1
     rng: dict[str, list[Byte]] = {}
-    """States of torch's generators, as bytes. None of our code draws from them, but a user's own code might."""
+    """States of torch's generators, as bytes: `cpu` and `cuda` of rank 0, and `cpu/3` of rank 3 where that differs.
+    None of our code draws from them, but a user's own code might."""
 
 
 def read_progress(path: Path) -> TrainState:
@@ -79,21 +81,29 @@ def read_progress(path: Path) -> TrainState:
     return state
 
 
-def capture_rng() -> dict[str, list[int]]:
-    """The global generators' states."""
-    states = {"cpu": torch.get_rng_state().tolist()}
+def capture_rng(world: World) -> dict[str, list[int]]:
+    """The states of every rank's global generators; every rank calls this, and every rank gets them."""
+    own = {"cpu": torch.get_rng_state().tolist()}
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state().tolist()
-    return states
+        own["cuda"] = torch.cuda.get_rng_state().tolist()
+    first, *others = world.gather(own)
+    differing = {
+        f"{device}/{rank}": state
+        for rank, states in enumerate(others, start=1)
+        for device, state in states.items()
+        if state != first.get(device)
+    }
+    return first | differing
 
 
-def restore_rng(states: dict[str, list[int]]) -> None:
-    """Set the global generators; ArtefactError when this version of torch cannot use such a state."""
+def restore_rng(states: dict[str, list[int]], rank: int = 0) -> None:
+    """Set this rank's global generators; ArtefactError when this version of torch cannot use such a state."""
+    own = {device: states.get(f"{device}/{rank}", states.get(device)) for device in ("cpu", "cuda")}
     try:
-        if "cpu" in states:
-            torch.set_rng_state(torch.tensor(states["cpu"], dtype=torch.uint8))
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+        if own["cpu"] is not None:
+            torch.set_rng_state(torch.tensor(own["cpu"], dtype=torch.uint8))
+        if own["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(own["cuda"], dtype=torch.uint8))
     except (RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ArtefactError(f"{PROGRESS}: damaged: rng: {reason}; use an earlier checkpoint") from None

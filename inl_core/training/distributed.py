@@ -54,6 +54,14 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def gather(self, value: Result) -> list[Result]:
+        """Every rank's value, by rank, on every rank; the hosts exchange them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank; an InlError is marked as shared on the other ranks."""
         if self.size == 1:

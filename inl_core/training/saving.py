@@ -64,7 +64,7 @@ class Saver:
             NonFiniteError: a weight or a moment is NaN or infinite; nothing was saved, and every rank learns it.
         """
         self._refuse_nonfinite(state.step)
-        state.rng = capture_rng()
+        state.rng = capture_rng(self.world)
         is_saved = self.world.on_main(lambda: self._write(state))
         if is_saved:
             self.saved_step = state.step

@@ -22,6 +22,7 @@ import torch
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
+from inl_core.files import expand_home
 from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, read_config
 from inl_core.kernels.cpu.library import is_to_be_compiled
 from inl_core.model import IntegratorLanguageModel
@@ -212,7 +213,7 @@ def _claim_directory(
         first = Path("runs") / recipe.name
         path = held.enter_context(claim_new(first, lambda path: not is_taken(path), observer.on_warning))
     else:
-        path = Path(run_dir)
+        path = expand_home(run_dir)
         check_is_run_directory(path)  # before the lock, which is a file in it
         held.enter_context(claim(path, observer.on_warning))
     # Before anything is refused: a scheduler that finds this file would start the run again and again.

@@ -72,7 +72,7 @@ class Trainer:
             ArtefactError: a file is damaged, or does not fit the model or the optimizer.
         """
         self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
-        restore_rng(self.state.rng)
+        restore_rng(self.state.rng, self.world.rank)
         self.saver.saved_step = self.state.step
 
     def fit(self, stop: StopSignal | None = None) -> Evaluation | None:

@@ -81,8 +81,12 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     assert "Usage:" in result.stderr
 
 
-def test_an_empty_path_is_refused_by_name_wherever_a_path_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("", "'' names no file; write . if"), ("s3://bucket/x", "a URL; only paths of this"), ("file:///x", "a URL")],
+)
+def test_a_path_that_can_be_none_is_refused_by_name_wherever_a_path_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     num_checked = 0
@@ -94,10 +98,10 @@ def test_an_empty_path_is_refused_by_name_wherever_a_path_is_taken(
                 continue
             is_option = parameter.param_type_name == "option"
             others = ["train" for other in required if other != parameter.name]
-            given = [*others, parameter.opts[0], ""] if is_option else [*others, ""]
+            given = [*others, parameter.opts[0], path] if is_option else [*others, path]
             result = inl(*name.split(), *given)
             assert result.exit_code == 2, (name, parameter.name)
-            assert "': '' names no file; write . if" in result.stderr
+            assert expected in result.stderr
             assert not is_option or f"'{parameter.opts[0]}'" in result.stderr
             num_checked += 1
     assert num_checked >= 15

@@ -94,6 +94,7 @@ REFUSED = [
     ("a\0b", "NUL byte"),
     ("~nobody-of-this-name/x", "no home directory is known"),
     ("x" * 5000, "no such file"),
+    ("s3://bucket/x.txt", "s3://bucket/x.txt: a URL"),
     ("broken.txt", "a link to nowhere"),
     ("pipe.txt", "not a regular file"),
     ("/dev/zero", "not a regular file"),

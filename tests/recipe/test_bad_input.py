@@ -41,6 +41,10 @@ ADDED_TO_MINIMAL = [
         "5 training.cycle.qqqq: unknown key; the keys here are preset, equilibrium, exploration, num_cycles, "
         "warmup_epochs, steps_per_epoch",
     ),
+    # storage that is not mounted
+    ("data:\n  sources: ['gs://b/x']\n", "5 data.sources.0: gs://b/x: a URL; only paths of this machine"),
+    ("data:\n  directory: s3://b/x\n", "5 data.directory: s3://b/x: a URL; only paths of this machine"),
+    ("data:\n  tokenizer:\n    file: memory://x\n", "6 data.tokenizer.file: memory://x: a URL; only paths of this"),
     # wrong types: nothing is converted
     ("  seed: abc\n", "4 training.seed: expected a whole number, got 'abc'"),
     ('  seed: "2"\n', "4 training.seed: expected a whole number, got '2' (text: remove the quotes)"),

@@ -176,12 +176,3 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path):
         "dynamics/step-00000002.parquet",
         "metrics.jsonl",
     ]
-
-
-def test_the_same_weights_are_the_same_bytes(make_recipe, make_trainer):
-    trainer, _ = make_trainer(make_recipe())
-    for step in (1, 2):
-        save_at(trainer, step)
-    one, two = list_checkpoints(trainer.run.checkpoints)
-    for name in ("model.safetensors", "training_state/optimizer.safetensors"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()

@@ -40,7 +40,7 @@ from inl_core.corpus.reading.sources import STDIN, SourceFile, check_unchanged, 
 from inl_core.corpus.shard_check import check_shards
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError
-from inl_core.files import write_text_aside
+from inl_core.files import expand_home, write_text_aside
 from inl_core.recipe.data import DataSettings
 
 _SPLIT = "split.json"
@@ -84,7 +84,7 @@ def prepare(
         ArtefactError: an input file is damaged, too many rows are bad, there is no text at all, the directory holds
             another data set (without `overwrite`) or another process is preparing it (without `wait`).
     """
-    directory = Path(directory)
+    directory = expand_home(directory)
     workspace.check_directory(directory)
     report = progress or (lambda event: None)
     is_finished = (directory / MANIFEST).exists() and not overwrite
