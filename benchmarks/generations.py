@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ MAIN_ARMS = ["transformer", "transport", "v4", "v5"]
 
 class Grid:
     """The jobs that are wanted, and what is known of them; used by several threads, one for each process."""
+
+    train = staticmethod(train)
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.changed, self.begin = arguments, threading.Condition(), time.monotonic()
@@ -64,8 +67,11 @@ class Grid:
             self.changed.notify_all()
 
     def wanted(self) -> Iterator[Job]:
+        """The jobs that were asked for by name and number."""
+        return islice((job for job in self.jobs() if self.arguments.only in job.name), self.arguments.limit)
+
+    def jobs(self) -> Iterator[Job]:
         """All jobs whose rate is known, the first stage's first and the same seed and rate of all arms side by side."""
-        left = self.arguments.limit
         for stage in study()["stages"]:
             if self.arguments.stages and stage["name"] not in self.arguments.stages:
                 continue
@@ -74,12 +80,8 @@ class Grid:
                 for place in range(1 if rates == "best" else len(rates)):
                     for arm in stage["arms"]:
                         rate = self.best_rate(stage["size"], arm) if rates == "best" else rates[place]
-                        if rate is None or left <= 0:
-                            continue
-                        job = Job(stage["size"], arm, rate, seed, stage.get("share", 1.0))
-                        if self.arguments.only in job.name:
-                            left -= 1
-                            yield job
+                        if rate is not None:
+                            yield Job(stage["size"], arm, rate, seed, stage.get("share", 1.0))
 
     def best_rate(self, size: str, arm: str) -> float | None:
         """The best rate of an arm; None until all runs that decide it have ended."""
@@ -141,7 +143,7 @@ def work(grid: Grid) -> None:
         start = time.monotonic()
         pool = pool or ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         try:
-            line = pool.submit(train, job, arguments.runs, arguments.changes, arguments.matmul).result()
+            line = pool.submit(grid.train, job, arguments.runs, arguments.changes, arguments.matmul).result()
         except Exception as error:  # whatever it is, the other runs go on, and the next one here gets a new process
             pool.shutdown(wait=False)
             pool = None
@@ -152,31 +154,10 @@ def work(grid: Grid) -> None:
         pool.shutdown()
 
 
-def main() -> None:
-    """Run what the results file has not."""
-    stages = [stage["name"] for stage in study()["stages"]]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="the file of lines, which is added to")
-    parser.add_argument("--runs", type=Path, default=Path("runs/generations"), help="where the runs go")
-    parser.add_argument("--stages", nargs="+", choices=stages, help="of generations.yaml (default: all)")
-    parser.add_argument("--only", default="", help="only runs with this text in their names")
-    parser.add_argument("--limit", type=int, default=10**9, help="only so many of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: %(default)s)")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run is at work")
-    parser.add_argument("--matmul", choices=["highest", "high"], help="instead of what generations.yaml says")
-    parser.add_argument("--set", dest="changes", action="append", default=[], help="a key of every recipe")
-    parser.add_argument("--time", action="store_true", help="time a step of each arm instead")
-    parser.add_argument("--sizes", nargs="+", default=list(study()["sizes"]), help="with --time: of generations.yaml")
-    parser.add_argument("--arms", nargs="+", default=MAIN_ARMS, help="with --time: of generations.yaml")
-    arguments = parser.parse_args()
+def run_all(grid: Grid) -> None:
+    """Run what the grid wants, until its deadline at the latest."""
+    arguments = grid.arguments
     os.environ["OMP_NUM_THREADS"] = "1"
-    if arguments.time:
-        for size in arguments.sizes:
-            for line in time_arms(size, arguments.arms, arguments.changes, arguments.matmul, arguments.runs):
-                append_line(arguments.results, line)
-                print(json.dumps(line), flush=True)
-        return
-    grid = Grid(arguments)
     threads = [threading.Thread(target=work, args=(grid,), daemon=True) for _ in range(arguments.jobs)]
     for thread in threads:
         thread.start()
@@ -189,6 +170,41 @@ def main() -> None:
         for process in multiprocessing.active_children():
             process.kill()
         os._exit(0)
+
+
+def options_of_runs() -> argparse.ArgumentParser:
+    """The options of every script that runs a grid, but for the results file."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--runs", type=Path, default=Path("runs/generations"), help="where the runs go")
+    parser.add_argument("--only", default="", help="only runs with this text in their names")
+    parser.add_argument("--limit", type=int, default=10**9, help="only so many of the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: %(default)s)")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run is at work")
+    parser.add_argument("--matmul", choices=["highest", "high"], help="instead of what generations.yaml says")
+    parser.add_argument("--set", dest="changes", action="append", default=[], help="a key of every recipe")
+    return parser
+
+
+def main() -> None:
+    """Run what the results file has not."""
+    stages = [stage["name"] for stage in study()["stages"]]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[options_of_runs()]
+    )
+    parser.add_argument("--results", type=Path, required=True, help="the file of lines, which is added to")
+    parser.add_argument("--stages", nargs="+", choices=stages, help="of generations.yaml (default: all)")
+    parser.add_argument("--time", action="store_true", help="time a step of each arm instead")
+    parser.add_argument("--sizes", nargs="+", default=list(study()["sizes"]), help="with --time: of generations.yaml")
+    parser.add_argument("--arms", nargs="+", default=MAIN_ARMS, help="with --time: of generations.yaml")
+    arguments = parser.parse_args()
+    if not arguments.time:
+        run_all(Grid(arguments))
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for size in arguments.sizes:
+        for line in time_arms(size, arguments.arms, arguments.changes, arguments.matmul, arguments.runs):
+            append_line(arguments.results, line)
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -68,13 +68,20 @@ def recipe_of(job: Job, changes: Sequence[str] = ()) -> Any:
     return load_recipe(HERE.parent / "recipes" / "tiny-transformer.yaml", [*overrides, *changes, *lengths])
 
 
-def train(job: Job, runs: Path, changes: Sequence[str], matmul: str | None) -> dict[str, Any]:
-    """Train and score the whole validation split; the line of the results."""
+def train(
+    job: Job, runs: Path, changes: Sequence[str], matmul: str | None, alter: Callable[[Any], None] | None = None
+) -> dict[str, Any]:
+    """Train and score the whole validation split; the line of the results.
+
+    Args:
+        alter: what is done to the model with its starting weights, before the trainer is built on it.
+    """
     import downstream  # here, because it imports torch
     import torch
 
     from inl_core.analysis.planning.flops import training_flops
     from inl_core.training.session import open_session
+    from inl_core.training.trainer import Trainer
 
     matmul = _prepare_process(job.size, matmul)
     recipe, directory, start = recipe_of(job, changes), runs / job.name, time.perf_counter()
@@ -83,6 +90,10 @@ def train(job: Job, runs: Path, changes: Sequence[str], matmul: str | None) -> d
         data = session.open_data()
         trainer = session.build_trainer(data)
         parameters = _check_parameters(trainer.model, job, changes)
+        if alter is not None:
+            alter(trainer.model)
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            trainer = Trainer(trainer.model, data, trainer.run, trainer.world, trainer.observer)
         evaluation = trainer.fit()
         assert evaluation is not None
         length, rows = recipe.training.sequence_length, 4 * recipe.training.batch_size
