@@ -21,6 +21,7 @@ from inl_cli.commands import (
     inspect,
     plan,
     recipe,
+    replay,
     train,
 )
 from inl_cli.console import EXIT_FAILURE, show_error
@@ -46,6 +47,7 @@ app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)
 app.command("inspect-params")(inspect.inspect_params)
 app.command("convergence-report")(convergence.convergence_report)
+app.command("replay")(replay.replay)
 app.command("import-reference")(import_reference.import_reference)
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)

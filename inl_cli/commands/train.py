@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 RunDirOption = Annotated[
     Path | None, path_option("--run-dir", help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.")
 ]
-BranchOption = Annotated[
-    Path | None,
-    path_option("--branch-from", help="Begin with this checkpoint, or this run's newest one, of the same model."),
-]
 AllowOption = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Accept a change of this key that alters the experiment."),
@@ -35,7 +31,6 @@ def train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
-    branch_from: BranchOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -50,8 +45,7 @@ def train(
     with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
         from inl_core.recipe.load import load_recipe
 
-        chosen = load_recipe(recipe, overrides or ())
-        result = run_training(console, chosen, run_dir, branch_from=branch_from, stop=stop)
+        result = run_training(console, load_recipe(recipe, overrides or ()), run_dir, stop=stop)
     _report(console, result)
 
 
@@ -93,7 +87,6 @@ def run_training(
     *,
     stop: "StopSignal",
     resumption: "Resumption | None" = None,
-    branch_from: Path | None = None,
 ) -> dict[str, Any]:
     """Train as inl_core/training/session.py does, with views around it; the outcome as a JSON-able dictionary."""
     from inl_cli.training_view import TrainingView, show_plan
@@ -103,8 +96,7 @@ def run_training(
         return prepare_with_progress(settings, directory, console, wait=True)
 
     view = TrainingView(console, num_steps=recipe.training.num_steps)
-    how = {"resumption": resumption, "branch_from": branch_from}
-    with open_session(recipe, run_dir, **how, observer=view, stop=stop) as session:
+    with open_session(recipe, run_dir, resumption=resumption, observer=view, stop=stop) as session:
         data = session.open_data(prepare)
         trainer = session.build_trainer(data)
         view.first_step = trainer.state.step

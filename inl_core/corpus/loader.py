@@ -87,9 +87,12 @@ class BatchLoader:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0; the same whenever it is asked for."""
+        return make_batch(self.dataset, self.windows_of(step) * self.sequence_length, self.sequence_length)
+
+    def windows_of(self, step: int) -> np.ndarray:
+        """(b,) the numbers of the windows in the batch of a step."""
         samples = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world_size]
-        starts = self.windows(samples) * self.sequence_length
-        return make_batch(self.dataset, starts, self.sequence_length)
+        return self.windows(samples)
 
     def windows(self, samples: np.ndarray) -> np.ndarray:
         """(n,) the number of the window for each of (n,) sample numbers, which must ascend."""

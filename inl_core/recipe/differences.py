@@ -47,6 +47,7 @@ _KINDS: dict[str, Kind] = {
     "training.evaluation": "operational",  # only reads the weights
     "training.checkpoint": "operational",
     "training.logging": "operational",
+    "training.nonfinite": "operational",  # only acts where the run would have ended
 }
 
 _FIXED = {

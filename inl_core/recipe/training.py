@@ -145,6 +145,14 @@ class LoggingSettings(Section):
     """Mirror the metrics to Weights & Biases (`pip install "inl[logging]"`)."""
 
 
+class NonFiniteSettings(Section):
+    """What a run does about a step whose loss or gradient is NaN or infinite."""
+
+    skip: CountOrNone = 0
+    """How many such steps a run may skip: the batch is passed over, nothing is updated. The next one after them stops
+    the run, as the first does at 0."""
+
+
 class TrainingSettings(Section):
     """One training run."""
 
@@ -190,6 +198,8 @@ class TrainingSettings(Section):
     """Checkpoints."""
     logging: LoggingSettings = LoggingSettings()
     """Metrics."""
+    nonfinite: NonFiniteSettings = NonFiniteSettings()
+    """Steps that are not finite."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -14,10 +14,12 @@
       cycles.py           weights of the losses and amplitude of the excitation in each phase
       gradients.py        the gradient of a global batch, split over micro-batches and ranks
       loss_module.py      the forward pass of one micro-batch (losses.py, precision.py)
-      nonfinite.py        the watch for NaN and infinity
+      nonfinite.py        the watch for NaN and infinity, and what is written down about such a step (flight_record.py)
+        examination.py      the step taken again, to see where it goes wrong (first_bad.py)
       optimizers.py       AdamW and Muon, and which parameters decay
       adaptation.py       the moving average of mu, and the layers' budgets
-    run_log.py          rows of metrics (metrics.py, mirrors.py) and records of the dynamics (dynamics.py)
+    run_log.py          rows of metrics (metrics.py, mirrors.py), warnings of jumps (spikes.py), records of the dynamics
+                        (dynamics.py)
     saving.py           checkpoints (checkpoint.py) and which of them stay (retention.py)
     validation.py       scores on the validation split
     interruption.py     signals that ask a run to end

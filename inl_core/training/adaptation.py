@@ -41,5 +41,6 @@ def reallocate_budget(
             last_residuals(model, part.tokens, positions=part.positions, document_ids=part.document_ids)
             for part in parts
         ]
-    total = torch.tensor(found, dtype=torch.float64, device=world.device).sum(0)
-    budget.reallocate(world.sum(total) / (len(parts) * world.size))
+    total = world.sum(torch.tensor(found, dtype=torch.float64, device=world.device).sum(0))
+    if bool(torch.isfinite(total).all()):  # else the step that follows is bad: it ends the run, or is skipped
+        budget.reallocate(total / (len(parts) * world.size))

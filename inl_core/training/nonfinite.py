@@ -1,20 +1,36 @@
-"""The watch for a loss or a gradient that is NaN or infinite, and the report that such a step leaves.
+"""The watch for a loss or a gradient that is NaN or infinite, and the flight record that such a step leaves.
 
 - On a GPU the host would have to wait for the device at every step. There the device remembers instead: from the first
   bad step on, fused AdamW skips its updates (by `found_inf`, which torch's gradient scaler uses too), and the host
   looks at log points. The weights are then still those that the bad step met, as if the run had stopped at once.
 """
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inl_core.corpus.loader import Batch
-from inl_core.corpus.tokenizer import Tokenizer
-from inl_core.files import write_whole
+from inl_core.model import IntegratorLanguageModel
+from inl_core.training.checkpoint import capture_rng, restore_rng
+from inl_core.training.cycles import Regime
+from inl_core.training.distributed import ALONE, World
+from inl_core.training.examination import Examination, earliest, examine
+from inl_core.training.flight_record import (
+    FlightRecord,
+    describe_examination,
+    describe_rows,
+    record_paths,
+    whole_weights,
+    write_flight_record,
+    write_weights,
+)
+from inl_core.training.gradients import Gradients
 from inl_core.training.optimizers import Optimizers
+from inl_core.training.precision import uses_bf16
+from inl_core.training.prefetch import Prefetcher
+from inl_core.training.run import RunFiles
 
 
 class FiniteWatch:
@@ -38,33 +54,102 @@ class FiniteWatch:
         self._record.copy_(torch.where(bad & (self._record[0] < 0), found, self._record))
         self._skip.copy_((self._record[0] >= 0).float())
 
+    def forget(self) -> None:
+        """Watch on after a bad step that was skipped."""
+        self._record[0] = -1.0
+
     def first_bad(self) -> tuple[int, float, float] | None:
         """(step, loss, gradient norm) of the first bad step, or None; this waits for the device."""
         step, loss, norm = self._record.tolist()
         return None if step < 0 else (int(step), loss, norm)
 
 
-def write_nonfinite_report(
-    path: Path, model: nn.Module, step: int, terms: dict[str, Tensor], norm: float, batch: Batch, tokenizer: Tokenizer
-) -> None:
-    """Write the step, its losses, every parameter whose value or gradient is not finite, and this rank's batch as text.
+@dataclass(frozen=True)
+class Recorded:
+    """The flight record of one step."""
 
-    Raises:
-        OSError: it could not be written; no part of it is left.
+    path: Path
+    """This rank's record, whether it could be written or not."""
+    report: str
+    """What it says and where it is, for a message."""
+
+
+class FlightRecorder:
+    """Takes a bad step again, under watch, and writes down what that shows and what it takes to do so anywhere.
+
+    All ranks must call each method together.
     """
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        bad_gradient = 0 if gradient is None else int((~torch.isfinite(gradient)).sum())
-        bad_values = int((~torch.isfinite(parameter)).sum())
-        if bad_gradient or bad_values:
-            parameters[name] = {"elements": parameter.numel(), "bad_values": bad_values, "bad_gradients": bad_gradient}
-    report = {
-        "step": step + 1,
-        "losses": {name: repr(value.item()) for name, value in terms.items() if value.numel() == 1},
-        "gradient_norm": repr(norm),
-        "not_finite": parameters,
-        "batch": [{"tokens": row.tolist(), "text": tokenizer.decode(row.tolist())} for row in batch.tokens],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(report, indent=1))
+
+    def __init__(
+        self, model: IntegratorLanguageModel, gradients: Gradients, batches: Prefetcher, run: RunFiles, world: World
+    ) -> None:
+        self.model, self.gradients, self.batches, self.run, self.world = model, gradients, batches, run, world
+        self._rng: dict[int, dict[str, list[int]]] = {}
+
+    def note_rng(self, step: int) -> None:
+        """Remember the generators before a step, until it is known to be finite."""
+        self._rng[step] = capture_rng(ALONE)  # of this rank
+
+    def forget(self) -> None:
+        """All steps until now are known to be finite."""
+        self._rng.clear()
+
+    def record(self, step: int, now: Regime, count: float) -> Recorded:
+        """Write the record of `step`, counted from 0, whose weights the model still has."""
+        batch, parts = self.batches.get(step)
+        rng = self._rng.get(step, {})
+        restore_rng(rng)
+        found = examine(self.model, self.gradients, parts, now, step=step, count=max(1.0, count))
+        where, weights_file = record_paths(self.run.path / "reports", step + 1, self.world.rank)
+        problem = self._write_weights(weights_file)
+        try:
+            write_flight_record(
+                where, self._describe(step, count, batch, found, rng, None if problem else weights_file)
+            )
+        except OSError as error:
+            problem = f"{where}, the report, could not be written ({error.strerror or error})"
+        told = problem or f"{where} has the batch and the tensors, and `inl replay {where}` takes the step again"
+        return Recorded(where, f"{self._first_bad(found)}; {told}")
+
+    def _write_weights(self, path: Path) -> str:
+        """Why rank 0 could not write the weights, on every rank; empty when it could."""
+        weights = whole_weights(self.model)
+
+        def write() -> str:
+            try:
+                write_weights(path, weights)
+            except OSError as error:
+                return f"{path}, the step's weights, could not be written ({error.strerror or error})"
+            return ""
+
+        return self.world.on_main(write)
+
+    def _first_bad(self, found: Examination) -> str:
+        """The first place of all ranks, in words."""
+        place = earliest(self.world.gather(found.first_bad))
+        if place is None:
+            return "computed again, the step was finite, as after a fault of the machine"
+        on_rank = f" on rank {place[0]}" if self.world.size > 1 else ""
+        return f"first of all in the {place[1]}{on_rank}"
+
+    def _describe(
+        self, step: int, count: float, batch: Batch, found: Examination, rng: dict[str, list[int]], weights: Path | None
+    ) -> FlightRecord:
+        recipe, loader = self.run.recipe, self.batches.loader
+        model = recipe.model.with_vocab_size(self.run.tokenizer.vocab_size)
+        return FlightRecord(
+            step=step + 1,
+            **describe_examination(found),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            count=count,
+            data_fingerprint=loader.dataset.fingerprint,
+            device=str(self.world.device),
+            threads=torch.get_num_threads(),
+            bf16=uses_bf16(recipe, self.world.device),
+            operations={part: choice.way for part, choice in self.run.operations.items()},
+            weights=weights.name if weights else None,
+            recipe=recipe.model_copy(update={"model": model}).model_dump(mode="json"),
+            rng=rng,
+            batch=describe_rows(batch, loader.windows_of(step), self.run.tokenizer),
+        )

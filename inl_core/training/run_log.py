@@ -19,6 +19,7 @@ from inl_core.training.observer import Observer
 from inl_core.training.precision import autocast_of
 from inl_core.training.run import RunFiles
 from inl_core.training.schedules import is_due, iterations_of_step, logs_after
+from inl_core.training.spikes import SpikeWatch
 from inl_core.training.step import StepResult
 
 
@@ -32,21 +33,31 @@ class RunLog:
         self.settings, self.device = run.recipe.training, world.device
         self.autocast = autocast_of(run.recipe, world.device)
         self.metrics = MetricsWriter(run.path, run.recipe, observer.on_warning) if world.is_main else None
+        self.spikes = SpikeWatch(observer.on_warning)
         self._tokens = self._seconds = 0.0  # of the steps since the last row
 
     def add_step(self, state: TrainState, result: StepResult) -> None:
-        """Take note of a step, and write a row where one is due. `state` is the run's after the step."""
+        """Take note of a step, and write a row where one is due, or where the step was skipped.
+
+        Args:
+            state: the run's after the step.
+        """
         self._tokens += result.num_targets
         self._seconds += result.seconds
-        if not logs_after(self.settings, state.step):
+        if not logs_after(self.settings, state.step) and result.record is None:
             return
         if self.metrics is not None:
             every = self.settings.logging.dynamics_every
             is_recorded = bool(self.model.config.has_dynamics and every)
-            is_recorded = is_recorded and (state.step == 1 or is_due(state.step, every))
+            is_recorded = is_recorded and result.record is None and (state.step == 1 or is_due(state.step, every))
             means = self._record_dynamics(state.step, result.first_part) if is_recorded else {}
             row = self._step_row(state, result) | self._model_row(state, result) | means
-            self.observer.on_metrics(self.metrics.write(row))
+            if result.record is not None:
+                row["skipped"] = result.record.relative_to(self.run.path).as_posix()
+            written = self.metrics.write(row)
+            self.observer.on_metrics(written)
+            if written["loss"] is not None:
+                self.spikes.hear(state.step, written["loss"])
         self._tokens = self._seconds = 0.0
 
     def add_evaluation(self, state: TrainState, evaluation: Evaluation | None, scored_on: str) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from inl_core.training.distributed import World
 from inl_core.training.gradients import Gradients
 from inl_core.training.interruption import StopSignal
 from inl_core.training.loss_module import MicroBatch
-from inl_core.training.nonfinite import FiniteWatch, write_nonfinite_report
+from inl_core.training.nonfinite import FiniteWatch, FlightRecorder
 from inl_core.training.observer import Observer
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.precision import autocast_of
@@ -48,6 +49,8 @@ class StepResult:
     is_stopping: bool
     """Whether a signal asked any rank to stop."""
     seconds: float
+    record: Path | None = None
+    """The flight record of a step that was skipped, because its loss or gradient was not finite."""
 
 
 class Stepper:
@@ -69,7 +72,12 @@ class Stepper:
         self.batches = Prefetcher(loader, self.settings.micro_batch(world.size), world.device)
         # A bad step can be skipped by the device alone where nothing but AdamW's update follows from it.
         may_defer = world.device.type == "cuda" and optimizers.can_skip and mu_adaptation_rate(model) == 0
+        # The record of a step that the run goes on from needs the weights of just this step.
+        may_defer = may_defer and not self.settings.nonfinite.skip
         self.watch = FiniteWatch(optimizers, world.device, deferred=may_defer)
+        self.recorder = FlightRecorder(model, self.gradients, self.batches, run, world)
+        self.num_skipped = 0
+        """Steps of the run until now that were skipped, because they were not finite."""
         self.token_num_bytes = run.tokenizer.token_num_bytes
         self.special_ids = torch.tensor(sorted(run.tokenizer.special_ids.values()), device=world.device)
         self.num_empty = 0
@@ -80,9 +88,10 @@ class Stepper:
 
         Raises:
             NonFiniteError: this step's loss or gradient, or an earlier one's that is only noticed now, is NaN or
-                infinite; the weights are those that the bad step met.
+                infinite, and no more steps may be skipped; the weights are those that the bad step met.
         """
         start, now = time.perf_counter(), self._enter_regime(step)
+        self.recorder.note_rng(step)
         batch, parts = self.batches.get(step)
         # An evaluation came before this step. A run that is resumed here, or on other processes, does the same.
         if step and is_due(step, self.settings.evaluation.every):
@@ -92,16 +101,19 @@ class Stepper:
         factor = learning_rate_factor(self.settings.schedule, step, self.settings.num_steps)
         rate = self.optimizers.set_learning_rate_factor(factor)
         losses, norm = self._gradient(parts, now, step, count) if count else ({}, None)
+        record = None
         if not self.watch.deferred or stopping or writes_after(self.settings, step + 1):
-            self._check_finite(step, losses, batch)
-        if count:
+            record = self._check_finite(step)
+        if record is not None:
+            losses, norm, count, num_bytes = {}, None, 0.0, 0.0
+        elif count:
             self.optimizers.step()
             self.optimizers.zero_grad()
             adapt_equilibrium(self.model, losses, count)
         else:
             self._warn_of_empty_batch(step)
         seconds = time.perf_counter() - start
-        return StepResult(now, parts[0], rate, count, num_bytes, losses, norm, stopping > 0, seconds)
+        return StepResult(now, parts[0], rate, count, num_bytes, losses, norm, stopping > 0, seconds, record)
 
     def time_gradient(self) -> float:
         """Seconds that the first batch's forward and backward passes take; nothing is updated."""
@@ -143,27 +155,33 @@ class Stepper:
         self.watch.observe(step, losses["task"], norm)
         return losses, norm
 
-    def _check_finite(self, step: int, losses: dict[str, Tensor], batch: Batch) -> None:
-        """Wait for the device; stop the run when `step`, or a step since the last look, was not finite."""
+    def _check_finite(self, step: int) -> Path | None:
+        """Wait for the device, and look at `step` and at those since the last look.
+
+        Returns:
+            The record of `step` when it is to be skipped; None when all is finite.
+
+        Raises:
+            NonFiniteError: a step was not finite, and no more may be skipped.
+        """
         found = self.watch.first_bad()
-        if found is None:
-            return
-        bad_step, loss, norm = found
-        if bad_step != step:  # the weights are still those that it met, so its gradients can be computed again
-            self.optimizers.zero_grad()
-            batch, parts = self.batches.get(bad_step)
-            count = self.world.sum_numbers(*self._count(batch))[0]
-            losses = self.gradients.backward(parts, self._enter_regime(bad_step), bad_step, max(1.0, count))
-        where = self.run.path / "reports" / f"nonfinite-step-{bad_step + 1}-rank-{self.world.rank}.json"
-        try:
-            write_nonfinite_report(where, self.model, bad_step, losses, norm, batch, self.run.tokenizer)
-            report = f"{where} has the batch and the tensors"
-        except OSError as error:
-            report = f"{where}, the report, could not be written ({error.strerror or error})"
-        raise NonFiniteError(
-            f"step {bad_step + 1}: loss {loss:g}, gradient norm {norm:g}; stopped before the update. {report}; "
-            f"{advice_after_nonfinite(self.run, bad_step)}"
-        )
+        # Of one global batch all ranks find the same; if a faulty machine did not, they must still not part company.
+        if not self.world.sum_numbers(float(found is not None))[0]:
+            self.recorder.forget()
+            return None
+        bad_step, loss, norm = found or (step, math.nan, math.nan)
+        now = self._enter_regime(bad_step)  # the weights are still those that it met
+        count = self.world.sum_numbers(*self._count(self.batches.get(bad_step)[0]))[0]
+        recorded = self.recorder.record(bad_step, now, count)
+        what = f"step {bad_step + 1}: loss {loss:g}, gradient norm {norm:g}"
+        if self.num_skipped >= self.settings.nonfinite.skip:
+            advice = advice_after_nonfinite(self.run, bad_step)
+            raise NonFiniteError(f"{what}; stopped before the update. {recorded.report}; {advice}")
+        self.watch.forget()
+        self.num_skipped += 1
+        allowed = f"{self.num_skipped} of the {self.settings.nonfinite.skip} steps that training.nonfinite.skip allows"
+        self.observer.on_warning(f"{what}; skipped, {allowed}. {recorded.report}")
+        return recorded.path
 
     def _warn_of_empty_batch(self, step: int) -> None:
         """Warn of the first batch without a target token, the tenth, the hundredth and so on."""

@@ -73,6 +73,7 @@ class Trainer:
         """
         self.state = load_checkpoint(checkpoint, self.model, self.optimizers)
         restore_rng(self.state.rng, self.world.rank)
+        self.stepper.num_skipped = self.state.skipped
         self.saver.saved_step = self.state.step
 
     def fit(self, stop: StopSignal | None = None) -> Evaluation | None:
@@ -116,6 +117,7 @@ class Trainer:
         self.state.samples += self.settings.batch_size
         self.state.tokens += int(result.num_targets)
         self.state.seconds += result.seconds
+        self.state.skipped = self.stepper.num_skipped
         self.log.add_step(self.state, result)
         return result.is_stopping
 

@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from inl_core.training.distributed import start_world
 from inl_core.training.metrics import read_metrics
 
 LOSSES = {
@@ -32,10 +29,10 @@ EXPERTS = {
 }
 
 
-def torchrun(recipe, run: str, cwd) -> subprocess.CompletedProcess:
+def torchrun(recipe, run: str, cwd, *, program=("-m", "inl_cli")) -> subprocess.CompletedProcess:
     """`inl train` on two ranks; a run that does not end says where each of its threads stands."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "inl_cli", "train", str(recipe), "--run-dir", run, "--json"]
+    command = [*launcher, *program, "train", str(recipe), "--run-dir", run, "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
@@ -92,6 +89,48 @@ def test_two_ranks_give_the_loss_curve_of_one_process(recipe_file, inl, tmp_path
     assert json.loads(double.stdout)["step"] == 12
 
 
+# The command line, in which the fourth and the eighth step overflow, on the sequences of rank 1 alone.
+OVERFLOWS_ON_ONE_RANK = """
+import math
+from inl_cli.app import main
+from inl_core.launcher import place_or_alone
+from inl_core.training.step import Stepper
+take = Stepper.take
+def take_and_overflow(self, step, stop):
+    spoil = lambda module, given, output: output * math.inf if step in (3, 7) else None
+    hook = self.model.blocks[1].feed_forward.down.register_forward_hook(spoil) if place_or_alone().rank else None
+    try:
+        return take(self, step, stop)
+    finally:
+        if hook:
+            hook.remove()
+Stepper.take = take_and_overflow
+main()
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_skip_and_stop_together_where_one_overflows(recipe_file, inl, tmp_path):
+    program = tmp_path / "overflows.py"
+    program.write_text(OVERFLOWS_ON_ONE_RANK)
+    recipe = recipe_file(training={"nonfinite": {"skip": 1}})
+    done = torchrun(recipe, "two", tmp_path, program=[str(program)])
+    assert done.returncode == 1
+    assert done.stderr.count("step 4: loss nan, gradient norm nan; skipped, 1 of the 1") == 1
+    assert done.stderr.count("step 8: loss nan, gradient norm nan; stopped before the update") == 1
+    assert done.stderr.count("first of all in the output of blocks.1.feed_forward.down (4,096 of 4,096") == 2
+    assert done.stderr.count("on rank 1") == 2
+    rows = [row for row in read_metrics(tmp_path / "two") if "learning_rate" in row]
+    assert [(row["step"], row["loss"] is None) for row in rows] == [(step, step == 4) for step in range(1, 8)]
+    for step in (4, 8):
+        paths = [tmp_path / "two" / "reports" / f"nonfinite-step-{step}-rank-{rank}.json" for rank in (0, 1)]
+        windows = [row["window"] for path in paths for row in json.loads(path.read_text())["batch"]]
+        assert len(set(windows)) == 8
+        replayed = inl("replay", paths[1], "--json")  # without the hook, on the sequences of both
+        assert replayed.exit_code == 0, replayed.stderr
+        assert json.loads(replayed.stdout)["is_finite"]
+
+
 def test_one_of_several_processes_keeps_its_exit_code_and_its_message(inl, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = inl("train", "missing.yaml")
@@ -111,26 +150,3 @@ def test_processes_that_cannot_meet_are_one_line(recipe_file, inl, monkeypatch):
     assert outcome.exit_code == 1
     assert outcome.stderr.startswith("rank 0 of 2 did not find the others: ")
     assert outcome.stderr.count("\n") == 1
-
-
-def test_on_gpus_the_host_s_messages_go_over_a_group_of_their_own(monkeypatch):
-    """NCCL is told its device; what takes long is waited for in gloo, for as long as it takes."""
-    started, groups, used = [], [], []
-    place = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: started.append((backend, how["device_id"])))
-    monkeypatch.setattr(dist, "new_group", lambda **how: groups.append(how) or "control")
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, **how: used.append(how["group"]))
-    monkeypatch.setattr(dist, "all_reduce", lambda values, group=None: used.append(group))
-    monkeypatch.setattr(dist, "barrier", lambda group=None: used.append(group))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    with start_world("auto") as world:
-        world.on_main(lambda: "data")
-        world.sum_numbers(1.0)
-    assert started == [("nccl", torch.device("cuda", 1))]
-    assert groups[0]["backend"] == "gloo"
-    assert groups[0]["timeout"].days >= 1
-    assert used == ["control"] * 3
