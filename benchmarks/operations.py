@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from inl_core.kernels.apply import TORCH, build_attention, build_dynamics
 from inl_core.kernels.cpu.library import library
-from inl_core.kernels.loss import ChunkedLoss, CpuLoss
+from inl_core.kernels.loss import ChunkedLoss, OwnLoss
 from inl_core.kernels.stream import MotionInPlace
 from inl_core.model.attention import first_of_document, rotary_tables
 from inl_core.model.dynamics import Drive
@@ -70,7 +70,7 @@ def loss(tokens: int, dim: int, vocabulary: int) -> Callable:
     """A call of the loss over the vocabulary."""
 
     def build(way: str) -> Run:
-        module = ChunkedLoss() if way == TORCH else CpuLoss()
+        module = ChunkedLoss() if way == TORCH else OwnLoss()
         z, weight = torch.randn(tokens, dim, requires_grad=True), torch.randn(vocabulary, dim, requires_grad=True)
         targets = torch.randint(vocabulary, (tokens,))
         return lambda: module(z, weight, targets)

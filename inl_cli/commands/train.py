@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 RunDirOption = Annotated[
     Path | None, path_option("--run-dir", help="Where the run goes; default runs/NAME, or NAME-2, ... if taken.")
 ]
+BranchOption = Annotated[
+    Path | None,
+    path_option("--branch-from", help="Begin with this checkpoint, or this run's newest one, of the same model."),
+]
 AllowOption = Annotated[
     list[str] | None,
     typer.Option("--allow-change", metavar="KEY", help="Accept a change of this key that alters the experiment."),
@@ -31,6 +35,7 @@ def train(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
+    branch_from: BranchOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -45,7 +50,8 @@ def train(
     with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
         from inl_core.recipe.load import load_recipe
 
-        result = run_training(console, load_recipe(recipe, overrides or ()), run_dir, stop=stop)
+        chosen = load_recipe(recipe, overrides or ())
+        result = run_training(console, chosen, run_dir, branch_from=branch_from, stop=stop)
     _report(console, result)
 
 
@@ -87,6 +93,7 @@ def run_training(
     *,
     stop: "StopSignal",
     resumption: "Resumption | None" = None,
+    branch_from: Path | None = None,
 ) -> dict[str, Any]:
     """Train as inl_core/training/session.py does, with views around it; the outcome as a JSON-able dictionary."""
     from inl_cli.training_view import TrainingView, show_plan
@@ -96,7 +103,8 @@ def run_training(
         return prepare_with_progress(settings, directory, console, wait=True)
 
     view = TrainingView(console, num_steps=recipe.training.num_steps)
-    with open_session(recipe, run_dir, resumption=resumption, observer=view, stop=stop) as session:
+    how = {"resumption": resumption, "branch_from": branch_from}
+    with open_session(recipe, run_dir, **how, observer=view, stop=stop) as session:
         data = session.open_data(prepare)
         trainer = session.build_trainer(data)
         view.first_step = trainer.state.step

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from inl_core.kernels.loss import ChunkedLoss, CpuLoss, SharedLookup
+from inl_core.kernels.loss import ChunkedLoss, OwnLoss, SharedLookup
 from inl_core.kernels.stream import MotionInPlace
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.attention import InnerAttention, Visibility
@@ -26,6 +26,9 @@ from inl_core.recipe import IntegratorConfig, ModelConfig
 
 Operations = Literal["auto", "plain"]
 TORCH = "torch"
+FLEX = "torch with flex_attention"
+EVERY_TOKEN = "torch, every expert on every token"
+OWN_LOSS = "inl's chunks"
 NOTHING: Mapping[str, str] = {}
 
 
@@ -34,7 +37,7 @@ class Choice(NamedTuple):
 
     way: str
     """`torch`, `C++ with MKL` or `C++ with oneDNN` (the library whose matrix product it calls); of the loss
-    `inl's chunks`, of the stream `torch in place`."""
+    `inl's chunks`, of the stream `torch in place`; on a GPU also FLEX for attention, EVERY_TOKEN for a mixture."""
     why: str
 
 
@@ -73,6 +76,8 @@ def choose(
     reason = _why_only_torch(device, operations, bf16)
     names = ["attention", *(["integrator"] if config.integrator else [])]
     stream = _choose_motion(operations) if config.stream or config.transport else {}
+    if device.type == "cuda" and operations == "auto":
+        return _choose_on_gpu(config, names) | stream
     if reason:
         return {name: Choice(TORCH, reason) for name in (*names, "loss")} | stream
     from inl_core.kernels.measuring import fastest
@@ -80,7 +85,7 @@ def choose(
     found = {name: fastest(name, config, before.get(name)) for name in names}
     if config.integrator and config.integrator.controller.experts > 1:
         found["integrator"] = Choice(TORCH, "the experts of a mixture are run one by one")
-    return found | {"loss": Choice("inl's chunks", "less memory than torch's, which is as fast")} | stream
+    return found | {"loss": Choice(OWN_LOSS, "less memory than torch's, which is as fast")} | stream
 
 
 def put(model: IntegratorLanguageModel, choices: dict[str, Choice]) -> None:
@@ -89,6 +94,8 @@ def put(model: IntegratorLanguageModel, choices: dict[str, Choice]) -> None:
     _put_attention(model, choices["attention"].way)
     for integrator in model.integrators():
         integrator.dynamics = build_dynamics(integrator.config, choices["integrator"].way)
+        if integrator.router is not None:
+            integrator.router.takes_every_token = choices["integrator"].way == EVERY_TOKEN
     if "stream" in choices:
         _put_motion(model, choices["stream"].way)
 
@@ -121,6 +128,19 @@ def _why_only_torch(device: torch.device, operations: Operations, bf16: bool) ->
     return ""
 
 
+def _choose_on_gpu(config: ModelConfig, names: list[str]) -> dict[str, Choice]:
+    """What replaces torch's own operations on a GPU, where nothing is written in C++."""
+    from inl_core.kernels.documents import why_not_flex
+
+    found = {name: Choice(TORCH, "those of our own are for CPUs") for name in names}
+    found["loss"] = Choice(OWN_LOSS, "products in the precision of the pass, sums in float32")
+    no_flex = why_not_flex(config.head_dim)
+    found["attention"] = Choice(TORCH, no_flex) if no_flex else Choice(FLEX, "documents are told apart without a mask")
+    if config.integrator and config.integrator.controller.experts > 1:
+        found["integrator"] = Choice(EVERY_TOKEN, "nobody waits for the GPU to count an expert's tokens")
+    return found
+
+
 def _choose_motion(operations: Operations) -> dict[str, Choice]:
     """It runs wherever torch does, and does nothing but leave out passes over memory: nothing is to be measured."""
     if operations == "plain":
@@ -130,13 +150,17 @@ def _choose_motion(operations: Operations) -> dict[str, Choice]:
 
 def _put_loss(model: IntegratorLanguageModel, way: str) -> None:
     is_own = way != TORCH
-    model.vocabulary_loss = CpuLoss() if is_own else ChunkedLoss()
+    model.vocabulary_loss = OwnLoss() if is_own else ChunkedLoss()
     model.embedding.lookup = SharedLookup() if is_own and model.head is None else Lookup()
 
 
 def _put_attention(model: IntegratorLanguageModel, way: str) -> None:
     model.visibility = Visibility()
-    if way != TORCH:
+    if way == FLEX:
+        from inl_core.kernels.documents import DocumentBlocks
+
+        model.visibility = DocumentBlocks()
+    elif way != TORCH:
         from inl_core.kernels.attention import DocumentStarts
 
         model.visibility = DocumentStarts()
@@ -155,6 +179,10 @@ def build_attention(config: ModelConfig, way: str) -> InnerAttention:
     """The inner attention of one layer, the given way."""
     if way == TORCH:
         return InnerAttention(config)
+    if way == FLEX:
+        from inl_core.kernels.documents import FlexAttention
+
+        return FlexAttention(config)
     # Imported here: a registered operation brings torch's compiler with it.
     from inl_core.kernels.attention import CppAttention
 

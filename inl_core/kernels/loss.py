@@ -1,9 +1,10 @@
 """The loss over the vocabulary without a tensor of all logits, and the one gradient of a table that is used twice.
 
 - `ChunkedLoss` is torch's own chunked cross-entropy, for any device and precision.
-- `CpuLoss` is for a CPU in one precision. torch's computes the gradients inside the forward pass, and its backward pass
-  makes zeros as large as the head's matrix for an output that nobody uses, while every activation is still held. This
-  one does not, and goes over the logits four times where torch's goes eight (docs/performance.md).
+- `OwnLoss` is for a CPU in one precision, and for GPUs. torch's computes the gradients inside the forward pass, and its
+  backward pass makes zeros as large as the head's matrix for an output that nobody uses, while every activation is
+  still held. This one does not, and goes over the logits four times where torch's goes eight (docs/performance.md).
+  Under autocast torch's multiplies in float32; this one multiplies in bfloat16 and adds up in float32.
 - `SharedLookup` gives the embedding's gradient to the loss's, row by row, where autograd would make a tensor (V, R) of
   nearly all zeros and add it into a third: 98 MB at V = 50,304, R = 512, at the very peak of a training step.
 - Both of ours are autograd functions, not registered operations: the one hands out a view of what it is given, which a
@@ -53,43 +54,53 @@ class ChunkedLoss(VocabularyLoss):
         return F.linear_cross_entropy(z, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
 
 
-class CpuLoss(ChunkedLoss):
-    """The model's loss by `CrossEntropy`, where all is in one precision and autocast is off."""
+class OwnLoss(ChunkedLoss):
+    """The model's loss by `CrossEntropy`: on a GPU always, on a CPU where all is in one precision without autocast."""
 
     def in_chunks(self, z: Tensor, weight: Tensor, targets: Tensor, most: int) -> Tensor:
         """The same, at most so many rows of logits at a time."""
-        is_alike = z.dtype == weight.dtype and z.dtype.itemsize >= 4 and not torch.is_autocast_enabled("cpu")
-        if z.device.type != "cpu" or not is_alike:
+        device = z.device.type
+        is_autocast = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+        is_alike = z.dtype == weight.dtype and z.dtype.itemsize >= 4 and not is_autocast
+        if not (device == "cuda" or (device == "cpu" and is_alike)):
             return super().in_chunks(z, weight, targets, most)
-        return CrossEntropy.apply(z, weight, targets, most, torch.is_grad_enabled())  # type: ignore[return-value]
+        factors = torch.get_autocast_dtype(device) if is_autocast else z.dtype
+        with torch.autocast(device, enabled=False):  # each operation is given the precision it is meant to have
+            return CrossEntropy.apply(z, weight, targets, most, torch.is_grad_enabled(), factors)  # type: ignore[return-value]
 
 
 class CrossEntropy(torch.autograd.Function):
-    """(z (N, R), W (V, R), targets (N,), n, whether to differentiate) -> the sum of the cross-entropies in nats.
+    """(z (N, R), W (V, R), targets (N,), n, whether to differentiate, F) -> the sum of the cross-entropies in nats.
 
-    The gradients are computed with the loss and handed out as they lie: only a graph that is retained hands out copies.
+    F is the precision of the factors of each matrix product. Logits and sums are in the precision of z and W, or in
+    float32 where that is lower. The gradients are computed with the loss and handed out as they lie: only a graph that
+    is retained hands out copies.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, targets: Tensor, most: int, differentiate: bool) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, weight: Tensor, targets: Tensor, most: int, differentiate: bool, factors: torch.dtype
+    ) -> Tensor:
         """The loss; keeps the gradients, (N, R) and (V, R), where they are asked for."""
         wants_z, wants_weight = (differentiate and wanted for wanted in ctx.needs_input_grad[:2])
-        z, weight = z.contiguous(), weight.contiguous()
-        ctx.grad_z = grad_z = torch.empty_like(z) if wants_z else None
-        ctx.grad_weight = grad_weight = torch.zeros_like(weight) if wants_weight else None
-        buffer, loss = z.new_empty(min(most, len(z)), len(weight)), z.new_zeros(())
+        sums = torch.promote_types(z.dtype, torch.float32)
+        z, weight = z.to(factors).contiguous(), weight.to(factors).contiguous()
+        ctx.grad_z = grad_z = torch.empty_like(z, dtype=sums) if wants_z else None
+        ctx.grad_weight = grad_weight = torch.zeros_like(weight, dtype=sums) if wants_weight else None
+        buffer, loss = z.new_empty(min(most, len(z)), len(weight), dtype=sums), z.new_zeros((), dtype=sums)
         for start in range(0, len(z), most):
             where = slice(start, start + most)
-            logits = torch.mm(z[where], weight.T, out=buffer[: len(z[where])])
+            logits = _multiply(z[where], weight.T, buffer[: len(z[where])])
             loss += _losses(logits, targets[where]).sum()
+            slopes = logits.to(factors)
             if grad_z is not None:
-                torch.mm(logits, weight, out=grad_z[where])
+                _multiply(slopes, weight, grad_z[where])
             if grad_weight is not None:
-                grad_weight.addmm_(logits.T, z[where])
+                _add_product(grad_weight, slopes.T, z[where])
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         """The kept gradients times the loss's."""
         _refuse_second_derivatives("the loss")
         if not hasattr(ctx, "grad_z"):
@@ -100,7 +111,24 @@ class CrossEntropy(torch.autograd.Function):
             del ctx.grad_z, ctx.grad_weight
         multiply = torch.mul if is_retained else torch.Tensor.mul_
         of_z, of_weight = (None if gradient is None else multiply(gradient, grad) for gradient in kept)
-        return of_z, of_weight, None, None, None
+        return of_z, of_weight, None, None, None, None
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b, summed and written in the precision of `out`, which may be higher than that of the factors."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to `total`, whose precision may be higher than that of the factors."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(_multiply(a, b, torch.empty_like(total)))
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -188,16 +188,21 @@ class InnerAttention(nn.Module):
             key = cache.keys.index_copy_(2, cache.slots, key.to(cache.keys.dtype))
             value = cache.values.index_copy_(2, cache.slots, value.to(cache.values.dtype))
             query = query.to(key.dtype)
+        mixed = self.mix(query, key, value, mask, 1.0 / math.sqrt(self.head_dim))
+        mixed = mixed.view(batch, self.num_heads, length, -1).transpose(1, 2).reshape(batch, length, -1)
+        return mixed.to(packed.dtype)  # a cache may hold another one
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """softmax(q k^T scale) v: queries (B, H, S, F), keys and values (B, K, M, F) -> (B, H, S, F), or as many."""
+        batch, _, length, _ = query.shape
         is_causal = True if mask is None and length > 1 else False  # noqa: SIM210 - a bool for a compiler, too
-        scale, is_grouped = 1.0 / math.sqrt(self.head_dim), self.num_kv_heads != self.num_heads
+        is_grouped = self.num_kv_heads != self.num_heads
         if length == 1 and is_grouped:
             # A group's queries stand where a sequence's would: they share a key head, and all see the same slots.
             query, is_grouped = query.reshape(batch, self.num_kv_heads, -1, self.head_dim), False
-        mixed = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
         )
-        mixed = mixed.view(batch, self.num_heads, length, -1).transpose(1, 2).reshape(batch, length, -1)
-        return mixed.to(packed.dtype)  # a cache may hold another one
 
 
 class Attention(nn.Module):

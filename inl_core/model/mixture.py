@@ -60,6 +60,9 @@ class Router(nn.Module):
     def __init__(self, config: IntegratorConfig, dim: int) -> None:
         super().__init__()
         self.top_k = config.controller.top_k
+        # Put in from outside (inl_core.kernels.apply): each expert then takes every token, most of them with weight 0,
+        # which is more arithmetic, and nobody waits to hear how many tokens an expert has.
+        self.takes_every_token = False
         self.gate = nn.Linear(dim, config.controller.experts, bias=False)
 
     def forward(self, h: Tensor) -> Routing:
@@ -76,9 +79,9 @@ class Router(nn.Module):
     def shares(self, routing: Routing) -> list[Share]:
         """Each expert's share of the tokens."""
         weights = routing.weights.flatten(0, -2)  # (N, E)
-        found = []
+        found, every = [], torch.arange(len(weights), device=weights.device)
         for expert in range(weights.shape[1]):
-            rows = weights[:, expert].nonzero().squeeze(-1)
+            rows = every if self.takes_every_token else weights[:, expert].nonzero().squeeze(-1)
             found.append(Share(rows, weights[rows, expert, None]))
         return found
 

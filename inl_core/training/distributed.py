@@ -2,11 +2,14 @@
 
 - DDP averages gradients over ranks; the losses are shares of a global sum, so the trainer multiplies by the world size.
 - Gloo on CPUs, NCCL on GPUs.
+- The default group carries tensors of a step, and its timeout finds a rank that hangs. What ranks tell each other
+  besides goes over a group of its own, in which a rank may wait as long as another prepares data or saves.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +21,9 @@ from inl_core.errors import InlError, RecipeError
 from inl_core.launcher import Place, read_place
 
 Result = TypeVar("Result")
+
+_LONGEST_WAIT = timedelta(days=7)
+"""For what one rank does while the others wait: preparing data, saving, reading a checkpoint back."""
 
 # Every reducer of this process is kept until the process ends. Freeing a reducer frees its process group, which waits
 # for gloo's worker threads while it holds Python's lock. A worker thread that has yet to free its last tensor waits for
@@ -33,7 +39,7 @@ class World:
     size: int
     device: torch.device
     control: Any = None
-    """The process group of messages between hosts, where the default one belongs to the GPUs."""
+    """The gloo group of messages between hosts, which no GPU is waited for in; None where this process is alone."""
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +73,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, device=self.device)
+        dist.broadcast_object_list(box, group=self.control, device=torch.device("cpu"))
         if not self.is_main and isinstance(box[0], InlError):
             box[0].is_shared = True
         return box[0]
@@ -113,22 +119,27 @@ def start_world(device: str) -> Iterator[World]:
     chosen = choose_device(device, place.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    control = None
+    control: Any = None
     if size > 1:
-        _meet("nccl" if chosen.type == "cuda" else "gloo", place)
-        control = dist.new_group(backend="gloo") if chosen.type == "cuda" else None
+        _meet(chosen, place)
+        control = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
     try:
         yield World(rank, size, chosen, control)
         if size > 1:
-            dist.barrier()  # nobody takes the group down while another rank still uses it
+            dist.barrier(group=control)  # nobody takes the group down while another rank still uses it
     finally:
         if size > 1:
             dist.destroy_process_group()
 
 
-def _meet(backend: str, place: Place) -> None:
+def _meet(device: torch.device, place: Place) -> None:
+    # Told its device, NCCL connects at once, and an error shows here; else it would guess from the rank.
+    own = device if device.type == "cuda" else None
+    backend = "nccl" if own else "gloo"
     try:
-        dist.init_process_group(backend, init_method=place.meeting, rank=place.rank, world_size=place.size)
+        dist.init_process_group(
+            backend, init_method=place.meeting, rank=place.rank, world_size=place.size, device_id=own
+        )
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(f"rank {place.rank} of {place.size} did not find the others: {reason}") from error

@@ -6,11 +6,14 @@ from inl_core.recipe import Recipe
 
 
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
-    """Whether forward passes run under bfloat16 autocast; `auto` does so on every GPU that supports it."""
+    """Whether forward passes run under bfloat16 autocast; `auto` does so on every GPU that has it in hardware."""
     wanted = recipe.training.precision
-    if wanted == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return wanted == "bf16"
+    return has_native_bf16(device) if wanted == "auto" else wanted == "bf16"
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether this is a GPU that computes in bfloat16 itself; older ones emulate it, slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast_of(recipe: Recipe, device: torch.device) -> torch.autocast:

@@ -47,7 +47,7 @@ class RunFiles:
     @property
     def computed_before(self) -> dict[str, str]:
         """How each part of the model was computed until now, by part; empty where nothing says so."""
-        before = self.provenance[-1].get("computed_by", []) if self.provenance else []
+        before = next((event["computed_by"] for event in reversed(self.provenance) if "computed_by" in event), [])
         return dict(entry.partition(" (")[0].partition(": ")[::2] for entry in before)
 
     @property

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from inl_core.corpus.tokenizer import Tokenizer
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError, InlError, RecipeError
 from inl_core.files import expand_home
 from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, read_config
 from inl_core.kernels.cpu.library import is_to_be_compiled
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
+from inl_core.training.branching import branch_provenance, check_tokenizer, choose_origin
 from inl_core.training.checkpoint import START_ANEW
 from inl_core.training.claim import claim, claim_new, join
 from inl_core.training.distributed import World, start_world
@@ -58,6 +59,7 @@ def open_session(
     run_dir: str | Path | None = None,
     *,
     resumption: Resumption | None = None,
+    branch_from: str | Path | None = None,
     observer: Observer | None = None,
     stop: StopSignal | None = None,
 ) -> Iterator["Session"]:
@@ -66,6 +68,7 @@ def open_session(
     Args:
         run_dir: where the run is or goes; None takes runs/NAME, or NAME-2, NAME-3, ... if that is taken.
         resumption: continues the run in `run_dir` instead of starting a new one.
+        branch_from: the checkpoint, or the run, that a new run begins with (branching.py).
         observer: hears what happens, on rank 0; by default Python's `logging` does, under the name "inl".
         stop: who listens for signals outside of the training loop, if anybody does.
 
@@ -85,6 +88,8 @@ def open_session(
         session = Session(recipe, world, directory, resumption, observer)
         # Before the data is prepared, which may take hours: a run that cannot be resumed is refused at once.
         session.checkpoint = session.choose_checkpoint()
+        if branch_from is not None and session.checkpoint is None:
+            session.origin = session.choose_origin(branch_from)
         yield session
 
 
@@ -98,7 +103,9 @@ class Session:
     resumption: Resumption | None
     observer: Observer
     checkpoint: Path | None = None
-    """The checkpoint that the run goes on from; None starts at step 0."""
+    """The checkpoint of this run that it goes on from; None starts at step 0, or with `origin`."""
+    origin: Path | None = None
+    """The checkpoint of another run that this one begins with."""
 
     def open_data(self, prepare: Prepare = prepare_or_wait) -> RunData:
         """The run's data, which rank 0 prepares by `prepare` if it is not there.
@@ -122,7 +129,8 @@ class Session:
         trainer = None
         while trainer is None and self.checkpoint is not None:
             trainer = self._try_to_resume(data, self.checkpoint)
-        trainer = trainer or self._new_trainer(data)
+        if trainer is None:
+            trainer = self._new_trainer(data) if self.origin is None else self._branched_trainer(data, self.origin)
         self.world.on_main(lambda: self._accept(trainer))
         return trainer
 
@@ -135,6 +143,26 @@ class Session:
         return self.world.on_main(
             lambda: choose_checkpoint(self.directory, self.recipe, wanted.allowed, must_advance=must_advance, warn=warn)
         )
+
+    def choose_origin(self, branch_from: str | Path) -> Path:
+        """The checkpoint of another run that this one begins with, verified."""
+        tell, warn = self.observer.on_message, self.observer.on_warning
+        return self.world.on_main(lambda: choose_origin(branch_from, self.recipe, tell=tell, warn=warn))
+
+    def _branched_trainer(self, data: RunData, origin: Path) -> Trainer:
+        """A trainer at another run's checkpoint, which is saved as the first one of this run.
+
+        Until then the directory holds no recipe. So a session that is killed here leaves nothing that could be resumed
+        without the weights it should have begun with.
+        """
+        self.world.on_main(lambda: check_tokenizer(origin, data))
+        trainer = self._new_trainer(data, self.world.on_main(lambda: branch_provenance(origin)))
+        self._tell_of_other_operations(trainer.run)
+        trainer.resume(origin)
+        trainer.state.data_fingerprint = data.train.fingerprint
+        if not trainer.saver.save(trainer.state):
+            raise InlError(f"{self.directory}: its first checkpoint could not be saved; make room, and start it again")
+        return trainer
 
     def _try_to_resume(self, data: RunData, checkpoint: Path) -> Trainer | None:
         """A trainer at `checkpoint`; None when that cannot be read any more, and another one is chosen."""

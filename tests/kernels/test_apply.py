@@ -8,7 +8,7 @@ import torch
 from inl_core.kernels import Choice, apply, choose, describe, measuring, put
 from inl_core.kernels.attention import CppAttention, DocumentStarts
 from inl_core.kernels.integrator import CppDynamics
-from inl_core.kernels.loss import ChunkedLoss, CpuLoss, SharedLookup
+from inl_core.kernels.loss import ChunkedLoss, OwnLoss, SharedLookup
 from inl_core.model import IntegratorLanguageModel
 from inl_core.model.attention import InnerAttention, Visibility
 from inl_core.model.dynamics import Dynamics
@@ -45,7 +45,7 @@ def parts(model: IntegratorLanguageModel) -> set[type]:
 
 
 TORCH_PARTS = {Visibility, ChunkedLoss, Lookup, InnerAttention, Dynamics}
-OWN_PARTS = {DocumentStarts, CpuLoss, SharedLookup, CppAttention, CppDynamics}
+OWN_PARTS = {DocumentStarts, OwnLoss, SharedLookup, CppAttention, CppDynamics}
 
 
 @needs_library
@@ -63,7 +63,7 @@ def test_what_is_applied_last_is_what_is_there():
     [
         ({"operations": "plain"}, "training.operations is plain"),
         ({"bf16": True}, "those of our own are for single or double precision"),
-        ({"device": torch.device("cuda")}, "those of our own are for CPUs"),
+        ({"device": torch.device("meta")}, "those of our own are for CPUs"),
     ],
 )
 def test_where_our_own_cannot_or_must_not_run_torch_does_everything_and_the_reason_is_said(how, reason):
@@ -78,18 +78,22 @@ def test_without_a_library_the_loss_alone_is_our_own():
         found = apply(model)
     assert found["attention"] == found["integrator"] == ("torch", "no operations in C++: this torch has no MKL")
     assert found["loss"].way == "inl's chunks"
-    assert parts(model) == {Visibility, CpuLoss, SharedLookup, InnerAttention, Dynamics}
+    assert parts(model) == {Visibility, OwnLoss, SharedLookup, InnerAttention, Dynamics}
 
 
 @pytest.mark.usefixtures("fastest_is_own")
 def test_the_experts_of_a_mixture_are_run_by_the_plain_loop():
     model = build_model("v4", integrator={"controller": {"experts": 2}})
-    choice = choose(model.config, CPU)["integrator"]
+    choice, on_gpu = (choose(model.config, torch.device(device))["integrator"] for device in ("cpu", "cuda"))
     assert choice == ("torch", "the experts of a mixture are run one by one")
     put(model, {"attention": Choice("torch", ""), "integrator": choice, "loss": Choice("torch", "")})
     assert {type(integrator.dynamics) for integrator in model.integrators()} == {MixedDynamics}
     put(model, {"attention": Choice("torch", ""), "integrator": OWN, "loss": Choice("torch", "")})
     assert {type(integrator.dynamics) for integrator in model.integrators()} == {MixedDynamics}
+    expected = losses_and_gradients(model, some_ids())
+    put(model, {"attention": Choice("torch", ""), "integrator": on_gpu, "loss": Choice("torch", "")})
+    assert all(integrator.router.takes_every_token for integrator in model.integrators())
+    assert_alike(losses_and_gradients(model, some_ids()), expected)
 
 
 @pytest.mark.usefixtures("fastest_is_own")
@@ -108,7 +112,7 @@ def test_a_head_of_its_own_shares_no_table():
     with patch.object(measuring, "fastest", lambda *_: Choice("torch", "")):
         apply(model)
     assert type(model.embedding.lookup) is Lookup
-    assert type(model.vocabulary_loss) is CpuLoss
+    assert type(model.vocabulary_loss) is OwnLoss
 
 
 @needs_library

@@ -12,15 +12,15 @@ from inl_core.corpus.loader import Batch
 from inl_core.inference.evaluate import evaluate
 from inl_core.kernels import apply
 from inl_core.kernels import loss as losses
-from inl_core.kernels.loss import ChunkedLoss, CpuLoss, SharedLookup
+from inl_core.kernels.loss import ChunkedLoss, OwnLoss, SharedLookup
 from inl_core.model.embedding import VocabularyLoss
 from tests.kernels.native import assert_alike, build_model, draw, losses_and_gradients, some_ids
 
 TOKENS, WIDTH, VOCAB = 7, 5, 11
 every_loss = pytest.mark.parametrize(
-    "loss", [VocabularyLoss(), ChunkedLoss(), CpuLoss()], ids=["plain", "torch", "own"]
+    "loss", [VocabularyLoss(), ChunkedLoss(), OwnLoss()], ids=["plain", "torch", "own"]
 )
-of_chunks = pytest.mark.parametrize("loss", [ChunkedLoss(), CpuLoss()], ids=["torch", "own"])
+of_chunks = pytest.mark.parametrize("loss", [ChunkedLoss(), OwnLoss()], ids=["torch", "own"])
 
 
 def factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,19 +89,19 @@ def test_only_the_gradients_that_are_asked_for_are_computed(frozen, expected):
     z.requires_grad_("z" not in frozen)
     weight.requires_grad_("weight" not in frozen)
     with _Products() as products:
-        loss = CpuLoss()(z, weight, targets)
+        loss = OwnLoss()(z, weight, targets)
     assert products.count == expected
     if expected > 1:
         loss.backward()
     assert (z.grad is None, weight.grad is None) == ("z" in frozen, "weight" in frozen)
     with _Products() as products, torch.no_grad():
-        CpuLoss()(z, weight, targets)
+        OwnLoss()(z, weight, targets)
     assert products.count == 1
 
 
 def test_a_second_backward_pass_fails_unless_the_graph_is_retained():
     z, weight, targets = factors()
-    loss = CpuLoss()(z, weight, targets)
+    loss = OwnLoss()(z, weight, targets)
     once = torch.autograd.grad(loss, (z, weight), retain_graph=True)
     (3 * loss).backward()
     for gradient, one in zip((z.grad, weight.grad), once, strict=True):
@@ -148,7 +148,7 @@ def test_targets_that_are_not_one_for_each_state_are_refused(change, is_plain):
 
 def test_factors_that_lie_otherwise_in_memory():
     z, weight, targets = factors()
-    loss = CpuLoss()(z.T.contiguous().T, weight.T.contiguous().T, targets)
+    loss = OwnLoss()(z.T.contiguous().T, weight.T.contiguous().T, targets)
     found = torch.autograd.grad(loss, (z, weight))
     torch.testing.assert_close(found, torch.autograd.grad(by_hand(z, weight, targets), (z, weight)))
 
@@ -159,14 +159,48 @@ def test_what_our_own_loss_cannot_do_is_done_by_torch_s(circumstance, monkeypatc
     z, weight, targets = (value.detach() for value in factors(torch.float32))
     expected = by_hand(z, weight, targets)
     if circumstance == "bfloat16":
-        found = CpuLoss()(z.bfloat16(), weight.bfloat16(), targets)
+        found = OwnLoss()(z.bfloat16(), weight.bfloat16(), targets)
     elif circumstance == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
-            found = CpuLoss()(z, weight, targets)
+            found = OwnLoss()(z, weight, targets)
     else:
-        assert CpuLoss()(z.to("meta"), weight.to("meta"), targets.to("meta")).shape == ()
+        assert OwnLoss()(z.to("meta"), weight.to("meta"), targets.to("meta")).shape == ()
         return
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_products_in_low_precision_are_summed_in_float32():
+    """As on a GPU under autocast: each factor is rounded, and nothing else."""
+    z, weight, targets = factors(torch.float32)
+    loss = losses.CrossEntropy.apply(z, weight, targets, 3, True, torch.bfloat16)
+    rounded = [value.detach().bfloat16().double().requires_grad_() for value in (z, weight)]
+    expected = by_hand(*rounded, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0.0)
+    pairs = zip(torch.autograd.grad(loss, (z, weight)), torch.autograd.grad(expected, rounded), strict=True)
+    for gradient, exact in pairs:  # which are sums of products of slopes, rounded to 8 bits
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-2, atol=1e-2 * exact.abs().max().item())
+
+
+def test_on_a_gpu_the_factors_are_those_of_the_pass(monkeypatch):
+    asked = []
+    monkeypatch.setattr(losses.CrossEntropy, "apply", lambda *given: asked.append(given[-1]))
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    z, weight, targets = (_OnGpu(value.detach()) for value in factors(torch.float32))
+    for is_autocast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, is_autocast=is_autocast: is_autocast)
+        OwnLoss().in_chunks(z, weight, targets, 3)
+        assert asked.pop() is expected
+
+
+class _OnGpu:
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.shape = tensor.dtype, tensor.shape
 
 
 class _Largest(TorchDispatchMode):

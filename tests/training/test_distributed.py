@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from inl_core.training.distributed import start_world
 from inl_core.training.metrics import read_metrics
 
 LOSSES = {
@@ -150,3 +153,26 @@ def test_processes_that_cannot_meet_are_one_line(recipe_file, inl, monkeypatch):
     assert outcome.exit_code == 1
     assert outcome.stderr.startswith("rank 0 of 2 did not find the others: ")
     assert outcome.stderr.count("\n") == 1
+
+
+def test_on_gpus_the_host_s_messages_go_over_a_group_of_their_own(monkeypatch):
+    """NCCL is told its device; what takes long is waited for in gloo, for as long as it takes."""
+    started, groups, used = [], [], []
+    place = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: started.append((backend, how["device_id"])))
+    monkeypatch.setattr(dist, "new_group", lambda **how: groups.append(how) or "control")
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, **how: used.append(how["group"]))
+    monkeypatch.setattr(dist, "all_reduce", lambda values, group=None: used.append(group))
+    monkeypatch.setattr(dist, "barrier", lambda group=None: used.append(group))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with start_world("auto") as world:
+        world.on_main(lambda: "data")
+        world.sum_numbers(1.0)
+    assert started == [("nccl", torch.device("cuda", 1))]
+    assert groups[0]["backend"] == "gloo"
+    assert groups[0]["timeout"].days >= 1
+    assert used == ["control"] * 3
