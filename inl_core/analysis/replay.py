@@ -26,7 +26,8 @@ from inl_core.training.examination import Examination, examine
 from inl_core.training.execution import prepare_model, recompute
 from inl_core.training.flight_record import FlightRecord, describe_examination, read_flight_record, record_paths
 from inl_core.training.gradients import Gradients
-from inl_core.training.loss_module import MicroBatch, micro_batches
+from inl_core.training.loss_module import LossModule, MicroBatch, micro_batches
+from inl_core.training.parallel import Parallel
 
 Note = Callable[[str], None]
 
@@ -67,8 +68,7 @@ def replay(path: Path, *, note: Note = lambda text: None, warn: Note = lambda te
     now = regime(settings.losses, settings.cycle, step, settings.num_steps)
     note(f"taking step {record.step:,} again with {sum(len(one.batch) for one in ranks):,} sequences")
     found = examine(
-        model.train(),
-        Gradients(model, settings, autocast, ALONE),
+        Gradients(Parallel(LossModule(model.train(), autocast), ALONE), settings),
         _parts(path, ranks, recipe),
         now,
         step=step,

@@ -198,6 +198,11 @@ class StreamBlock(nn.Module):
         """x and v, both (B, S, D), two steps later."""
         return self.feed(*self.attend(x, v, shared, cache), shared, cache)
 
+    def trace(self, x: Tensor, v: Tensor, shared: Shared, cache: LayerCache | None) -> list[tuple[Tensor, Tensor]]:
+        """x and v after each of the two steps."""
+        middle = self.attend(x, v, shared, cache)
+        return [middle, self.feed(*middle, shared, cache)]
+
     def attend(self, x: Tensor, v: Tensor, shared: Shared, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         """The first step, whose candidate is attention's output."""
         candidate = self.attention(self.norm_attention(x), shared.rotary, shared.mask, cache)
@@ -225,8 +230,7 @@ def flow(
     path = [(x, v)]
     for block, own_cache in zip(blocks, caches, strict=True):
         if is_kept:
-            path.append(block.attend(x, v, shared, own_cache))
-            path.append(block.feed(*path[-1], shared, own_cache))
+            path += block.trace(x, v, shared, own_cache)
             x, v = path[-1]
         else:
             x, v = block(x, v, shared, own_cache)

@@ -44,6 +44,7 @@ _KINDS: dict[str, Kind] = {
     "training.compile": "operational",
     "training.operations": "operational",  # rounding alone differs, and a resume says so
     "training.recomputation": "operational",
+    "training.distributed": "operational",  # the same sums, in another order
     "training.evaluation": "operational",  # only reads the weights
     "training.checkpoint": "operational",
     "training.logging": "operational",

@@ -153,6 +153,26 @@ class NonFiniteSettings(Section):
     the run, as the first does at 0."""
 
 
+class DistributedSettings(Section):
+    """How the model is divided among the processes of a run; one process has all of it, whatever is said here."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """ddp keeps the whole model in each process; fsdp gives each a part of every matrix, of its gradient and of its
+    moments; hsdp does so in groups of shard_size processes. auto is ddp where the model fits a device, else fsdp."""
+    shard_size: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    """Processes among which one copy of the model is divided (hsdp only), best those of one machine."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.shard_size is None) == (self.strategy == "hsdp"):
+            raise ValueError(
+                "hsdp needs shard_size, the processes among which one copy of the model is divided (say, the GPUs of "
+                f"a machine), and no other strategy takes it; here strategy is {self.strategy} and shard_size is "
+                f"{'null' if self.shard_size is None else self.shard_size}"
+            )
+        return self
+
+
 class TrainingSettings(Section):
     """One training run."""
 
@@ -179,6 +199,8 @@ class TrainingSettings(Section):
     takes torch's own everywhere."""
     recomputation: Literal["none", "block", "integrator"] = "none"
     """What the backward pass computes again to save memory: nothing, each block, or each integrator's iterations."""
+    distributed: DistributedSettings = DistributedSettings()
+    """How several processes divide the model."""
     min_iterations: Iterations | None = None
     """In each step, draw the number t of iterations of each layer anew, from this to T with odds of 1/t, so that the
     model can later be used with fewer iterations; null always runs T."""

@@ -1,7 +1,7 @@
 """Batches -> a trained checkpoint. The files, in the order in which a run needs them:
 
     session.py          a run from its recipe to a trainer: own the directory, find or prepare data, resume or start
-    distributed.py      the processes of a run, and what is applied to the model's blocks from outside
+    distributed.py      the processes of a run
     claim.py            the lock on the run's directory
     resuming.py         the recipe and the checkpoint that a resumed run starts from
     run_data.py         the prepared data of a run
@@ -13,6 +13,7 @@
       schedules.py        learning rate, drawn iterations, and what is due
       cycles.py           weights of the losses and amplitude of the excitation in each phase
       gradients.py        the gradient of a global batch, split over micro-batches and ranks
+      parallel.py         the one model of all ranks, whole, copied or divided (layout.py chooses)
       loss_module.py      the forward pass of one micro-batch (losses.py, precision.py)
       nonfinite.py        the watch for NaN and infinity, and what is written down about such a step (flight_record.py)
         examination.py      the step taken again, to see where it goes wrong (first_bad.py)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from inl_core.model import IntegratorLanguageModel
-from inl_core.training.distributed import World
 from inl_core.training.dynamics import last_residuals
 from inl_core.training.loss_module import MicroBatch
+from inl_core.training.parallel import Parallel
 
 
 def mu_adaptation_rate(model: IntegratorLanguageModel) -> float:
@@ -29,18 +29,20 @@ def adapt_equilibrium(model: IntegratorLanguageModel, losses: dict[str, Tensor],
             integrator.equilibrium.adapt(total / num_targets, rate)
 
 
-def reallocate_budget(
-    model: IntegratorLanguageModel, parts: list[MicroBatch], autocast: torch.autocast, world: World
-) -> None:
+def reallocate_budget(parallel: Parallel, parts: list[MicroBatch]) -> None:
     """Divide the iterations anew among the layers by their residuals on a whole batch, where the strategy does so."""
-    budget = model.budget
+    budget, world = parallel.model.budget, parallel.world
     if budget is None or not budget.follows_residuals:
         return
-    with autocast:
-        found = [
-            last_residuals(model, part.tokens, positions=part.positions, document_ids=part.document_ids)
-            for part in parts
-        ]
+
+    def residuals(model: IntegratorLanguageModel) -> list[list[float]]:
+        with parallel.losses.autocast:
+            return [
+                last_residuals(model, part.tokens, positions=part.positions, document_ids=part.document_ids)
+                for part in parts
+            ]
+
+    found = parallel.run(residuals)
     total = world.sum(torch.tensor(found, dtype=torch.float64, device=world.device).sum(0))
     if bool(torch.isfinite(total).all()):  # else the step that follows is bad: it ends the run, or is skipped
         budget.reallocate(total / (len(parts) * world.size))

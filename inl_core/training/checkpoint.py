@@ -15,13 +15,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
 
 from inl_core.errors import ArtefactError
 from inl_core.files import named_errors, read_record
@@ -112,26 +119,47 @@ def restore_rng(states: dict[str, list[int]], rank: int = 0) -> None:
         raise ArtefactError(f"{PROGRESS}: damaged: rng: {reason}; use an earlier checkpoint") from None
 
 
+class Tensors(NamedTuple):
+    """The tensors of a checkpoint, each whole."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def gather_tensors(model: IntegratorLanguageModel, optimizers: Optimizers) -> Tensors:
+    """The tensors of a checkpoint. If the model is divided, each rank must call this, and rank 0 alone gets them."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return Tensors(model.state_dict(), _tensors(_optimizer_state(model, optimizers)))
+    options = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True, cpu_offload=True)
+    optimizer: Any = get_optimizer_state_dict(model, optimizers.parts, options=options)
+    weights: Any = get_model_state_dict(model, options=options)
+    return Tensors(weights, _tensors(optimizer))
+
+
 def save_checkpoint(
     parent: Path,
     state: TrainState,
     model: IntegratorLanguageModel,
     optimizers: Optimizers,
     documents: dict[str, str],
+    *,
+    tensors: "Tensors | None" = None,
 ) -> Path:
     """Write parent/step-N whole or not at all.
 
     Args:
+        tensors: what `gather_tensors` found in a model that several processes share.
         documents: the other files by name, config.json and tokenizer.json among them.
 
     Raises:
         OSError: it could not be written (a full disk, say); what was there before is untouched.
     """
+    tensors = tensors or gather_tensors(model, optimizers)
     final = parent / f"step-{state.step:08d}"
     with _written_whole(final, parent / f"{final.name}.tmp", state.step) as aside:
         (aside / OPTIMIZER).parent.mkdir()
-        _write_weights(aside, model, documents)
-        _write_tensors(aside / OPTIMIZER, _tensors(_optimizer_state(model, optimizers)))
+        _write_weights(aside, tensors.weights, documents)
+        _write_tensors(aside / OPTIMIZER, tensors.optimizer)
         _write_text(aside / PROGRESS, state.model_dump_json())
     return final
 
@@ -149,7 +177,7 @@ def save_weights(final: Path, model: IntegratorLanguageModel, documents: dict[st
     if name := first_nonfinite(model.state_dict()):
         raise ArtefactError(f"{final}: not written, because {name} holds NaN or infinity")
     with _written_whole(final, final.parent / f".{final.name}.tmp", checkpoint_step(final)) as aside:
-        _write_weights(aside, model, documents)
+        _write_weights(aside, model.state_dict(), documents)
 
 
 def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Optimizers) -> TrainState:
@@ -214,8 +242,8 @@ def _written_whole(final: Path, aside: Path, step: int) -> Iterator[Path]:
         raise
 
 
-def _write_weights(directory: Path, model: IntegratorLanguageModel, documents: dict[str, str]) -> None:
-    _write_tensors(directory / WEIGHTS, model.state_dict())
+def _write_weights(directory: Path, weights: dict[str, Tensor], documents: dict[str, str]) -> None:
+    _write_tensors(directory / WEIGHTS, weights)
     for name, text in documents.items():
         _write_text(directory / name, text)
 
@@ -237,7 +265,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _read_into(tensors: dict[str, Tensor], path: Path) -> None:
     """Fill the tensors, in place, from the file's tensors of the same names."""
-    with open_tensors(path) as file:
+    with open_tensors(path) as file, implicit_replication():  # of a divided tensor, each rank takes its part
         for name, tensor in tensors.items():
             tensor.copy_(read_tensor(path, name, file))
 

@@ -1,7 +1,6 @@
 """The processes of a run: one is world size 1, torchrun or srun give more, and the code above sees no difference.
 
-- DDP averages gradients over ranks; the losses are shares of a global sum, so the trainer multiplies by the world size.
-- Gloo on CPUs, NCCL on GPUs.
+- Gloo on CPUs, NCCL on GPUs. What the processes do with one model is in parallel.py.
 - The default group carries tensors of a step, and its timeout finds a rank that hangs. What ranks tell each other
   besides goes over a group of its own, in which a rank may wait as long as another prepares data or saves.
 """
@@ -14,8 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from inl_core.errors import InlError, RecipeError
 from inl_core.launcher import Place, read_place
@@ -24,11 +22,6 @@ Result = TypeVar("Result")
 
 _LONGEST_WAIT = timedelta(days=7)
 """For what one rank does while the others wait: preparing data, saving, reading a checkpoint back."""
-
-# Every reducer of this process is kept until the process ends. Freeing a reducer frees its process group, which waits
-# for gloo's worker threads while it holds Python's lock. A worker thread that has yet to free its last tensor waits for
-# that lock, and neither ever continues (torch 2.13: about one two-rank run in fifty on a busy machine).
-_REDUCERS: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -143,15 +136,3 @@ def _meet(device: torch.device, place: Place) -> None:
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
         raise ConnectionError(f"rank {place.rank} of {place.size} did not find the others: {reason}") from error
-
-
-def parallelize(module: nn.Module, world: World) -> nn.Module:
-    """`module` with its gradients averaged over ranks (itself when there is one rank)."""
-    if world.size == 1:
-        return module
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    parallel = DistributedDataParallel(
-        module, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
-    _REDUCERS.append(parallel.reducer)
-    return parallel

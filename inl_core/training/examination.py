@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.cycles import Regime
 from inl_core.training.first_bad import Place, count_bad, watched
 from inl_core.training.gradients import Gradients
 from inl_core.training.loss_module import MicroBatch
+from inl_core.training.parallel import whole_tensor
 
 _ORDER = ("weight", "output", "loss", "gradient of output", "gradient of weight", "gradient norm")
 
@@ -37,7 +37,6 @@ class Examination:
 
 
 def examine(
-    model: IntegratorLanguageModel,
     gradients: Gradients,
     parts: list[MicroBatch],
     now: Regime,
@@ -53,12 +52,12 @@ def examine(
         parts: this rank's micro-batches.
         count: target tokens of the global batch.
     """
+    model = gradients.parallel.model
     model.zero_grad(set_to_none=True)
     with watched(model) as watch:
         terms = gradients.backward(parts, now, step, count)
     losses = {name: value.item() for name, value in terms.items() if value.numel() == 1}
-    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    norm = float(_whole(total))
+    norm = float(gradients.parallel.gradient_norm())
     not_finite, layers = _parameters(model)
     model.zero_grad(set_to_none=True)
     places = [
@@ -98,9 +97,4 @@ def _parameters(model: IntegratorLanguageModel) -> tuple[dict[str, dict[str, int
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(_whole(torch.linalg.vector_norm(tensor.detach())))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each rank may hold a part; all ranks ask together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return float(whole_tensor(torch.linalg.vector_norm(tensor.detach())))

@@ -25,7 +25,8 @@ def prepare_model(
 
     Rank 0 chooses for all; where another rank has not what it chose, all take torch's own operations.
     """
-    device = model.embedding.table.weight.device
+    weight = model.embedding.table.weight
+    device = world.device if weight.is_meta else weight.device
     choices = world.on_main(
         lambda: choose(model.config, device, operations=settings.operations, bf16=bf16, before=before)
     )

@@ -1,27 +1,22 @@
 """The gradient of one global batch, which may be split into micro-batches and over ranks."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
-from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import TrainingSettings
 from inl_core.training.cycles import Regime
-from inl_core.training.distributed import World, parallelize
-from inl_core.training.loss_module import LossModule, MicroBatch
+from inl_core.training.loss_module import MicroBatch
 from inl_core.training.losses import AuxiliaryWeights
+from inl_core.training.parallel import Parallel
 from inl_core.training.schedules import iterations_of_step
 
 
 class Gradients:
     """Runs the forward and backward passes of a model's training."""
 
-    def __init__(
-        self, model: IntegratorLanguageModel, settings: TrainingSettings, autocast: torch.autocast, world: World
-    ) -> None:
-        self.config, self.settings, self.world = model.config, settings, world
-        self.loss_module = parallelize(LossModule(model, autocast), world)
+    def __init__(self, parallel: Parallel, settings: TrainingSettings) -> None:
+        self.parallel, self.settings, self.world = parallel, settings, parallel.world
+        self.config = parallel.model.config
 
     def backward(
         self, parts: list[MicroBatch], now: Regime, step: int, count: float, *, special_ids: Tensor | None = None
@@ -41,10 +36,8 @@ class Gradients:
         whole = self._whole_batch(parts, weights, divisor, drawn) if weights.needs_whole_batch and is_split else None
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(parts):
-            # Gradients are averaged over ranks once, in the last micro-batch's backward pass.
-            waits = self.world.size > 1 and index + 1 < len(parts)
-            with self.loss_module.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                terms = self.loss_module(part, weights, divisor, whole, drawn, special_ids)
+            with self.parallel.accumulating(is_last=index + 1 == len(parts)):
+                terms = self.parallel.trained(part, weights, divisor, whole, drawn, special_ids)
                 (terms.pop("total") * self.world.size).backward()
             for name, value in terms.items():
                 totals[name] = value.detach() + totals[name] if name in totals else value.detach()
@@ -67,7 +60,6 @@ class Gradients:
         self, parts: list[MicroBatch], weights: AuxiliaryWeights, count: Tensor, drawn: tuple[int, ...] | None
     ) -> dict[str, Tensor]:
         """The sums over the whole batch that some losses need, from a pass without gradients (losses.py says why)."""
-        module = self.loss_module.module if self.world.size > 1 else self.loss_module
-        found = [module(part, weights, count, None, drawn) for part in parts]  # type: ignore[operator]
+        found = [self.parallel.losses(part, weights, count, None, drawn) for part in parts]
         names = [name for name in ("moments", "loads") if name in found[0]]
         return {name: self.world.sum(torch.stack([terms[name] for terms in found]).sum(0)) for name in names}

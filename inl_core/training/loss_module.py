@@ -1,6 +1,9 @@
-"""The forward pass of one micro-batch, from token arrays to its shares of the losses. DDP wraps this module."""
+"""The forward pass of one micro-batch, from token arrays to its shares of the losses. With several processes it is what
+DDP and FSDP wrap (parallel.py)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +56,10 @@ class LossModule(nn.Module):
     def __init__(self, model: IntegratorLanguageModel, autocast: torch.autocast) -> None:
         super().__init__()
         self.model, self.autocast = model, autocast
+
+    def on_model(self, work: Callable[[IntegratorLanguageModel], Any]) -> Any:
+        """What `work` makes of the model: FSDP gathers what belongs to all blocks before it, as before `forward`."""
+        return work(self.model)
 
     def run(
         self, batch: MicroBatch, weights: AuxiliaryWeights, num_iterations: tuple[int, ...] | None = None

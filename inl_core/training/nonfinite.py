@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from inl_core.corpus.loader import Batch
-from inl_core.model import IntegratorLanguageModel
 from inl_core.training.checkpoint import capture_rng, restore_rng
 from inl_core.training.cycles import Regime
-from inl_core.training.distributed import ALONE, World
+from inl_core.training.distributed import ALONE
 from inl_core.training.examination import Examination, earliest, examine
 from inl_core.training.flight_record import (
     FlightRecord,
@@ -80,10 +79,9 @@ class FlightRecorder:
     All ranks must call each method together.
     """
 
-    def __init__(
-        self, model: IntegratorLanguageModel, gradients: Gradients, batches: Prefetcher, run: RunFiles, world: World
-    ) -> None:
-        self.model, self.gradients, self.batches, self.run, self.world = model, gradients, batches, run, world
+    def __init__(self, gradients: Gradients, batches: Prefetcher, run: RunFiles) -> None:
+        self.gradients, self.batches, self.run = gradients, batches, run
+        self.model, self.world = gradients.parallel.model, gradients.world
         self._rng: dict[int, dict[str, list[int]]] = {}
 
     def note_rng(self, step: int) -> None:
@@ -99,7 +97,7 @@ class FlightRecorder:
         batch, parts = self.batches.get(step)
         rng = self._rng.get(step, {})
         restore_rng(rng)
-        found = examine(self.model, self.gradients, parts, now, step=step, count=max(1.0, count))
+        found = examine(self.gradients, parts, now, step=step, count=max(1.0, count))
         where, weights_file = record_paths(self.run.path / "reports", step + 1, self.world.rank)
         problem = self._write_weights(weights_file)
         try:

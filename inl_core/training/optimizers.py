@@ -3,6 +3,7 @@
 - Only matrices decay. Norms, biases, mu, gamma, phi, gains and modulations are positions and scales, for which zero
   means nothing.
 - The coefficients of the stream (model/stream.py) learn faster, by the recipe's factor.
+- The matrices are what fsdp divides among processes (parallel.py); all else is small, and each process has it whole.
 - Learning rates are set from outside at every step (schedules.py); `initial_lr` holds each group's peak.
 """
 
@@ -24,6 +25,29 @@ class Assignment:
     group: str
     num_tensors: int
     num_parameters: int
+
+
+FLOAT32_BYTES = 4
+_MOMENTS = {"adamw": 2, "muon": 1}
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of what stays in memory from the first step to the last, of a whole model."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def checkpoint(self) -> int:
+        """What a checkpoint holds: weights and optimizer."""
+        return self.weights + self.optimizer
 
 
 class Optimizers:
@@ -90,17 +114,21 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
 
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix that is multiplied with, not a vector or a table of scales."""
+    return parameter.dim() == 2 and "modulation" not in name
+
+
 def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> Optimizers:
     """Split the parameters into groups and build their optimizers (fused AdamW where torch has it: CPU and CUDA)."""
     muon, decay, plain, stream = [], [], [], []
     of_stream = stream_parameters(model)
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() == 2 and "modulation" not in name
         if parameter in of_stream:
             stream.append((name, parameter))
-        elif settings.name == "muon" and is_matrix and name.startswith("blocks."):
+        elif settings.name == "muon" and is_matrix(name, parameter) and name.startswith("blocks."):
             muon.append((name, parameter))
-        elif is_matrix:
+        elif is_matrix(name, parameter):
             decay.append((name, parameter))
         else:
             plain.append((name, parameter))
@@ -122,3 +150,11 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
     fused = device.type in ("cpu", "cuda")
     parts.append(torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=fused))
     return Optimizers(parts)
+
+
+def count_states(model: nn.Module, settings: OptimizerSettings) -> States:
+    """The weights, gradients and optimizer state of a model, which may be on the meta device."""
+    weights = FLOAT32_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    entries = build_optimizers(model, settings, torch.device("meta")).assignments
+    moments = sum(_MOMENTS[entry.optimizer] * entry.num_parameters for entry in entries)
+    return States(weights, weights, FLOAT32_BYTES * moments)

@@ -11,12 +11,11 @@ from torch import Tensor
 from inl_core.inference.evaluate import Evaluation
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.checkpoint import TrainState
-from inl_core.training.distributed import World
 from inl_core.training.dynamics import headline, record_layers, write_record
 from inl_core.training.loss_module import MicroBatch
 from inl_core.training.metrics import MetricsWriter
 from inl_core.training.observer import Observer
-from inl_core.training.precision import autocast_of
+from inl_core.training.parallel import Parallel
 from inl_core.training.run import RunFiles
 from inl_core.training.schedules import is_due, iterations_of_step, logs_after
 from inl_core.training.spikes import SpikeWatch
@@ -26,12 +25,10 @@ from inl_core.training.step import StepResult
 class RunLog:
     """Writes the rows of a run; only rank 0's log writes anything."""
 
-    def __init__(
-        self, model: IntegratorLanguageModel, run: RunFiles, world: World, observer: Observer, num_windows: int
-    ) -> None:
-        self.model, self.run, self.observer, self.num_windows = model, run, observer, num_windows
-        self.settings, self.device = run.recipe.training, world.device
-        self.autocast = autocast_of(run.recipe, world.device)
+    def __init__(self, parallel: Parallel, run: RunFiles, observer: Observer, num_windows: int) -> None:
+        self.parallel, self.run, self.observer, self.num_windows = parallel, run, observer, num_windows
+        self.model, self.settings, world = parallel.model, run.recipe.training, parallel.world
+        self.device = world.device
         self.metrics = MetricsWriter(run.path, run.recipe, observer.on_warning) if world.is_main else None
         self.spikes = SpikeWatch(observer.on_warning)
         self._tokens = self._seconds = 0.0  # of the steps since the last row
@@ -46,11 +43,12 @@ class RunLog:
         self._seconds += result.seconds
         if not logs_after(self.settings, state.step) and result.record is None:
             return
+        every = self.settings.logging.dynamics_every
+        is_recorded = bool(self.model.config.has_dynamics and every)
+        is_recorded = is_recorded and result.record is None and (state.step == 1 or is_due(state.step, every))
+        # On every rank: a divided model takes part in each of its passes.
+        means = self._record_dynamics(state.step, result.first_part) if is_recorded else {}
         if self.metrics is not None:
-            every = self.settings.logging.dynamics_every
-            is_recorded = bool(self.model.config.has_dynamics and every)
-            is_recorded = is_recorded and result.record is None and (state.step == 1 or is_due(state.step, every))
-            means = self._record_dynamics(state.step, result.first_part) if is_recorded else {}
             row = self._step_row(state, result) | self._model_row(state, result) | means
             if result.record is not None:
                 row["skipped"] = result.record.relative_to(self.run.path).as_posix()
@@ -112,15 +110,15 @@ class RunLog:
         def rows_of(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[chosen]
 
-        with self.autocast:
-            rows = record_layers(
-                self.model,
-                part.tokens[chosen],
-                positions=rows_of(part.positions),
-                document_ids=rows_of(part.document_ids),
-            )
+        def record(model: IntegratorLanguageModel) -> list[dict[str, Any]]:
+            positions, document_ids = rows_of(part.positions), rows_of(part.document_ids)
+            with self.parallel.losses.autocast:
+                return record_layers(model, part.tokens[chosen], positions=positions, document_ids=document_ids)
+
+        rows = self.parallel.run(record)
         try:
-            write_record(self.run.path, step, rows)
+            if self.metrics is not None:
+                write_record(self.run.path, step, rows)
         except OSError as error:
             self.observer.on_warning(f"dynamics of step {step} not written: {error.strerror or error}")
         return headline(rows)

@@ -19,11 +19,20 @@ from inl_core.files import describe_os_error
 from inl_core.inference.checkpoint_files import verify_checkpoint
 from inl_core.inference.tensor_files import first_nonfinite
 from inl_core.model import IntegratorLanguageModel
-from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint, save_checkpoint, training_bytes
+from inl_core.training.checkpoint import (
+    Tensors,
+    TrainState,
+    capture_rng,
+    gather_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    training_bytes,
+)
 from inl_core.training.distributed import World
 from inl_core.training.metrics import read_scores, score_of_row
 from inl_core.training.observer import Observer
 from inl_core.training.optimizers import Optimizers
+from inl_core.training.parallel import own_part
 from inl_core.training.retention import TRIAL, best_checkpoint, complete_checkpoints, retain
 from inl_core.training.run import RunFiles
 
@@ -55,7 +64,12 @@ class Saver:
             InlError: the disk has no room.
             ArtefactError: what is read back is not what was written.
         """
-        self.world.on_main(lambda: self._try(state))
+        tensors = gather_tensors(self.model, self.optimizers)
+        try:
+            self.world.on_main(lambda: self._try(state, tensors))
+        finally:
+            # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.
+            self.optimizers.forget()
 
     def save(self, state: TrainState) -> bool:
         """Save a checkpoint; False when the disk would not take it, which costs nothing that was saved before.
@@ -65,7 +79,8 @@ class Saver:
         """
         self._refuse_nonfinite(state.step)
         state.rng = capture_rng(self.world)
-        is_saved = self.world.on_main(lambda: self._write(state))
+        tensors = gather_tensors(self.model, self.optimizers)
+        is_saved = self.world.on_main(lambda: self._write(state, tensors))
         if is_saved:
             self.saved_step = state.step
         return is_saved
@@ -88,7 +103,7 @@ class Saver:
         elif self.world.is_main:
             self._retain(state.step)  # the checkpoint of this step may be the best one now
 
-    def _try(self, state: TrainState) -> None:
+    def _try(self, state: TrainState, tensors: Tensors) -> None:
         run = self.run.path
         needed, free = training_bytes(self.model), shutil.disk_usage(run).free
         if free < needed:
@@ -98,12 +113,14 @@ class Saver:
             )
         start = time.perf_counter()
         try:
-            saved = save_checkpoint(run / TRIAL, state, self.model, self.optimizers, self.run.documents(state))
+            saved = save_checkpoint(
+                run / TRIAL, state, self.model, self.optimizers, self.run.documents(state), tensors=tensors
+            )
             seconds = time.perf_counter() - start
             verify_checkpoint(saved)
-            before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            before = {name: own_part(tensor).clone() for name, tensor in self.model.state_dict().items()}
             load_checkpoint(saved, self.model, self.optimizers)
-            if not all(torch.equal(tensor, before[name]) for name, tensor in self.model.state_dict().items()):
+            if not all(torch.equal(own_part(tensor), before[name]) for name, tensor in self.model.state_dict().items()):
                 raise ArtefactError(f"{run}: a checkpoint read back differs from the one written; check the disk")
             size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
             self.observer.on_message(
@@ -115,24 +132,23 @@ class Saver:
                 f"{describe_os_error(error)}: a checkpoint cannot be saved here; make room or choose another --run-dir"
             ) from error
         finally:
-            # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.
-            self.optimizers.forget()
             shutil.rmtree(run / TRIAL, ignore_errors=True)
 
     def _refuse_nonfinite(self, step: int) -> None:
         """The host waits for the device once, which saving makes it do anyway."""
-        name = first_nonfinite(self.model.state_dict() | self.optimizers.moments())
+        tensors = self.model.state_dict() | self.optimizers.moments()
+        name = first_nonfinite({name: own_part(tensor) for name, tensor in tensors.items()})
         if self.world.sum_numbers(float(name is not None))[0] > 0:
             raise NonFiniteError(
                 f"step {step}: the update left NaN or infinity in {name or 'the weights of another process'}; "
                 f"nothing was saved; {advice_after_nonfinite(self.run, step)}"
             )
 
-    def _write(self, state: TrainState) -> bool:
+    def _write(self, state: TrainState, tensors: Tensors) -> bool:
         start = time.perf_counter()
         try:
             documents = self.run.documents(state)
-            path = save_checkpoint(self.run.checkpoints, state, self.model, self.optimizers, documents)
+            path = save_checkpoint(self.run.checkpoints, state, self.model, self.optimizers, documents, tensors=tensors)
         except OSError as error:
             self.observer.on_warning(
                 f"{self.run.checkpoints}: checkpoint of step {state.step} not saved ({describe_os_error(error)}); "

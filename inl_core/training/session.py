@@ -194,7 +194,7 @@ class Session:
         return trainer
 
     def _new_trainer(self, data: RunData, provenance: tuple[dict[str, Any], ...] = ()) -> Trainer:
-        model = build_model(self.recipe, data.tokenizer, self.world)
+        model = empty_model(self.recipe, data.tokenizer)
         run = RunFiles(self.directory, self.recipe, data.tokenizer, data.directory, provenance)
         return Trainer(model, data, run, self.world, self.observer)
 
@@ -217,10 +217,15 @@ class Session:
         cut_records(self.directory, trainer.state.step)
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, world: World) -> IntegratorLanguageModel:
-    """The recipe's model on the device, with its starting weights; no memory is touched before `to_empty`."""
+def empty_model(recipe: Recipe, tokenizer: Tokenizer) -> IntegratorLanguageModel:
+    """The recipe's model on the meta device, as `Trainer` takes it: it has no memory yet."""
     with torch.device("meta"):
-        model = IntegratorLanguageModel(recipe.model.with_vocab_size(tokenizer.vocab_size))
+        return IntegratorLanguageModel(recipe.model.with_vocab_size(tokenizer.vocab_size))
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, world: World) -> IntegratorLanguageModel:
+    """The recipe's model on the device, with its starting weights."""
+    model = empty_model(recipe, tokenizer)
     model.to_empty(device=world.device)
     model.initialise(recipe.training.seed)
     return model

@@ -15,17 +15,15 @@ from torch import Tensor
 
 from inl_core.corpus.loader import Batch, BatchLoader
 from inl_core.errors import NonFiniteError
-from inl_core.model import IntegratorLanguageModel
 from inl_core.training.adaptation import adapt_equilibrium, mu_adaptation_rate, reallocate_budget
 from inl_core.training.cycles import Regime, regime
-from inl_core.training.distributed import World
 from inl_core.training.gradients import Gradients
 from inl_core.training.interruption import StopSignal
 from inl_core.training.loss_module import MicroBatch
 from inl_core.training.nonfinite import FiniteWatch, FlightRecorder
 from inl_core.training.observer import Observer
 from inl_core.training.optimizers import Optimizers
-from inl_core.training.precision import autocast_of
+from inl_core.training.parallel import Parallel
 from inl_core.training.prefetch import Prefetcher
 from inl_core.training.run import RunFiles
 from inl_core.training.saving import advice_after_nonfinite
@@ -58,24 +56,23 @@ class Stepper:
 
     def __init__(
         self,
-        model: IntegratorLanguageModel,
+        parallel: Parallel,
         loader: BatchLoader,
         optimizers: Optimizers,
         run: RunFiles,
-        world: World,
         observer: Observer,
     ) -> None:
-        self.model, self.optimizers, self.run, self.world, self.observer = model, optimizers, run, world, observer
-        self.settings = run.recipe.training
-        self.autocast = autocast_of(run.recipe, world.device)
-        self.gradients = Gradients(model, self.settings, self.autocast, world)
+        self.parallel, self.optimizers, self.run, self.observer = parallel, optimizers, run, observer
+        self.model, self.world, self.settings = parallel.model, parallel.world, run.recipe.training
+        world = self.world
+        self.gradients = Gradients(parallel, self.settings)
         self.batches = Prefetcher(loader, self.settings.micro_batch(world.size), world.device)
         # A bad step can be skipped by the device alone where nothing but AdamW's update follows from it.
-        may_defer = world.device.type == "cuda" and optimizers.can_skip and mu_adaptation_rate(model) == 0
+        may_defer = world.device.type == "cuda" and optimizers.can_skip and mu_adaptation_rate(self.model) == 0
         # The record of a step that the run goes on from needs the weights of just this step.
         may_defer = may_defer and not self.settings.nonfinite.skip
         self.watch = FiniteWatch(optimizers, world.device, deferred=may_defer)
-        self.recorder = FlightRecorder(model, self.gradients, self.batches, run, world)
+        self.recorder = FlightRecorder(self.gradients, self.batches, run)
         self.num_skipped = 0
         """Steps of the run until now that were skipped, because they were not finite."""
         self.token_num_bytes = run.tokenizer.token_num_bytes
@@ -95,7 +92,7 @@ class Stepper:
         batch, parts = self.batches.get(step)
         # An evaluation came before this step. A run that is resumed here, or on other processes, does the same.
         if step and is_due(step, self.settings.evaluation.every):
-            reallocate_budget(self.model, parts, self.autocast, self.world)
+            reallocate_budget(self.parallel, parts)
         # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
         count, num_bytes, stopping = self.world.sum_numbers(*self._count(batch), float(stop.requested))
         factor = learning_rate_factor(self.settings.schedule, step, self.settings.num_steps)
@@ -151,7 +148,7 @@ class Stepper:
         # Bits per byte leave special tokens out (inference/evaluate.py), so a row that is written needs their share.
         special_ids = self.special_ids if logs_after(self.settings, step + 1) else None
         losses = self.gradients.backward(parts, now, step, count, special_ids=special_ids)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
+        norm = self.parallel.clip_gradient(self.settings.gradient_clip)
         self.watch.observe(step, losses["task"], norm)
         return losses, norm
 

@@ -23,10 +23,13 @@ from inl_core.training.checkpoint import TrainState, load_checkpoint, restore_rn
 from inl_core.training.distributed import World
 from inl_core.training.execution import prepare_model
 from inl_core.training.interruption import StopSignal
+from inl_core.training.layout import choose_layout, device_memory
+from inl_core.training.loss_module import LossModule
 from inl_core.training.metrics import stream_metrics
 from inl_core.training.observer import Observer
-from inl_core.training.optimizers import build_optimizers
-from inl_core.training.precision import uses_bf16
+from inl_core.training.optimizers import build_optimizers, count_states
+from inl_core.training.parallel import parallelize
+from inl_core.training.precision import autocast_of, uses_bf16
 from inl_core.training.retention import remove_leftovers
 from inl_core.training.run import PREEMPTED, RunFiles, write_preempted
 from inl_core.training.run_data import RunData
@@ -38,16 +41,22 @@ from inl_core.training.validation import Validation
 
 
 class Trainer:
-    """One run: `model` trained on `data` as the run's recipe says, with the run's files below `run.path`."""
+    """One run: `model` trained on `data` as the run's recipe says, with the run's files below `run.path`.
+
+    A model on the meta device gets memory and the recipe's starting weights here: all of it, or this process's part.
+    """
 
     def __init__(
         self, model: IntegratorLanguageModel, data: RunData, run: RunFiles, world: World, observer: Observer
     ) -> None:
         settings = run.recipe.training
-        self.model = model.to(world.device)
-        bf16 = uses_bf16(run.recipe, world.device)
-        operations = prepare_model(self.model, settings, world, bf16=bf16, before=run.computed_before)
+        states, bf16 = count_states(model, settings.optimizer), uses_bf16(run.recipe, world.device)
+        layout = choose_layout(settings, world.size, states, device_memory(world.device))
+        operations = prepare_model(model, settings, world, bf16=bf16, before=run.computed_before)
         run = replace(run, operations=operations)  # so that each checkpoint says how it was computed
+        losses = LossModule(model, autocast_of(run.recipe, world.device))
+        self.parallel = parallelize(losses, layout, world, seed=settings.seed, bf16=bf16)
+        self.model = model
         self.settings, self.run, self.world, self.observer = settings, run, world, observer
         self.loader = BatchLoader(
             data.train,
@@ -59,8 +68,8 @@ class Trainer:
         )
         self.optimizers = build_optimizers(self.model, settings.optimizer, world.device)
         self.state = TrainState(data_fingerprint=data.train.fingerprint, world_size=world.size)
-        self.stepper = Stepper(self.model, self.loader, self.optimizers, run, world, observer)
-        self.log = RunLog(self.model, run, world, observer, self.loader.num_windows)
+        self.stepper = Stepper(self.parallel, self.loader, self.optimizers, run, observer)
+        self.log = RunLog(self.parallel, run, observer, self.loader.num_windows)
         self.validation = Validation(data.validation, run, world)
         scored_on = self.validation.name(settings.evaluation.tokens)
         self.saver = Saver(run, self.model, self.optimizers, world, observer, scored_on)
@@ -156,7 +165,7 @@ class Trainer:
             NonFiniteError: the loss is NaN or infinite.
             Interrupted: a signal came; the state was saved, and a resumed run evaluates it again.
         """
-        step, evaluation = self.state.step, self.validation.score(self.model, tokens, stop)
+        step, evaluation = self.state.step, self.parallel.run(lambda model: self.validation.score(model, tokens, stop))
         if stop is not None and self.world.sum_numbers(float(stop.requested))[0] > 0:
             if self.saver.saved_step != step:
                 self.saver.save(self.state)

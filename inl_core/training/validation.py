@@ -1,11 +1,14 @@
 """The validation split as a run scores it: a part of it periodically, and by default all of it at the end."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 
+import numpy as np
+
 from inl_core.corpus.dataset import TokenDataset
-from inl_core.corpus.loader import Batch, evaluation_batches
+from inl_core.corpus.loader import IGNORED, Batch, evaluation_batches
 from inl_core.inference.evaluate import ByteCounts, Evaluation, NothingToScore, byte_counts, evaluate
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.distributed import World
@@ -42,10 +45,10 @@ class Validation:
 
         A signal that `stop` hears ends it early, and its scores are then of no use.
         """
-        batches: Iterable[Batch] = evaluation_batches(
+        batches = evaluation_batches(
             self.split, sequence_length=self.sequence_length, batch_size=self.batch_size, max_tokens=tokens
         )
-        own = _until(stop, islice(batches, self.world.rank, None, self.world.size))
+        own = _until(stop, self._share(batches), self.world)
         counts = self._byte_counts(tokens is None or tokens >= self.split.num_tokens - 1)
         try:
             return evaluate(
@@ -59,10 +62,17 @@ class Validation:
         except NothingToScore:  # on every rank: the sums are of all ranks
             return None
 
+    def _share(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """This rank's batches, as many as any other's: where there is none left, another's without its targets."""
+        rank, size = self.world.rank, self.world.size
+        while dealt := list(islice(batches, size)):
+            idle = replace(dealt[0], targets=np.full_like(dealt[0].targets, IGNORED))
+            yield dealt[rank] if rank < len(dealt) else idle
 
-def _until(stop: StopSignal | None, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches up to the one during which a signal came; at least one, so that there is something to sum."""
+
+def _until(stop: StopSignal | None, batches: Iterable[Batch], world: World) -> Iterator[Batch]:
+    """The batches up to the one during which any rank heard a signal; at least one, so that there is a sum."""
     for batch in batches:
         yield batch
-        if stop is not None and stop.requested:
+        if stop is not None and world.sum_numbers(float(stop.requested))[0]:
             return

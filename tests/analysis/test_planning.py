@@ -15,13 +15,13 @@ from inl_core.analysis.planning import (
     training_flops,
 )
 from inl_core.analysis.planning.activations import recompute
-from inl_core.analysis.planning.memory import cache_bytes, count_states, memory_table, stream_bytes, trace_modes
+from inl_core.analysis.planning.memory import cache_bytes, memory_table, stream_bytes, trace_modes
 from inl_core.analysis.planning.optimisations import compare_optimisations
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig, OptimizerSettings
 from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.checkpoint import training_bytes
-from inl_core.training.optimizers import build_optimizers
+from inl_core.training.optimizers import build_optimizers, count_states
 from tests.inference.tiny import config, recipe
 
 PRESETS = ("v1", "v2", "v3", "v4", "v5", "transformer", "transport")

@@ -43,6 +43,8 @@ def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     training: dict[str, Any] = {"steps": 10, "sequence_length": 1, "batch_tokens": 1}
     if path == ("training", "tokens"):
         del training["steps"]
+    if path[-1] == "shard_size":
+        training["distributed"] = {"strategy": "hsdp"}
     over: Any = [value, value] if path[-1] in ("betas", "iterations_per_layer") else value
     for key in reversed(path):
         over = {key: over}

@@ -32,11 +32,26 @@ EXPERTS = {
 }
 
 
+NAMES = (
+    "loss",
+    "gradient_norm",
+    "validation_loss",
+    *(f"loss_{term}" for term in ("mean", "speed", "energy", "balance")),
+)
+"""The numbers of a row of metrics in which two runs must agree."""
+
+
 def torchrun(recipe, run: str, cwd, *, program=("-m", "inl_cli")) -> subprocess.CompletedProcess:
-    """`inl train` on two ranks; a run that does not end says where each of its threads stands."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, *program, "train", str(recipe), "--run-dir", run, "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    """`inl train` on two ranks."""
+    return run_torchrun(2, [*program, "train", str(recipe), "--run-dir", run, "--json"], cwd)
+
+
+def run_torchrun(num_ranks: int, program: list[str], cwd) -> subprocess.CompletedProcess:
+    """A Python program on several ranks; one that does not end says where each of its threads stands."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [*launcher, *program]
+    here = str(Path(__file__).parents[2])  # a module of the tests is not installed
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": here}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
     try:
@@ -79,14 +94,8 @@ def test_two_ranks_give_the_loss_curve_of_one_process(recipe_file, inl, tmp_path
     assert double.returncode == 0, double.stderr
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [row["step"] for row in one] == [row["step"] for row in two]
-    names = [
-        "loss",
-        "gradient_norm",
-        "validation_loss",
-        *(f"loss_{term}" for term in ("mean", "speed", "energy", "balance")),
-    ]
     for first, second in zip(one, two, strict=True):
-        for name in names:
+        for name in NAMES:
             if name in first:
                 assert second[name] == pytest.approx(first[name], rel=tolerance), (first["step"], name)
     assert json.loads(double.stdout)["step"] == 12

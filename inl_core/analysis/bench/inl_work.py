@@ -34,7 +34,9 @@ from inl_core.training.cycles import regime
 from inl_core.training.distributed import World
 from inl_core.training.execution import prepare_model
 from inl_core.training.gradients import Gradients
-from inl_core.training.loss_module import micro_batches
+from inl_core.training.layout import Layout
+from inl_core.training.loss_module import LossModule, micro_batches
+from inl_core.training.parallel import parallelize
 
 _PARTS = {Attention: "attention", Integrator: "integrator", FeedForward: "feed-forward", Embedding: "embedding"}
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -85,7 +87,7 @@ def build_model(candidate: Candidate, settings: BenchSettings) -> IntegratorLang
 def _training_step(candidate: Candidate, settings: BenchSettings, model: IntegratorLanguageModel) -> Callable[[], None]:
     """One optimizer step, with the loss weights of a run's first step."""
     training, world = candidate.recipe.training, World(0, 1, torch.device(settings.device))
-    gradients = Gradients(model, training, autocast(settings), world)
+    gradients = Gradients(parallelize(LossModule(model, autocast(settings)), Layout("one"), world), training)
     now = regime(training.losses, training.cycle, 0, training.num_steps)
     draw = random_rows(settings, model.vocab_size)
 

@@ -12,39 +12,15 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from inl_core.analysis.planning.activations import RECOMPUTATIONS, Recomputation, Saved, saved_activations
 from inl_core.analysis.planning.parameters import meta_model
 from inl_core.kernels.apply import TORCH, Choice
-from inl_core.model import IntegratorLanguageModel
-from inl_core.recipe import ModelConfig, OptimizerSettings, Recipe
-from inl_core.training.optimizers import build_optimizers
+from inl_core.recipe import ModelConfig, Recipe
+from inl_core.training.optimizers import FLOAT32_BYTES, count_states
 
-FLOAT32_BYTES = 4
 SHARDING_DEGREES = (1, 2, 4, 8, 16, 32)
 CACHE_TYPES = {"float32": 4, "bfloat16": 2}
-_MOMENTS = {"adamw": 2, "muon": 1}
 _GATHERED_BLOCKS = 2
-
-
-@dataclass(frozen=True)
-class States:
-    """Bytes of what stays in memory from the first step to the last."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer
-
-    @property
-    def checkpoint(self) -> int:
-        """What a checkpoint holds: weights and optimizer."""
-        return self.weights + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -66,14 +42,6 @@ class Memory:
     def total(self) -> int:
         """All of it."""
         return self.states + self.activations + self.working
-
-
-def count_states(model: IntegratorLanguageModel, settings: OptimizerSettings) -> States:
-    """The weights, gradients and optimizer state of a model, which may be on the meta device."""
-    weights = FLOAT32_BYTES * sum(parameter.numel() for parameter in model.parameters())
-    entries = build_optimizers(model, settings, torch.device("meta")).assignments
-    moments = sum(_MOMENTS[entry.optimizer] * entry.num_parameters for entry in entries)
-    return States(weights, weights, FLOAT32_BYTES * moments)
 
 
 def cache_bytes(config: ModelConfig, value_bytes: int) -> int:

@@ -13,9 +13,7 @@ from inl_core.analysis.planning.flops import flops_by_part, training_flops
 from inl_core.analysis.planning.memory import (
     CACHE_TYPES,
     Memory,
-    States,
     cache_bytes,
-    count_states,
     memory_table,
     stream_bytes,
     trace_modes,
@@ -26,6 +24,7 @@ from inl_core.corpus.manifest import MANIFEST, load_manifest
 from inl_core.kernels import Choice, choose
 from inl_core.recipe import ModelConfig, Recipe
 from inl_core.recipe.load import recipe_from_mapping
+from inl_core.training.optimizers import States, count_states
 from inl_core.training.precision import uses_bf16
 from inl_core.training.run_data import data_directory
 

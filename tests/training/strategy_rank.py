@@ -1,0 +1,28 @@
+"""One rank that trains recipes one after the other: python -m tests.training.strategy_rank a.yaml b.yaml -> a/, b/."""
+
+import sys
+from pathlib import Path
+
+from inl_core.recipe.load import load_recipe
+from inl_core.training.distributed import World, start_world
+from inl_core.training.observer import Observer
+from inl_core.training.run import RunFiles
+from inl_core.training.run_data import RunData
+from inl_core.training.session import empty_model
+from inl_core.training.trainer import Trainer
+
+
+def train(path: Path, world: World) -> None:
+    """The run of a recipe, beside it; its data is prepared."""
+    recipe = load_recipe(path)
+    data = RunData.load(recipe.data.directory, recipe)
+    run = RunFiles(path.with_suffix(""), recipe, data.tokenizer, data.directory)
+    trainer = Trainer(empty_model(recipe, data.tokenizer), data, run, world, Observer())
+    world.on_main(trainer.run.create)
+    trainer.fit()
+
+
+if __name__ == "__main__":
+    with start_world("cpu") as world:
+        for argument in sys.argv[1:]:
+            train(Path(argument), world)

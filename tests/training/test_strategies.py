@@ -1,0 +1,96 @@
+"""Whatever divides a model among processes, its run is the single process's."""
+
+import pytest
+import torch
+
+from inl_core.inference.checkpoint_files import list_checkpoints
+from inl_core.inference.tensor_files import open_tensors
+from inl_core.recipe.load import dump_recipe
+from inl_core.training.distributed import ALONE
+from inl_core.training.metrics import read_metrics
+from tests.training.strategy_rank import train
+from tests.training.test_distributed import NAMES, run_torchrun
+
+# Neither 30, nor 400 + special tokens, nor a third of a width divides by four: every matrix is divided unevenly.
+V5 = {"preset": "v5", "d_model": 30, "num_heads": 3}
+V4 = {"preset": "v4", "integrator": {"mu": {"adaptation_rate": 0.01}}}
+EXPERTS = {
+    "preset": "v4",
+    "integrator": {"num_iterations": 3, "controller": {"experts": 3}, "budget": {"strategy": "hybrid"}},
+}
+TRAINING = {
+    "micro_batch_size": 1,
+    "gradient_clip": 0.5,
+    "evaluation": {"every": 6, "tokens": 1024},
+    "checkpoint": {"every": 0},
+    "logging": {"every": 1, "dynamics_every": 6},
+}
+LOSSES = {"losses": {"lambda_mean": 0.5, "lambda_speed": 0.1, "lambda_energy": 0.1}}
+
+
+@pytest.fixture
+def runs(make_recipe, tmp_path):
+    """runs(ranks, {name: changes of the recipe}) -> {name: directory of its finished run}."""
+
+    def make(num_ranks, recipes):
+        paths = [tmp_path / f"{name}.yaml" for name in recipes]
+        for path, changes in zip(paths, recipes.values(), strict=True):
+            path.write_text(dump_recipe(make_recipe(**changes)), encoding="utf-8")
+        if num_ranks == 1:
+            for path in paths:
+                train(path, ALONE)
+        else:
+            outcome = run_torchrun(num_ranks, ["-m", "tests.training.strategy_rank", *map(str, paths)], tmp_path)
+            assert outcome.returncode == 0, outcome.stderr
+        return {name: tmp_path / name for name in recipes}
+
+    return make
+
+
+def assert_alike(run, other, tolerance=1e-5):
+    """The same rows of metrics up to `tolerance`, and the same names and shapes in the last checkpoint."""
+    rows, others = read_metrics(run), read_metrics(other)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, found in zip(rows, others, strict=True):
+        for name in set(NAMES) & row.keys():
+            assert found[name] == pytest.approx(row[name], rel=tolerance), (row["step"], name)
+    (weights, shapes), (other_weights, other_shapes) = map(_last_weights, (run, other))
+    assert shapes == other_shapes
+    for name, tensor in weights.items():
+        torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=2e-3, msg=name)
+
+
+def _last_weights(run):
+    with open_tensors(list_checkpoints(run / "checkpoints")[-1] / "model.safetensors") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors, {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def strategies(model, num_steps, **training):
+    """A recipe for each strategy of four ranks, and one of a single process."""
+    kinds = {"ddp": {}, "fsdp": {}, "hsdp": {"shard_size": 2}}
+    common = TRAINING | training | {"steps": num_steps}
+    recipes = {
+        kind: {"model": model, "training": common | {"distributed": {"strategy": kind, **more}}}
+        for kind, more in kinds.items()
+    }
+    return {"one": {"model": model, "training": common}}, recipes
+
+
+def test_a_model_divided_between_two_ranks_gives_the_run_of_one_process(runs):
+    one, several = strategies(V5, 12)
+    [alone], [divided] = runs(1, one).values(), runs(2, {"fsdp": several["fsdp"]}).values()
+    assert_alike(alone, divided)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "training", "tolerance"),
+    [(V5, {}, 1e-5), (V4, LOSSES, 1e-5), (EXPERTS, {}, 1e-4)],
+    ids=["v5", "v4 with every loss and a moving mu", "experts and budgets"],
+)
+def test_four_ranks_give_the_run_of_one_process(runs, model, training, tolerance):
+    one, several = strategies(model, 50, **training)
+    [alone] = runs(1, one).values()
+    for other in runs(4, several).values():
+        assert_alike(alone, other, tolerance)
