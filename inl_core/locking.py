@@ -60,8 +60,8 @@ def try_lock(file: FileIO, *, is_shared: bool = False, patience: float = 0.0) ->
         time.sleep(0.05)
 
 
-def lock(path: Path, *, patience: float = 0.0) -> tuple[FileIO | None, bool]:
-    """Lock a file for this process alone; the file and its directory are made when they are missing.
+def lock(path: Path, *, is_shared: bool = False, patience: float = 0.0) -> tuple[FileIO | None, bool]:
+    """Lock a file for this process alone, or for all that share it; file and directory are made when they are missing.
 
     Returns the open file, which keeps the lock until it is closed, and whether it is locked, as some file systems have
     no locks; or (None, False) when another process has locked it.
@@ -78,7 +78,7 @@ def lock(path: Path, *, patience: float = 0.0) -> tuple[FileIO | None, bool]:
             if attempt == _MOST_ATTEMPTS:
                 raise
             continue  # the process that had the lock has just ended and removed the directory
-        is_locked = try_lock(file, patience=patience)
+        is_locked = try_lock(file, is_shared=is_shared, patience=patience)
         if is_locked is False:
             file.close()
             return None, False

@@ -1,7 +1,10 @@
 """`inl prepare-data`: text -> a prepared data set, and the progress that `inl train` shows when it prepares one."""
 
+import re
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -11,9 +14,11 @@ from inl_core.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from inl_core.corpus.manifest import Manifest
-    from inl_core.corpus.preparation import PrepareProgress
+    from inl_core.corpus.preparation import Part, PartSummary, PrepareProgress
     from inl_core.recipe import DataSettings
 
+Result = TypeVar("Result")
+_MOST_PARTS = 99_999
 _STAGES = {
     "hash": ("hashing the sources", "B"),
     "read": ("reading", "B"),
@@ -39,6 +44,13 @@ FractionOption = Annotated[float, typer.Option(help="Share of the documents held
 ShardsOption = Annotated[int, typer.Option(help="Training shards; documents go to them by hash.")]
 BadRatioOption = Annotated[float, typer.Option(help="Fail when a larger share of the rows is unreadable.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in the directory.")]
+PartOption = Annotated[
+    str | None,
+    typer.Option(
+        "--part", metavar="I/N", help="Prepare part I of N, from 1/N to N/N: one for each machine or task of an array."
+    ),
+]
+FinishOption = Annotated[bool, typer.Option("--finish", help="Join the parts, when all of them are prepared.")]
 
 
 @errors_to_exit_codes
@@ -51,10 +63,13 @@ def prepare_data(
     num_shards: ShardsOption = 8,
     max_bad_ratio: BadRatioOption = 0.01,
     overwrite: OverwriteOption = False,
+    part: PartOption = None,
+    finish: FinishOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into a tokenizer and verified token shards; a stopped run goes on when started again."""
+    from inl_core.corpus import preparation
     from inl_core.corpus.manifest import default_directory
     from inl_core.corpus.reading.paths import portable
 
@@ -67,12 +82,36 @@ def prepare_data(
         max_bad_ratio=max_bad_ratio,
     )
     directory = output or default_directory(settings)
-    manifest = prepare_with_progress(settings, directory, console, overwrite=overwrite)
+    if part is not None:
+        wanted = _part(part, finish=finish)
+        summary = _with_progress(
+            directory,
+            console,
+            lambda report: preparation.prepare_part(settings, directory, wanted, progress=report, overwrite=overwrite),
+        )
+        _tell_part(wanted, summary, directory, console)
+        return
+    prepare = preparation.finish if finish else preparation.prepare
+    manifest = _with_progress(
+        directory, console, lambda report: prepare(settings, directory, progress=report, overwrite=overwrite)
+    )
     console.result(_summary(manifest, directory), lambda: _show(manifest, directory, console))
 
 
+def _part(text: str, *, finish: bool) -> "Part":
+    from inl_core.corpus.preparation import Part
+
+    if finish:
+        raise RecipeError("--part and --finish: give one of them; --finish joins the parts when all are prepared")
+    match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise RecipeError(f"--part: {text[:40]!r} is no part; write I/N, from 1/N to N/N, with N up to {_MOST_PARTS:,}")
+    return Part(number, count)
+
+
 def prepare_with_progress(
-    settings: "DataSettings", directory: Path, console: Console, *, overwrite: bool = False, wait: bool = False
+    settings: "DataSettings", directory: Path, console: Console, *, wait: bool = False
 ) -> "Manifest":
     """Prepare a data set while the console shows how far it is; Interrupted on Ctrl-C, which loses nothing.
 
@@ -80,6 +119,12 @@ def prepare_with_progress(
     """
     from inl_core.corpus.preparation import prepare
 
+    return _with_progress(directory, console, lambda report: prepare(settings, directory, progress=report, wait=wait))
+
+
+def _with_progress(
+    directory: Path, console: Console, run: Callable[[Callable[["PrepareProgress"], None]], Result]
+) -> Result:
     stage = ""
     with console.progress() as progress:
 
@@ -94,7 +139,7 @@ def prepare_with_progress(
                 progress.update(event.done, event.total)
 
         try:
-            return prepare(settings, directory, progress=report, overwrite=overwrite, wait=wait)
+            return run(report)
         except KeyboardInterrupt:
             raise Interrupted(f"{directory}: stopped; the same command goes on where it was") from None
 
@@ -116,6 +161,20 @@ def _settings(**values: Any) -> "DataSettings":
             key = keys[-1] if keys else "sources"
             named.append(f"{options.get(key, '--' + key.replace('_', '-'))}: {message}")
         raise RecipeError("\n".join(named)) from None
+
+
+def _tell_part(part: "Part", summary: "PartSummary | None", directory: Path, console: Console) -> None:
+    if summary is None:
+        result: dict[str, Any] = {"part": str(part), "is_complete": True}
+        text = f"{directory}: the data set is complete, nothing is left to do for part {part}"
+    else:
+        result = asdict(summary) | {"is_complete": False}
+        end = "" if summary.is_tokenised else "; --finish will tokenise it"
+        text = (
+            f"{directory}: part {part}: {summary.documents:,} documents, {summary.bytes:,} bytes of text from "
+            f"{summary.num_sources:,} files{end}"
+        )
+    console.result({"directory": str(directory), **result}, lambda: console.write(text + "\n"))
 
 
 def _summary(manifest: "Manifest", directory: Path) -> dict[str, Any]:

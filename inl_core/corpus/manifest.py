@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -220,20 +220,18 @@ def verify(
     check_ids(directory, manifest, tokenizer)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     check_shards(directory, manifest, shards, anew=deep, note=note)
-    if settings is not None and (problem := _settings_difference(manifest, settings)):
+    if settings is not None and (problem := difference(manifest.settings, settings_key(settings, prepared=manifest))):
         raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {prepare_again(directory)}")
     if problem := _stale_source(directory, manifest):
         raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {prepare_again(directory)}")
     return manifest
 
 
-def _settings_difference(manifest: Manifest, settings: DataSettings) -> str | None:
-    """The first setting that is not as it was in the preparation, in words; None when all are."""
-    wanted = settings_key(settings, prepared=manifest)
-    for key in sorted(wanted.keys() | manifest.settings.keys()):
-        before, now = manifest.settings.get(key), wanted.get(key)
-        if before != now:
-            return f"{key} was {_brief(before)}, is now {_brief(now)}"
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first value that is not as it was, in words; None when all are."""
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            return f"{key} was {_brief(before.get(key))}, is now {_brief(now.get(key))}"
     return None
 
 
@@ -255,7 +253,7 @@ def _stale_source(directory: Path, manifest: Manifest) -> str | None:
         except InlError:
             continue
         for file in files:
-            if problem := _changed(file, recorded.get(file.path)):
+            if problem := changed(file, recorded.get(file.path)):
                 return problem
         here = {file.path for file in files}
         gone = [s.path for s in manifest.sources if _absolute(s.argument) == argument and s.path not in here]
@@ -303,7 +301,8 @@ def _stale_builtin(recorded: dict[str, Source]) -> str | None:
     return f"{BUILTIN_PYTHON} ({where}) changed" if source and source.sha256 != digest else None
 
 
-def _changed(file: SourceFile, before: Source | None) -> str | None:
+def changed(file: SourceFile, before: Source | SourceFile | None) -> str | None:
+    """How a file differs from what was read, in words; None when it does not."""
     if before is None:
         return f"{file.name} is new"
     has_same_time = file.modified == before.modified

@@ -57,7 +57,10 @@ class HashedDocuments:
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """N documents as tokens: one flat array, and the length of each document."""
+    """N documents as tokens: one flat array, and the length of each document.
+
+    The length is 0 where a foreign tokenizer leaves nothing of a document.
+    """
 
     tokens: np.ndarray  # (sum of lengths,) uint16 or uint32
     lengths: np.ndarray  # (N,) int64
@@ -136,10 +139,9 @@ class Chunks:
         self._write(self._tokens(number), batch, info)
         remove_sealed(self._text(number))
 
-    def read_tokens(self, number: int) -> Iterator[pa.RecordBatch]:
-        """The record batches of tokens-K, mapped into memory."""
-        reader = self._open(self._tokens(number))
-        return (reader.get_batch(index) for index in range(reader.num_record_batches))
+    def read_tokens(self, number: int) -> pa.RecordBatch:
+        """The documents of tokens-K, mapped into memory."""
+        return self._open(self._tokens(number)).get_batch(0)
 
     def _write(self, path: Path, batch: pa.RecordBatch, info: ChunkInfo) -> None:
         batch = batch.replace_schema_metadata({"inl": info.model_dump_json()})

@@ -1,4 +1,7 @@
-"""Chunks of tokens -> shards: the hash of each document sends it to a training shard or to the validation shard."""
+"""Chunks of tokens -> shards: the hash of each document sends it to a training shard or to the validation shard.
+
+What a shard holds, byte for byte, depends on the documents and their order alone, not on where a chunk ended.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -8,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from inl_core.corpus.manifest import Shard, SplitInfo, sha256_of, shard_name
-from inl_core.corpus.preparation.chunks import ChunkInfo, Chunks
+from inl_core.corpus.preparation.chunks import ChunkInfo, Chunks, token_lists
 from inl_core.corpus.preparation.validation_split import Split, shard_of
 from inl_core.files import written_aside
 
@@ -18,7 +22,10 @@ _BUFFERED_TOKENS = 1 << 25  # over all shards together
 
 
 class _ShardWriter:
-    """Collects the documents of one shard, and writes them in record batches of a few million tokens."""
+    """Collects the documents of one shard, and writes them in record batches.
+
+    A batch ends with the document that brings it to `batch_tokens`.
+    """
 
     def __init__(self, file: pa.ipc.RecordBatchFileWriter, schema: pa.Schema, batch_tokens: int) -> None:
         self._file, self._schema, self._batch_tokens = file, schema, batch_tokens
@@ -28,20 +35,28 @@ class _ShardWriter:
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Add documents; they are written once there are enough of them."""
-        num_tokens = len(rows["tokens"].flatten())
-        self._held.append(rows)
-        self._held_tokens += num_tokens
+        lengths = _lengths(rows)
+        ends, start = np.cumsum(lengths), 0
         self.documents += rows.num_rows
-        self.tokens += num_tokens
+        self.tokens += int(lengths.sum())
         self.bytes += int(rows["num_bytes"].to_numpy().sum(dtype=np.int64))
-        if self._held_tokens >= self._batch_tokens:
-            self.flush()
+        while start < rows.num_rows:
+            before = int(ends[start - 1]) if start else 0
+            stop = min(int(np.searchsorted(ends, before + self._batch_tokens - self._held_tokens)) + 1, rows.num_rows)
+            self._held.append(rows.slice(start, stop - start))
+            self._held_tokens += int(ends[stop - 1]) - before
+            start = stop
+            if self._held_tokens >= self._batch_tokens:
+                self.flush()
 
     def flush(self) -> None:
         """Write what is still held."""
         if self._held:
-            for batch in pa.Table.from_batches(self._held, self._schema).combine_chunks().to_batches():
-                self._file.write_batch(batch)
+            # Copied: of a slice, Arrow would write buffers of another size, and the file's bytes would tell of chunks.
+            tokens = np.concatenate([rows["tokens"].flatten().to_numpy() for rows in self._held])
+            lengths = np.concatenate([_lengths(rows) for rows in self._held])
+            others = (np.concatenate([rows[name].to_numpy() for rows in self._held]) for name in self._schema.names[1:])
+            self._file.write_batch(pa.record_batch([token_lists(tokens, lengths), *others], self._schema))
         self._held, self._held_tokens = [], 0
 
     def describe(self, path: Path) -> Shard:
@@ -74,7 +89,7 @@ def write_shards(
     Where there are few documents, there are fewer training shards than `num_shards`, so that none is empty.
     """
     numbers = range(chunks.count())
-    hashes = np.concatenate([chunks.hashes(number)[0] for number in numbers])
+    hashes = np.concatenate([_with_tokens(chunks.read_tokens(number))["hash"].to_numpy() for number in numbers])
     is_validation = split.is_validation(hashes)
     num_shards = _without_empty(hashes[~is_validation], num_shards)
     schema = pa.schema(
@@ -89,13 +104,13 @@ def write_shards(
             open_shards.enter_context(_new_shard(path, schema, _BUFFERED_TOKENS // len(paths))) for path in paths
         ]
         for number in numbers:
-            for batch in chunks.read_tokens(number):
-                has_prompts |= bool(batch["prompt_length"].to_numpy().any())
-                keys = batch["hash"].to_numpy()
-                target = np.where(split.is_validation(keys), num_shards, shard_of(keys, max(1, num_shards)))
-                rows = batch.select(schema.names).cast(schema)
-                for shard in np.unique(target).tolist():
-                    writers[shard].add(rows.filter(pa.array(target == shard)))
+            batch = _with_tokens(chunks.read_tokens(number))
+            has_prompts |= bool(batch["prompt_length"].to_numpy().any())
+            keys = batch["hash"].to_numpy()
+            target = np.where(split.is_validation(keys), num_shards, shard_of(keys, max(1, num_shards)))
+            rows = batch.select(schema.names).cast(schema)
+            for shard in np.unique(target).tolist():
+                writers[shard].add(rows.filter(pa.array(target == shard)))
             on_chunk(number + 1, len(numbers))
     shards = [writer.describe(path) for writer, path in zip(writers, paths, strict=True)]
     train, validation = shards[:num_shards], shards[num_shards:]
@@ -110,6 +125,17 @@ def write_quarantine(path: Path, infos: Iterable[ChunkInfo]) -> int:
             num_bad += len(info.bad_rows)
             file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in info.bad_rows)
     return num_bad
+
+
+def _with_tokens(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The documents of which a foreign tokenizer leaves something."""
+    has_tokens = _lengths(batch) > 0
+    return batch if has_tokens.all() else batch.filter(pa.array(has_tokens))
+
+
+def _lengths(batch: pa.RecordBatch) -> np.ndarray:
+    """(N,) int64: how many tokens each document has."""
+    return pc.call_function("list_value_length", [batch["tokens"]]).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _without_empty(hashes: np.ndarray, num_shards: int) -> int:

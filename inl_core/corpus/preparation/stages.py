@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from pydantic import RootModel
@@ -60,6 +61,7 @@ class PrepareProgress:
 
 
 Report = Callable[[PrepareProgress], None]
+Result = TypeVar("Result")
 
 
 def prepare(
@@ -82,7 +84,7 @@ def prepare(
     Raises:
         RecipeError: a source is missing or cannot be used, or the directory holds something other than a data set.
         ArtefactError: an input file is damaged, too many rows are bad, there is no text at all, the directory holds
-            another data set (without `overwrite`) or another process is preparing it (without `wait`).
+            another data set (without `overwrite`) or parts of one, or another process is preparing it (without `wait`).
     """
     directory = expand_home(directory)
     workspace.check_directory(directory)
@@ -100,15 +102,34 @@ def prepare(
         stdin_copy = workspace.keep_stdin(work) if STDIN in settings.sources else None
         if is_finished:
             manifest = _keep_existing(settings, directory, stdin_copy)
+        elif workspace.part_directories(directory):
+            raise ArtefactError(
+                f"{directory}: holds parts of a preparation; join them with --finish, or delete {directory / WORK}"
+            )
         else:
-            try:
-                manifest = _Preparation(settings, directory, stdin_copy, report).run()
-            except DamagedWork as error:
-                report(PrepareProgress("hash", message=f"{error.path}: damaged since a stopped run: starting over"))
-                workspace.clear(work, keep_stdin=True)
-                manifest = _Preparation(settings, directory, stdin_copy, report).run()
+            manifest = start_over_if_damaged(
+                work, report, lambda: _run(Preparation(settings, directory, work, report, stdin_copy=stdin_copy))
+            )
         workspace.clear(work)
     return manifest
+
+
+def start_over_if_damaged(work: Path, report: Report, run: Callable[[], Result]) -> Result:
+    """What `run` returns; where it finds a damaged file in `work`, the working files are removed and it runs again."""
+    try:
+        return run()
+    except DamagedWork as error:
+        if error.path.parent != work:
+            raise
+        report(PrepareProgress("hash", message=f"{error.path}: damaged since a stopped run: starting over"))
+        workspace.clear(work, keep_stdin=True)
+        return run()
+
+
+def _run(preparation: "Preparation") -> Manifest:
+    files = preparation.hash_sources(preparation.resolve())
+    preparation.read(files)
+    return preparation.make(files)
 
 
 def _keep_existing(settings: DataSettings, directory: Path, stdin_copy: Path | None) -> Manifest:
@@ -121,43 +142,59 @@ def _keep_existing(settings: DataSettings, directory: Path, stdin_copy: Path | N
     return manifest
 
 
-class _Preparation:
-    """Runs the stages once. `notes`, which say what was guessed or is unusual, also go into the manifest."""
+class Preparation:
+    """The stages, each to be run once. `notes`, which say what was guessed or is unusual, also go into the manifest.
 
-    def __init__(self, settings: DataSettings, directory: Path, stdin_copy: Path | None, report: Report) -> None:
-        self.settings, self.directory, self.stdin_copy, self.report = settings, directory, stdin_copy, report
-        self.work = directory / WORK
-        self.chunks = Chunks(self.work)
+    Args:
+        work: the directory of the working files.
+        parts: how many parts the data set is made in; 0 when it is made as a whole.
+    """
+
+    def __init__(
+        self,
+        settings: DataSettings,
+        directory: Path,
+        work: Path,
+        report: Report,
+        *,
+        stdin_copy: Path | None = None,
+        parts: int = 0,
+    ) -> None:
+        self.settings, self.directory, self.work, self.report = settings, directory, work, report
+        self.stdin_copy, self.parts = stdin_copy, parts
+        self.chunks = Chunks(work)
         self.settings_key = settings_key(settings)
         self.notes: list[str] = []
         self.stage = "hash"
 
-    def run(self) -> Manifest:
-        files = self._hash_sources()
-        self.stage = "read"
-        self._read(files)
+    def resolve(self) -> list[SourceFile]:
+        """The files that the sources stand for."""
+        return resolve_sources(
+            self.settings.sources, note=self.note, stdin_copy=self.stdin_copy, exclude=self.directory
+        )
+
+    def make(self, files: list[SourceFile]) -> Manifest:
+        """The data set of what the chunks hold, which was read from the files."""
         totals = check_rows(self.chunks.infos(), self.settings.max_bad_ratio)
         split = self._split()
         self.stage = "tokenizer"
         tokenizer = self._tokenizer(split)
-        self.stage = "tokenise"
-        self._encode(tokenizer, split)
+        self.encode(tokenizer, split)
         self.stage = "shards"
         return self._write(files, totals, tokenizer, split)
 
     def say(self, message: str) -> None:
+        """Tell the user."""
         self.report(PrepareProgress(self.stage, message=message))
 
     def note(self, message: str) -> None:
-        # The manifest holds the notes, so a restarted run must note the same as one that was never stopped.
+        """Tell the user and the manifest."""
+        # A restarted run must note the same as one that was never stopped.
         self.notes.append(message)
         self.say(message)
 
-    def _hash_sources(self) -> list[SourceFile]:
+    def hash_sources(self, files: list[SourceFile]) -> list[SourceFile]:
         """The files with their hashes. When they are not those of a stopped run, what that run did is removed."""
-        files = resolve_sources(
-            self.settings.sources, note=self.note, stdin_copy=self.stdin_copy, exclude=self.directory
-        )
         before = read_sealed(self.work / workspace.PLAN, workspace.Plan)
         known = {file.path: file for file in before.files} if before else {}
         total, done = sum(file.size for file in files), 0
@@ -174,15 +211,22 @@ class _Preparation:
                 hashed.append(hash_file(file, on_bytes))
             done += file.size
             self.report(PrepareProgress("hash", done, total))
-        plan = workspace.Plan(settings=self.settings_key, files=hashed)
-        if before is None or before.content() != plan.content():
-            if before:
-                self.say("the settings or the sources changed since a stopped run: starting over")
-            workspace.clear(self.work, keep_stdin=True)
-            write_sealed(self.work / workspace.PLAN, plan.model_dump_json(indent=1) + "\n")
+        self.begin(hashed)
         return hashed
 
-    def _read(self, files: list[SourceFile]) -> None:
+    def begin(self, files: list[SourceFile]) -> None:
+        """Write down what is worked on; when a stopped run worked on something else, remove what it did."""
+        plan = workspace.Plan(settings=self.settings_key, files=files, versions=workspace.versions(), parts=self.parts)
+        before = read_sealed(self.work / workspace.PLAN, workspace.Plan)
+        if before is None or before.content() != plan.content():
+            if before:
+                self.say("the settings, the sources or a version changed since a stopped run: starting over")
+            workspace.clear(self.work, keep_stdin=True)
+            write_sealed(self.work / workspace.PLAN, plan.model_dump_json(indent=1) + "\n")
+
+    def read(self, files: list[SourceFile]) -> None:
+        """Read the files into chunks of text."""
+        self.stage = "read"
         ends = np.cumsum([file.size for file in files])
         total = int(ends[-1]) if len(ends) else 0
 
@@ -253,16 +297,18 @@ class _Preparation:
     def _num_bytes(self) -> int:
         return sum(int(self.chunks.hashes(number)[1].sum()) for number in range(self.chunks.count()))
 
-    def _text(self, number: int, split: Split) -> HashedDocuments:
+    def _text(self, number: int, split: Split | None) -> HashedDocuments:
         """The documents of a chunk; where the split cuts the only document, its two parts."""
         chunk = self.chunks.read_text(number)
-        if not split.cut or not chunk.documents:
+        if split is None or not split.cut or not chunk.documents:
             return chunk
         parts = split.cut_in_two(chunk.documents[0])
         sizes = np.array([len(part.texts[0].encode()) for part in parts], dtype=np.int32)
         return HashedDocuments(parts, np.array([chunk.hashes[0], split.held_out], dtype=np.uint64), sizes)
 
-    def _encode(self, tokenizer: Tokenizer, split: Split) -> None:
+    def encode(self, tokenizer: Tokenizer, split: Split | None = None) -> None:
+        """Turn the chunks of text that are left into chunks of tokens; without a split, no document is cut."""
+        self.stage = "tokenise"
         sizes = [int(self.chunks.hashes(number)[1].sum()) for number in range(self.chunks.count())]
         todo = [number for number in range(len(sizes)) if not self.chunks.is_encoded(number)]
         total, done = sum(sizes), sum(sizes) - sum(sizes[number] for number in todo)

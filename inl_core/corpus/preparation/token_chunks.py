@@ -64,13 +64,12 @@ def _batches(num_bytes: np.ndarray) -> Iterator[tuple[slice, bool]]:
 def _encode(tokenizer: Tokenizer, documents: HashedDocuments, rows: slice) -> EncodedDocuments:
     encoded = encode_documents(tokenizer, documents.documents[rows])
     lengths = np.array([len(tokens) for tokens, _ in encoded], dtype=np.int64)
-    is_kept = lengths > 0
     return EncodedDocuments(
         np.fromiter(chain.from_iterable(tokens for tokens, _ in encoded), token_dtype(tokenizer), int(lengths.sum())),
-        lengths[is_kept],
-        np.array([prompt_length for _, prompt_length in encoded], dtype=np.int32)[is_kept],
-        documents.num_bytes[rows][is_kept],
-        documents.hashes[rows][is_kept],
+        lengths,
+        np.array([prompt_length for _, prompt_length in encoded], dtype=np.int32),
+        documents.num_bytes[rows],
+        documents.hashes[rows],
     )
 
 

@@ -1,4 +1,11 @@
-"""The directory of a data set while it is prepared: what may be written there, the lock, the plan, cleaning up."""
+"""The directory of a data set while it is prepared: what may be written there, the locks, the plan, cleaning up.
+
+    DIRECTORY/.prepare/                        working files of a preparation, or of one that joins parts
+    DIRECTORY/.prepare/part-00003-of-00008/    working files of a part
+
+Who prepares a part locks its directory alone, and that of `.prepare` together with other parts. All others lock
+`.prepare` alone.
+"""
 
 import errno
 import os
@@ -7,9 +14,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from typing import Any
+from unicodedata import unidata_version
 
 from pydantic import BaseModel
 
@@ -24,6 +34,7 @@ PLAN, _STDIN, _LOCK = "plan.json", "stdin", "lock"
 
 _SHARD = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}-of-\d{{5,}}\.arrow({re.escape(ASIDE)})?")
 """The names of shards, and of shards that a killed run left unfinished."""
+_PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 _MODEL_FILES = ("model.safetensors", "config.json", "training_state")
 _MANIFEST_HEAD = 1 << 20
 _FIXES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room there") | {errno.EFBIG: "raise `ulimit -f`"}
@@ -68,34 +79,67 @@ def locked(directory: Path, waiting: Callable[[], None] | None = None) -> Iterat
     Raises:
         InlError: there was no room for a file.
     """
-    with _lock(directory, waiting):
-        work = directory / WORK
+    work = directory / WORK
+    with _lock(directory, work, waiting):
         try:
-            yield work
-        except OSError as error:
-            if error.errno not in _FIXES:
-                raise
-            fix = f"{_FIXES[error.errno]} and run the same again, which goes on from here"
-            raise InlError(f"{error.filename or directory}: {error.strerror}; {fix}") from error
+            with _room_explained(directory):
+                yield work
         finally:
             if not (work / PLAN).exists():  # the run left nothing that could be gone on from
                 clear(work)
+                if not part_directories(directory):
+                    shutil.rmtree(work)
+                    if not any(directory.iterdir()):
+                        directory.rmdir()
+
+
+@contextmanager
+def locked_part(directory: Path, part: "Part") -> Iterator[Path]:
+    """The working directory of a part, locked for this process, beside other parts but nothing else.
+
+    Raises:
+        ArtefactError: another process is preparing this part, or the data set as a whole, or joins its parts.
+        InlError: there was no room for a file.
+    """
+    work = part.directory(directory)
+    with _lock(directory, directory / WORK, is_shared=True), _lock(directory, work, name=f"part {part}"):
+        try:
+            with _room_explained(directory):
+                yield work
+        finally:
+            if not (work / PLAN).exists():
                 shutil.rmtree(work)
-                if not any(directory.iterdir()):
-                    directory.rmdir()
 
 
-def _lock(directory: Path, waiting: Callable[[], None] | None) -> FileIO:
+@contextmanager
+def _room_explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FIXES:
+            raise
+        fix = f"{_FIXES[error.errno]} and run the same again, which goes on from here"
+        raise InlError(f"{error.filename or directory}: {error.strerror}; {fix}") from error
+
+
+def _lock(
+    directory: Path,
+    work: Path,
+    waiting: Callable[[], None] | None = None,
+    *,
+    name: str = "this data set",
+    is_shared: bool = False,
+) -> FileIO:
     has_waited = False
     while True:
         try:
-            file, _ = lock(directory / WORK / _LOCK)  # some file systems have no locks: then there is none
+            file, _ = lock(work / _LOCK, is_shared=is_shared)  # some file systems have no locks: then there is none
         except OSError as error:
             raise ArtefactError(f"{directory}: cannot be written: {error.strerror or error}") from None
         if file is not None:
             return file
         if waiting is None:
-            raise ArtefactError(f"{directory}: another process is preparing this data set; wait for it")
+            raise ArtefactError(f"{directory}: another process is preparing {name}; wait for it")
         if not has_waited:
             waiting()
         has_waited = True
@@ -109,23 +153,66 @@ def keep_stdin(work: Path) -> Path:
     return work / _STDIN
 
 
+@dataclass(frozen=True)
+class Part:
+    """Part `number` of the `count` of a data set, from 1."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def directory(self, data_set: Path) -> Path:
+        """Where its working files are."""
+        return data_set / WORK / f"part-{self.number:05d}-of-{self.count:05d}"
+
+
+def part_directories(directory: Path) -> dict[Part, Path]:
+    """The parts, finished or not, that lie in the directory of a data set, in order."""
+    found = {}
+    for path in sorted((directory / WORK).glob("part-*")):
+        if match := _PART.fullmatch(path.name):
+            found[Part(int(match[1]), int(match[2]))] = path
+    return found
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide which documents and tokens a text becomes; Unicode's is that of Python."""
+    return {"inl": version("inl"), "tokenizers": version("tokenizers"), "Unicode": unidata_version}
+
+
 class Plan(BaseModel):
     """What a preparation works on: its settings, and its sources with their hashes."""
 
     settings: dict[str, Any]
     files: list[SourceFile]
+    versions: dict[str, str] = {}
+    parts: int = 0
+    """How many parts the data set is made in; 0 when it is made as a whole."""
 
     def content(self) -> object:
         """What two equal plans have in common: settings and file contents, not the times of files."""
-        return self.settings, [(file.path, file.format, file.sha256) for file in self.files]
+        files = [(file.path, file.format, file.sha256) for file in self.files]
+        return self.settings, files, self.versions, self.parts
 
 
 def clear(work: Path, *, keep_stdin: bool = False) -> None:
-    """Remove the working files. The plan goes first: without it, nothing that a kill leaves would be gone on from."""
+    """Remove the working files, but not those of parts.
+
+    The plan goes first: without it, nothing that a kill leaves would be gone on from.
+    """
     _remove(work / PLAN)
     for path in work.iterdir():
-        if path.name != _LOCK and not (keep_stdin and path.name == _STDIN):
+        if path.name != _LOCK and not (keep_stdin and path.name == _STDIN) and not _PART.fullmatch(path.name):
             _remove(path)
+
+
+def remove_parts(directory: Path) -> None:
+    """Remove the parts of a data set that is complete."""
+    for path in part_directories(directory).values():
+        _remove(path / PLAN)
+        shutil.rmtree(path)
 
 
 def _remove(path: Path) -> None:
