@@ -53,6 +53,15 @@ def test_second_derivatives_are_the_plain_steps():
     torch.testing.assert_close(found[1], found[0])
 
 
+@torch.no_grad()
+def test_in_place_the_cache_gives_what_the_whole_text_gives():
+    model, ids = build("v5").eval(), some_ids(2, 9)
+    put(model, MotionInPlace)
+    cache = model.new_cache(2, 9)
+    pieces = [model(ids[:, a:b], cache=cache).hidden for a, b in [(0, 5), (5, 8), (8, 9)]]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids).hidden, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("preset", "operations", "way"),
     [("v5", "auto", "torch in place"), ("v5", "plain", "torch"), ("transformer", "auto", None), ("v4", "auto", None)],

@@ -193,6 +193,18 @@ def test_gradients_of_a_step_are_those_of_differences(name):
     assert torch.autograd.gradcheck(run, (*states, *values))
 
 
+@pytest.mark.parametrize("name", ["v5", "transformer + transport"])
+def test_the_embedding_learns_by_all_its_ways(name):
+    """As first input, as first velocity, through the anchor, and as the token before."""
+    model = build(**VARIANTS[name], d_model=8, num_layers=1, num_heads=2, num_kv_heads=1)
+
+    def run(table: Tensor) -> Tensor:
+        given = {"embedding.table.weight": table}
+        return torch.func.functional_call(model, given, (some_ids(1, 3),)).hidden
+
+    assert torch.autograd.gradcheck(run, model.embedding.table.weight.detach().clone().requires_grad_())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_kept_trajectory_is_the_whole_depth_and_changes_nothing(name):
