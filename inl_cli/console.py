@@ -124,7 +124,7 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A bar on a terminal, a plain line per interval elsewhere, nothing under --quiet.
+        """A bar on a terminal, plain lines elsewhere, nothing under --quiet; both go on while nothing is told.
 
         `with console.progress() as progress: progress.start("reading", "B"); progress.update(done, total)`
         """
@@ -134,7 +134,8 @@ class Console:
             with open_bar(self.rich_stderr) as bar:
                 yield bar
         else:
-            yield LineProgress(self.info)
+            with LineProgress(self.info).ticking() as lines:
+                yield lines
 
 
 def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:

@@ -1,5 +1,7 @@
 """How far a long piece of work is: a bar on a terminal, a plain line per interval elsewhere, or nothing."""
 
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_TO_FIRST_LINE = 1.0
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -24,26 +27,56 @@ class Progress:
 
 
 class LineProgress(Progress):
-    """At most one line in ten seconds; a piece of work that is over sooner shows none."""
+    """A line after a second, then one in ten seconds; a piece of work that is over sooner shows none.
+
+    While `ticking`, lines go on where nothing is told for long, as when a library works on one thing for a minute.
+    """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.write = write
         self.clock = clock
+        self._lock = threading.Lock()
         self.start("working")
+        self._next = math.inf  # until there is work
 
     def start(self, description: str, unit: str = "") -> None:
         """A new piece of work."""
-        self.description, self.unit = description, unit
-        self._started = self._last = self.clock()
+        with self._lock:
+            self.description, self.unit, self.done, self.total = description, unit, 0.0, None
+            self._started = self.clock()
+            self._next = self._started + _SECONDS_TO_FIRST_LINE
 
     def update(self, done: float, total: float | None = None) -> None:
         """Write a line when the interval is over."""
-        now = self.clock()
-        if now - self._last < _SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
-        share = f" of {amount(total, self.unit)} ({done / total:.0%})" if total else ""
-        self.write(f"{self.description}: {amount(done, self.unit)}{share}, {now - self._started:.0f} s")
+        self.done, self.total = done, total
+        self.tick()
+
+    def tick(self) -> None:
+        """Write a line when the interval is over, with what was told last."""
+        with self._lock:
+            now, done, total = self.clock(), self.done, self.total
+            if now < self._next:
+                return
+            self._next = now + _SECONDS_BETWEEN_LINES
+            share = f" of {amount(total, self.unit)} ({done / total:.0%})" if total else ""
+            self.write(f"{self.description}: {amount(done, self.unit)}{share}, {now - self._started:.0f} s")
+
+    @contextmanager
+    def ticking(self) -> Iterator["LineProgress"]:
+        """Ticks every second, from a thread of its own."""
+        ended = threading.Event()
+
+        def run() -> None:
+            while not ended.wait(1.0):
+                self.tick()
+
+        thread = threading.Thread(target=run, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            thread.join()
 
 
 class BarProgress(Progress):

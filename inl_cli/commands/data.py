@@ -22,7 +22,7 @@ _MOST_PARTS = 99_999
 _STAGES = {
     "hash": ("hashing the sources", "B"),
     "read": ("reading", "B"),
-    "tokenizer": ("training the tokenizer", ""),
+    "tokenizer": ("training the tokenizer", "B"),
     "tokenise": ("tokenising", "B"),
     "shards": ("writing shards", "shards"),
 }

@@ -38,6 +38,10 @@ _WINDOW = 64
 """Ids that are kept at most to decode the next one."""
 _LONGEST_WORD = 500
 """Characters. Longer words are cut when a tokenizer is trained."""
+_MOST_PIECES = 2000
+"""Pieces of longer words that a tokenizer is trained on; 10 MB of them would take half a minute and teach little."""
+_SEPARATORS = dict.fromkeys(range(0x1C, 0x20), "-")
+"""White space in Python, but not for the pre-tokenizer."""
 
 _MOST_IDS = 1 << 24
 """Ids must be below this, which is sixteen times the largest vocabulary in use: some tables have a row for each id."""
@@ -241,19 +245,24 @@ def _without_long_words(texts: Iterator[str]) -> Iterator[str]:
     """The texts, cut inside very long words (DNA, a line of dashes, a run of spaces), which would take training hours.
 
     Each merge that is learned moves all that follows it in its word, so a word takes the square of its length in time.
+    And nearly every piece is a word of its own, whereas ordinary words recur and count once: after the first
+    `_MOST_PIECES` of all texts, pieces are left out.
     """
+    num_pieces = 0
     for text in texts:
         start = 0
         for place in range(0, len(text) - _LONGEST_WORD + 1, _LONGEST_WORD):
             end = place + _LONGEST_WORD
             if _is_one_word(text[place:end]):
-                yield text[start:end]
+                num_pieces += 1
+                yield text[start : end if num_pieces <= _MOST_PIECES else place]
                 start = end
         yield text[start:]
 
 
 def _is_one_word(text: str) -> bool:
     """Whether the pre-tokenizer would not cut the text: it is all white space, all letters and digits, or neither."""
+    text = text.translate(_SEPARATORS)
     return text.isspace() or text.isalnum() or not any(c.isalnum() or c.isspace() for c in text)
 
 

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,16 +239,29 @@ def test_off_a_terminal_progress_is_a_plain_line_an_interval() -> None:
     now = 0.0
     progress = LineProgress(lines.append, clock=lambda: now)
     progress.start("reading", "B")
-    for now in (3.0, 10.0, 12.0, 19.9, 21.0):
+    for now in (0.9, 1.0, 3.0, 10.9, 12.0, 21.9):
         progress.update(now * 1e6, 40e6)
+    for now in (21.95, 22.0, 25.0, 32.0):  # noqa: B007  the clock reads it
+        progress.tick()  # as where nothing is told for long
     progress.start("counting")
-    now = 32.0
+    now = 43.0
     progress.update(1234)
     assert lines == [
-        "reading: 10.0 MB of 40.0 MB (25%), 10 s",
-        "reading: 21.0 MB of 40.0 MB (52%), 21 s",
+        "reading: 1.0 MB of 40.0 MB (2%), 1 s",
+        "reading: 12.0 MB of 40.0 MB (30%), 12 s",
+        "reading: 21.9 MB of 40.0 MB (55%), 22 s",
+        "reading: 21.9 MB of 40.0 MB (55%), 32 s",
         "counting: 1,234, 11 s",
     ]
+
+
+def test_lines_go_on_while_nothing_is_told() -> None:
+    written, now = threading.Event(), 0.0
+    progress = LineProgress(lambda line: written.set(), clock=lambda: now)
+    with progress.ticking():
+        progress.start("merging")
+        now = 1.0
+        assert written.wait(60)
 
 
 @pytest.mark.parametrize(

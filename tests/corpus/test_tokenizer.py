@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from inl_core.corpus.tokenizer import (
     _LONGEST_WORD,
+    _MOST_PIECES,
     SPECIAL_TOKENS,
     StreamDecoder,
     Tokenizer,
@@ -144,6 +146,7 @@ LONG_WORDS = {
     "spaces": lambda _: " \n\t" * 30_000,
     "dashes": lambda _: "-=" * 50_000,
     "digits": lambda generator: str(generator.getrandbits(10_000))[:3000] * 30,
+    "separators": lambda _: "-\x1c\x1d" * 30_000,
     "no spaces": lambda generator: "".join(chr(generator.randrange(0x4E00, 0x4F00)) for _ in range(50_000)),
 }
 
@@ -156,6 +159,24 @@ def test_a_tokenizer_trains_on_one_long_word(kind: str) -> None:
     assert max(map(len, cut)) <= 2 * _LONGEST_WORD  # training takes the square of a word's length in time
     tokenizer = train_tokenizer(iter([text]), vocab_size=400)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_of_endless_words_a_bounded_part_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of 10 MB without a space comes as ten documents, since documents end after a million characters."""
+    words = ["".join(random.Random(number).choices("abcdefgh", k=1 << 20)) for number in range(10)]
+    given: list[str] = []
+
+    def spy(texts: Iterator[str]) -> Iterator[str]:
+        given.extend(_without_long_words(texts))
+        return iter(["ordinary words"])
+
+    monkeypatch.setattr("inl_core.corpus.tokenizer._without_long_words", spy)
+    train_tokenizer(iter([*(f"before {word} after" for word in words), "and more"]), vocab_size=270)
+    assert max(map(len, given)) <= 2 * _LONGEST_WORD
+    assert sum(map(len, given)) <= (_MOST_PIECES + 2 * len(words) + 1) * _LONGEST_WORD
+    assert "".join(given).startswith("before " + words[0][: _LONGEST_WORD * 1000])
+    assert [text.endswith(" after") for text in given].count(True) == len(words)
+    assert given[-1] == "and more"
 
 
 def test_ordinary_text_trains_the_same_tokenizer_cut_or_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,15 +274,18 @@ class Preparation:
             self.report(PrepareProgress("tokenizer"))
             size = min(wanted.sample_bytes, self._num_bytes())
             self.say(f"training a tokenizer of {wanted.vocab_size:,} tokens on {size:,} bytes of text")
-            tokenizer = train_tokenizer(self._sample(split), vocab_size=wanted.vocab_size)
+            tokenizer = train_tokenizer(self._sample(split, size), vocab_size=wanted.vocab_size)
         if wanted.file is None and tokenizer.vocab_size < wanted.vocab_size:
             self.note(f"the text gives only {tokenizer.vocab_size} of {wanted.vocab_size} tokens")
         if not is_kept:
             write_sealed(path, tokenizer.to_json())
         return tokenizer
 
-    def _sample(self, split: Split) -> Iterator[str]:
-        """Texts of training documents, taken evenly from all of them, of at most `sample_bytes` together."""
+    def _sample(self, split: Split, size: int) -> Iterator[str]:
+        """Texts of training documents, taken evenly from all of them, of at most `sample_bytes` together.
+
+        `size`: how many bytes they will be, about; progress is told by it, once for each chunk of the text.
+        """
         budget = self.settings.tokenizer.sample_bytes
         share = budget / self._num_bytes()
         for number in range(self.chunks.count()):
@@ -293,6 +296,8 @@ class Preparation:
                 if budget < 0:
                     return
                 yield from chunk.documents[index].texts
+            done = min(self.settings.tokenizer.sample_bytes - budget, size)
+            self.report(PrepareProgress("tokenizer", done, size))
 
     def _num_bytes(self) -> int:
         return sum(int(self.chunks.hashes(number)[1].sum()) for number in range(self.chunks.count()))
