@@ -29,9 +29,10 @@ from inl_core.training.distributed import ALONE, World
 from inl_core.training.execution import prepare_model
 from inl_core.training.gradients import Gradients
 from inl_core.training.interruption import StopSignal
-from inl_core.training.loss_module import micro_batches
+from inl_core.training.loss_module import LossModule, micro_batches
 from inl_core.training.observer import Observer
 from inl_core.training.optimizers import build_optimizers
+from inl_core.training.parallel import Parallel
 from inl_core.training.run import RunFiles
 from inl_core.training.step import Stepper
 
@@ -55,7 +56,7 @@ def differentiator(scale: Scale, candidate: Candidate, model: IntegratorLanguage
     """A function that leaves the gradients of one fixed batch in the parameters and gives its losses."""
     recipe, rows = candidate.recipe.training, 2 if scale.quick else 8
     context = autocast(replace(scale.settings("train"), bf16=bf16))
-    gradients = Gradients(model, recipe, context, World(0, 1, scale.device))
+    gradients = Gradients(Parallel(LossModule(model, context), World(0, 1, scale.device)), recipe)
     parts, count = random_parts(scale, candidate, rows, **batch)
     now = regime(recipe.losses, recipe.cycle, 0, recipe.num_steps)
 
@@ -227,7 +228,8 @@ def count_waits(scale: Scale, preset: str, overrides: list[str]) -> Figures:
     with tempfile.TemporaryDirectory() as directory:
         run = RunFiles(Path(directory), recipe, bench_tokenizer(vocab_size), Path(directory), operations=chosen)
         loader: Any = RandomLoader(scale, vocab_size, recipe.training.batch_size)
-        stepper = Stepper(model, loader, optimizers, run, World(0, 1, scale.device), Observer())
+        parallel = Parallel(LossModule(model, autocast(scale.settings("train"))), World(0, 1, scale.device))
+        stepper = Stepper(parallel, loader, optimizers, run, Observer())
         stop = StopSignal()
         for step in range(1, 4):
             stepper.take(step, stop)

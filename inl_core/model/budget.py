@@ -35,6 +35,8 @@ class LayerBudget(NamedTuple):
 class Budget(nn.Module):
     """The iterations of every layer."""
 
+    _known: tuple[Tensor, int, list[int]] | None = None
+    """The allocation, its version, and what it held: it changes between evaluations, and is read in each pass."""
     allocation: Tensor
     correction: Tensor
 
@@ -71,10 +73,19 @@ class Budget(nn.Module):
     def forward(self) -> list[LayerBudget]:
         """The budget of each layer; one copy to the host for all."""
         if self.strategy == "dynamic":
-            return [LayerBudget(count, None) for count in self.allocation.tolist()]
+            return [LayerBudget(count, None) for count in self._allocated()]
         shares = self.shares()
         counts = [max(0, math.ceil(share - _ROUNDING) - 1) for share in shares.tolist()]
         return [LayerBudget(count + 1, shares[layer] - count) for layer, count in enumerate(counts)]
+
+    def _allocated(self) -> list[int]:
+        """The whole iterations of each layer; copied to the host only where they may have changed."""
+        now = self.allocation
+        if now.is_inference():  # which has no version
+            return now.tolist()
+        if self._known is None or self._known[0] is not now or self._known[1] != now._version:
+            self._known = (now, now._version, now.tolist())
+        return self._known[2]
 
     @torch.no_grad()
     def reallocate(self, residuals: Tensor) -> None:

@@ -15,18 +15,27 @@ def mu_adaptation_rate(model: IntegratorLanguageModel) -> float:
     return integrator.mu.adaptation_rate if integrator else 0.0
 
 
-def adapt_equilibrium(model: IntegratorLanguageModel, losses: dict[str, Tensor], num_targets: float) -> None:
+@torch.no_grad()
+def adapt_equilibrium(
+    model: IntegratorLanguageModel, losses: dict[str, Tensor], num_targets: float, skip: Tensor | None = None
+) -> None:
     """Move each layer's mu towards the mean final state of the global batch (docs/model.md, "The equilibrium").
 
     This does nothing unless the recipe asks for it.
 
     Args:
         losses: of the step; its `moments` (2, L, D) hold the sums of the final states over all target tokens.
+        skip: a tensor () on the device; where it is 1, nothing moves, and the host need not know.
     """
     rate = mu_adaptation_rate(model)
     if rate > 0:
         for integrator, total in zip(model.integrators(), losses["moments"][0], strict=True):
+            learned = list(integrator.equilibrium.parameters())
+            before = [parameter.clone() for parameter in learned]
             integrator.equilibrium.adapt(total / num_targets, rate)
+            if skip is not None:
+                for parameter, kept in zip(learned, before, strict=True):
+                    parameter.copy_(torch.where(skip > 0, kept, parameter))
 
 
 def reallocate_budget(parallel: Parallel, parts: list[MicroBatch]) -> None:

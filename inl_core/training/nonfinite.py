@@ -53,6 +53,11 @@ class FiniteWatch:
         self._record.copy_(torch.where(bad & (self._record[0] < 0), found, self._record))
         self._skip.copy_((self._record[0] >= 0).float())
 
+    @property
+    def skip(self) -> Tensor | None:
+        """1 on the device, (), from the first bad step on; None where the host looks at each step before its update."""
+        return self._skip if self.deferred else None
+
     def forget(self) -> None:
         """Watch on after a bad step that was skipped."""
         self._record[0] = -1.0

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from inl_core.model.stream import stream_parameters
 from inl_core.recipe import OptimizerSettings
+from inl_core.training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Optimizers:
 
     @property
     def can_skip(self) -> bool:
-        """Whether every part can skip an update on the device (fused AdamW; not Muon)."""
-        return all(isinstance(part, torch.optim.AdamW) and part.defaults["fused"] for part in self.parts)
+        """Whether every part can skip an update on the device: fused AdamW, and Muon."""
+        return all(isinstance(part, Muon) or part.defaults.get("fused") for part in self.parts)
 
     def skip_while(self, flag: torch.Tensor) -> None:
         """From here on, skip each update at which `flag`, a float tensor () on the device, is 1."""
@@ -143,7 +144,7 @@ def build_optimizers(model: nn.Module, settings: OptimizerSettings, device: torc
         # match_rms_adamw scales the orthogonal update to AdamW's size, so AdamW's learning rate and decay carry over.
         rate = settings.muon_learning_rate or settings.learning_rate
         groups = group("matrices of the blocks", muon, settings.weight_decay, rate)
-        parts.append(torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
+        parts.append(Muon(groups, adjust_lr_fn="match_rms_adamw"))
     groups = group("with decay", decay, settings.weight_decay, settings.learning_rate)
     groups += group("without decay", plain, 0.0, settings.learning_rate)
     groups += group("vectors of the steps", stream, 0.0, settings.learning_rate * settings.stream_rate_factor)

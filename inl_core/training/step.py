@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inl_core.corpus.loader import Batch, BatchLoader
 from inl_core.errors import NonFiniteError
-from inl_core.training.adaptation import adapt_equilibrium, mu_adaptation_rate, reallocate_budget
+from inl_core.training.adaptation import adapt_equilibrium, reallocate_budget
 from inl_core.training.cycles import Regime, regime
 from inl_core.training.gradients import Gradients
 from inl_core.training.interruption import StopSignal
@@ -67,8 +67,8 @@ class Stepper:
         world = self.world
         self.gradients = Gradients(parallel, self.settings)
         self.batches = Prefetcher(loader, self.settings.micro_batch(world.size), world.device)
-        # A bad step can be skipped by the device alone where nothing but AdamW's update follows from it.
-        may_defer = world.device.type == "cuda" and optimizers.can_skip and mu_adaptation_rate(self.model) == 0
+        # A bad step can be skipped by the device alone where the optimizers can.
+        may_defer = world.device.type == "cuda" and optimizers.can_skip
         # The record of a step that the run goes on from needs the weights of just this step.
         may_defer = may_defer and not self.settings.nonfinite.skip
         self.watch = FiniteWatch(optimizers, world.device, deferred=may_defer)
@@ -106,7 +106,7 @@ class Stepper:
         elif count:
             self.optimizers.step()
             self.optimizers.zero_grad()
-            adapt_equilibrium(self.model, losses, count)
+            adapt_equilibrium(self.model, losses, count, self.watch.skip)
         else:
             self._warn_of_empty_batch(step)
         seconds = time.perf_counter() - start
