@@ -22,6 +22,7 @@ from inl_cli.commands import (
     plan,
     recipe,
     replay,
+    run_status,
     train,
 )
 from inl_cli.console import EXIT_FAILURE, show_error
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.command("prepare-data")(data.prepare_data)
 app.command("train")(train.train)
 app.command("resume")(train.resume)
+app.command("run-status")(run_status.run_status)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)

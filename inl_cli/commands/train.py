@@ -15,6 +15,7 @@ from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, 
 if TYPE_CHECKING:
     from inl_core.recipe import Recipe
     from inl_core.training.interruption import StopSignal
+    from inl_core.training.run_status import Ending
     from inl_core.training.session import Resumption
 
 RunDirOption = Annotated[
@@ -23,6 +24,13 @@ RunDirOption = Annotated[
 BranchOption = Annotated[
     Path | None,
     path_option("--branch-from", help="Begin with this checkpoint, or this run's newest one, of the same model."),
+]
+ResumeOrStartOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume-or-start",
+        help="For job scripts: start the run in --run-dir, or go on with it, or exit with 0 where it is done.",
+    ),
 ]
 AllowOption = Annotated[
     list[str] | None,
@@ -36,6 +44,8 @@ def train(
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
     branch_from: BranchOption = None,
+    resume_or_start: ResumeOrStartOption = False,
+    allow_change: AllowOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -46,12 +56,20 @@ def train(
     """
     from inl_core.training.interruption import StopSignal
 
-    console = Console(json=json, quiet=quiet)
+    console, allowed = Console(json=json, quiet=quiet), tuple(allow_change or ())
+    _check_options(run_dir, allowed, resume_or_start=resume_or_start)
     with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
         from inl_core.recipe.load import load_recipe
 
-        chosen = load_recipe(recipe, overrides or ())
-        result = run_training(console, chosen, run_dir, branch_from=branch_from, stop=stop)
+        given, resumption = load_recipe(recipe, overrides or ()), None
+        result = _find_ending(console, given, run_dir, allowed) if resume_or_start and run_dir else None
+        if result is None:
+            if resume_or_start:
+                from inl_core.training.session import Resumption
+
+                resumption = Resumption(allowed, or_start=True)
+            how = {"resumption": resumption, "branch_from": branch_from}
+            result = run_training(console, given, run_dir, **how, stop=stop)
     _report(console, result)
 
 
@@ -85,6 +103,48 @@ def resume(
     _report(console, result)
 
 
+def _check_options(run_dir: Path | None, allowed: tuple[str, ...], *, resume_or_start: bool) -> None:
+    from inl_core.errors import RecipeError
+
+    if resume_or_start and run_dir is None:
+        raise RecipeError("--resume-or-start: needs --run-dir, the one directory that each start of the job looks at")
+    if allowed and not resume_or_start:
+        raise RecipeError("--allow-change: is for a run that is resumed; give --resume-or-start too, or `inl resume`")
+
+
+def _find_ending(console: Console, recipe: "Recipe", run: Path, allowed: tuple[str, ...]) -> dict[str, Any] | None:
+    """The outcome of a run that is done already, found without torch; None where there is something left to do.
+
+    Several processes look later, together, since not each of their machines may see the directory.
+    """
+    from inl_core.launcher import place_or_alone
+    from inl_core.recipe.differences import check_changes, recipe_differences
+    from inl_core.training.run_status import read_status
+
+    if place_or_alone().size > 1:
+        return None
+    status = read_status(run)
+    if status.ending is None or status.recipe is None or status.ending.step != recipe.training.num_steps:
+        return None
+    changes = recipe_differences(status.recipe, recipe)
+    for change in changes:
+        console.info(f"{change.kind}: {change}")
+    check_changes(run, changes, allowed)
+    return _outcome_at_end(console, run, status.ending)
+
+
+def _outcome_at_end(console: Console, run: Path, ending: "Ending") -> dict[str, Any]:
+    console.info(f"{run}: done already; its last step is saved and evaluated")
+    return {
+        "run": str(run),
+        "checkpoint": str(ending.checkpoint),
+        "step": ending.step,
+        "tokens": ending.tokens,
+        "seconds": 0.0,
+        "evaluation": ending.evaluation,
+    }
+
+
 @explains_memory
 def run_training(
     console: Console,
@@ -105,6 +165,8 @@ def run_training(
     view = TrainingView(console, num_steps=recipe.training.num_steps)
     how = {"resumption": resumption, "branch_from": branch_from}
     with open_session(recipe, run_dir, **how, observer=view, stop=stop) as session:
+        if ending := session.ending():
+            return _outcome_at_end(console, session.directory, ending)
         data = session.open_data(prepare)
         trainer = session.build_trainer(data)
         view.first_step = trainer.state.step

@@ -6,20 +6,22 @@
   last, which seals the checkpoint.
 - Evaluation does not read the optimizer. To be quick, it checks only the sizes of the files in `training_state`.
 - A checkpoint may be copied to any name, but one called step-N must be of step N.
+- Torch is imported only where the numbers in a file are looked at, so that `inl run-status` is quick.
 """
 
 import hashlib
 import os
 import re
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from torch import Tensor
 
 from inl_core.errors import ArtefactError
 from inl_core.files import entry_path, is_directory, open_regular, read_record
-from inl_core.inference.tensor_files import first_nonfinite, open_tensors, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
 TRAINING_STATE = "training_state"
@@ -163,6 +165,8 @@ def _check_file(path: Path, entry: FileEntry, *, with_digest: bool) -> None:
 
 def _check_numbers(path: Path, step: int) -> None:
     """Refuse NaN, infinity and what is impossible after `step` steps; one tensor at a time is in memory."""
+    from inl_core.inference.tensor_files import first_nonfinite, open_tensors, read_tensor
+
     with open_tensors(path) as tensors:
         for name in tensors.keys():  # noqa: SIM118  (not a mapping)
             tensor = read_tensor(path, name, tensors)
@@ -172,7 +176,7 @@ def _check_numbers(path: Path, step: int) -> None:
                 raise ArtefactError(f"{path}: {name} {problem}, the file is damaged")
 
 
-def _impossible(name: str, tensor: Tensor, step: int) -> str | None:
+def _impossible(name: str, tensor: "Tensor", step: int) -> str | None:
     """Why a tensor of the optimizer's state cannot be right after `step` steps; None if it can be."""
     if name.endswith(".exp_avg_sq") and bool((tensor.float() < 0).any()):
         return "is a mean of squares and holds negative numbers"

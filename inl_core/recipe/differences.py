@@ -4,9 +4,12 @@ A key has the kind of the longest entry of `_KINDS` that it lies under. So a new
 change in a wholly new section is refused until someone decides on its kind.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from inl_core.errors import RecipeError
 from inl_core.recipe.recipe import Recipe
 
 Kind = Literal["identity", "schedule", "operational"]
@@ -111,6 +114,35 @@ class Difference:
 def recipe_differences(old: Recipe, new: Recipe) -> list[Difference]:
     """The keys that differ, in the order of the recipe."""
     return _compare((), old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def check_changes(run: Path, changes: Sequence[Difference], allowed: Collection[str]) -> None:
+    """Refuse what would make a run another experiment.
+
+    Args:
+        allowed: keys whose change is accepted although it makes another experiment.
+
+    Raises:
+        RecipeError: a change is not `allowed`, or no run can change that key.
+    """
+    if fixed := [change.path for change in changes if change.is_fixed]:
+        raise RecipeError(
+            f"{run}: {', '.join(fixed)} cannot change in a run, whose weights, optimizer and data would not fit any "
+            "more; `inl train` starts a new run"
+        )
+    if refused := refused_changes(changes, allowed):
+        names = ", ".join(change.path for change in refused)
+        raise RecipeError(f"{run}: {names} would make this another experiment; if it is meant: {allow_flags(refused)}")
+
+
+def refused_changes(changes: Sequence[Difference], allowed: Collection[str]) -> list[Difference]:
+    """The changes that --allow-change would permit and does not; changes that nothing permits are not among them."""
+    return [c for c in changes if c.kind == "identity" and not c.is_fixed and c.path not in allowed]
+
+
+def allow_flags(changes: Sequence[Difference]) -> str:
+    """The options of the command line that permit changes."""
+    return " ".join(f"--allow-change {change.path}" for change in changes)
 
 
 def kind_of(path: str) -> Kind:

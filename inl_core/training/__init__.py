@@ -3,6 +3,7 @@
     session.py          a run from its recipe to a trainer: own the directory, find or prepare data, resume or start
     distributed.py      the processes of a run
     claim.py            the lock on the run's directory
+    run_status.py       how a run stands, and the word that a session leaves at its end
     resuming.py         the recipe and the checkpoint that a resumed run starts from
     run_data.py         the prepared data of a run
     run.py              the run's directory: recipe, environment, what goes into each checkpoint

@@ -49,9 +49,8 @@ from inl_core.model import IntegratorLanguageModel
 from inl_core.training.distributed import World
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.retention import remove_checkpoint
+from inl_core.training.run_status import START_ANEW
 
-START_ANEW = "start a new run with another --run-dir"
-"""The advice for a directory that neither `inl resume` nor `inl train` can use."""
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 

@@ -28,6 +28,8 @@ _RETRIES = 1.0
 _HEARTBEAT = 10.0
 _SILENCE = 30.0
 """Seconds without a sign of life after which a holder on another machine counts as gone."""
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "JOB_ID")
+"""Where Slurm, PBS, LSF, Flux and Grid Engine say in the environment which job this is."""
 
 
 @contextmanager
@@ -70,6 +72,26 @@ def join(directory: Path) -> Iterator[None]:
         yield
 
 
+def find_holder(directory: Path) -> str | None:
+    """Which process owns a run, in words, as far as can be told at once; None when none does.
+
+    Raises:
+        ArtefactError: a lock file is no regular file.
+    """
+    is_free = {}
+    for name in (OWNER, RANKS):
+        with suppress(OSError), open_lock(directory / name, make=False) as file:
+            is_free[name] = try_lock(file, is_shared=True)  # let go at once; whoever starts now tries for longer
+    who = _read_holder(directory)
+    if False in is_free.values():
+        return _holder_text(directory)
+    has_ended = is_free.get(OWNER) and who.get("host") == _host()
+    with suppress(FileNotFoundError):  # it may end just now
+        if who and not has_ended and _age(directory / OWNER) < _SILENCE:
+            return _holder_text(directory)
+    return None
+
+
 def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> bool:
     """Lock both files for as long as `held` lasts; False when another process has one of them."""
     owner, is_locked = lock(directory / OWNER, patience=_RETRIES)
@@ -84,7 +106,7 @@ def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> 
     if before:
         say(f"{directory}: {_holder_text(directory)} ended without letting it go; taken over")
     text = {"host": _host(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
-    text |= {"job": job} if (job := os.environ.get("SLURM_JOB_ID")) else {}
+    text |= {"job": job} if (job := next(filter(None, map(os.environ.get, _JOBS)), None)) else {}
     with suppress(OSError):  # a full disk: the lock holds all the same
         owner.truncate(0)
         owner.write(json.dumps(text).encode())

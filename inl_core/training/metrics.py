@@ -82,6 +82,21 @@ def stream_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -
         note(f"{path}: left out what is no row of metrics: {skipped:,} line(s)")
 
 
+def read_last_row(run: Path) -> dict[str, Any] | None:
+    """The last row of a run, however long its file is; None when there is no file or its last line is no row.
+
+    Raises:
+        ArtefactError: metrics.jsonl is not a regular file.
+    """
+    path = run / "metrics.jsonl"
+    if not os.path.lexists(path):
+        return None
+    with open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_LINE))
+        lines = file.read(_LONGEST_LINE).splitlines()
+    return _parse_row(lines[-1]) if lines else None
+
+
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     """The row, if it has a step and every figure that is read elsewhere is a number; None for anything else."""
     try:

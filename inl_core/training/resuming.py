@@ -5,16 +5,23 @@ Nothing is written here, so a resume that is refused leaves the run as it was.
 
 import os
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from inl_core.errors import ArtefactError, InlError, RecipeError
-from inl_core.inference.checkpoint_files import CONFIG, WEIGHTS, checkpoint_step, is_checkpoint, list_checkpoints
+from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints
 from inl_core.recipe import Recipe
-from inl_core.recipe.differences import Difference, recipe_differences
+from inl_core.recipe.differences import (
+    Difference,
+    allow_flags,
+    check_changes,
+    recipe_differences,
+    refused_changes,
+)
 from inl_core.recipe.load import load_recipe, problem_with_path
-from inl_core.training.checkpoint import START_ANEW, newest_valid
-from inl_core.training.metrics import read_metrics
-from inl_core.training.run import is_taken
+from inl_core.training.checkpoint import newest_valid
+from inl_core.training.metrics import stream_metrics
+from inl_core.training.run_status import START_ANEW, check_is_run_directory, is_taken
 
 Say = Callable[[str], None]
 
@@ -49,34 +56,36 @@ def changed_recipe(
     changes = recipe_differences(old, new)
     for change in changes:
         show(change)
-    if fixed := [change.path for change in changes if change.is_fixed]:
-        raise RecipeError(
-            f"{run}: {', '.join(fixed)} cannot change in a run, whose weights, optimizer and data would not fit any "
-            "more; `inl train` starts a new run"
-        )
-    if refused := _refused(changes, allowed):
-        names = ", ".join(change.path for change in refused)
-        raise RecipeError(f"{run}: {names} would make this another experiment; if it is meant: {_flags(refused)}")
+    check_changes(run, changes, allowed)
     return new
 
 
-def check_is_run_directory(path: Path) -> None:
-    """Refuse a path that can never be a run's: a file, or a checkpoint, into which nothing may be written.
+def check_given_recipe(
+    run: Path, given: Recipe, allowed: Collection[str], *, show: Callable[[Difference], None], warn: Say
+) -> bool:
+    """Compare the recipe that a command was given with that of the run it goes on with; `show` hears of each change.
+
+    Returns whether there is a run to go on with; False where nothing was started in the directory, or nothing that is
+    worth keeping. Before the first checkpoint any change is accepted, since the run begins again.
 
     Raises:
-        RecipeError: it is a file.
-        ArtefactError: it is a checkpoint.
+        RecipeError: a change would make this another experiment and is not `allowed`, or no run can change that key.
     """
-    if path.exists() and not path.is_dir():
-        raise RecipeError(
-            f"{path}: a file, not a run's directory; `inl train RECIPE` starts a run, `inl resume RUN` continues one"
-        )
-    real = path.resolve()
-    has_files = any(os.path.lexists(real / name) for name in (CONFIG, WEIGHTS))
-    if has_files or (is_checkpoint(real) and real.parent.name == "checkpoints"):
-        run = Path(os.path.normpath(path / "../.."))
-        advice = f"`inl resume {run}` continues its run" if (run / "recipe.yaml").is_file() else "name a run instead"
-        raise ArtefactError(f"{path}: is a checkpoint; {advice}")
+    if not is_taken(run):
+        return False
+    is_saved = bool(list_checkpoints(run / "checkpoints"))
+    try:
+        changes = recipe_differences(load_recipe(_recipe_file(run, warn), allow_pipe=False), given)
+    except InlError as error:
+        if is_saved:
+            raise
+        warn(f"{str(error).splitlines()[0]}; so it is not known whether this run began with another recipe")
+        return True
+    for change in changes:
+        show(change)
+    if is_saved:
+        check_changes(run, changes, allowed)
+    return True
 
 
 def choose_checkpoint(
@@ -129,13 +138,18 @@ def _recipe_file(run: Path, warn: Say) -> Path:
 
 
 def _check_none_was_saved(run: Path, recipe: Recipe) -> None:
-    """ArtefactError when the metrics go beyond a step at which a checkpoint was saved: that one was lost since."""
-    every = recipe.training.checkpoint.every
-    last = max((row["step"] for row in read_metrics(run)), default=0)
-    if last > (every or recipe.training.num_steps - 1):
+    """ArtefactError when the metrics show that a checkpoint was due, or the run at its end: that one was lost since."""
+    with suppress(InlError):  # what was due in the run, even if this session's recipe says otherwise
+        recipe = load_recipe(run / "recipe.yaml", allow_pipe=False)
+    every, end = recipe.training.checkpoint.every, recipe.training.num_steps
+    # The checkpoint of a step comes after its row, and before its evaluation when it is the last step.
+    last = max(
+        (row["step"] + (row["step"] == end and "validation_loss" in row) for row in stream_metrics(run)), default=0
+    )
+    if last > min(every or end, end):
         raise ArtefactError(
-            f"{run / 'checkpoints'}: holds no checkpoint, though the run went on to step {last:,}; put them back, or "
-            f"{START_ANEW}"
+            f"{run / 'checkpoints'}: holds no checkpoint, though the run went on to step {min(last, end):,}; put them "
+            f"back, remove {run / 'metrics.jsonl'} to train from step 0 again, or {START_ANEW}"
         )
 
 
@@ -147,25 +161,16 @@ def _check_recipe(run: Path, checkpoint: Path, recipe: Recipe, allowed: Collecti
         warn(f"{str(error).splitlines()[0]}; so it is not known whether {checkpoint} belongs to this run")
         return
     changes = recipe_differences(trained, recipe)
-    if other := [change for change in changes if change.is_fixed] + _refused(changes, allowed):
+    if other := [change for change in changes if change.is_fixed] + refused_changes(changes, allowed):
         keys = ", ".join(f"{change.path} ({change.old}, not {change.new})" for change in other)
-        leave = "" if any(change.is_fixed for change in other) else f", or if it is meant: {_flags(other)}"
+        leave = "" if any(change.is_fixed for change in other) else f", or if it is meant: {allow_flags(other)}"
         raise ArtefactError(
             f"{checkpoint}: was trained with another recipe than {run / 'recipe.yaml'}: {keys}; put back the run's own "
             f"checkpoint or recipe{leave}"
         )
 
 
-def _refused(changes: Sequence[Difference], allowed: Collection[str]) -> list[Difference]:
-    """The changes that --allow-change would permit and does not; changes that nothing permits are not among them."""
-    return [c for c in changes if c.kind == "identity" and not c.is_fixed and c.path not in allowed]
-
-
 def _sets_another_preset(override: str, preset: str) -> bool:
     """Whether an override names another generation, with whose rules the run's own keys would be refused one by one."""
     key, _, value = override.partition("=")
     return key.strip() == "model.preset" and value.strip(" '\"") != preset
-
-
-def _flags(changes: Sequence[Difference]) -> str:
-    return " ".join(f"--allow-change {change.path}" for change in changes)

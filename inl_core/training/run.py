@@ -1,6 +1,8 @@
 """A run's directory: what it holds and how it is made.
 
-runs/NAME/recipe.yaml  environment.json  metrics.jsonl  dynamics/*.parquet  reports/  preempted.json  checkpoints/
+runs/NAME/recipe.yaml  environment.json  metrics.jsonl  dynamics/*.parquet  reports/  checkpoints/
+
+run_status.py has the words that a session leaves at its end: preempted.json and failed.json.
 """
 
 import json
@@ -18,17 +20,12 @@ import torch
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
-from inl_core.files import read_json, write_whole
+from inl_core.files import read_json, shortened, write_whole
 from inl_core.inference.data_location import record_location
 from inl_core.kernels import Choice
 from inl_core.recipe import Recipe
 from inl_core.recipe.load import dump_recipe, load_recipe
 from inl_core.training.checkpoint import TrainState
-from inl_core.training.claim import OWNER, RANKS
-
-PREEMPTED = "preempted.json"
-"""The file that a session which a signal stopped leaves for a scheduler. The next session removes it as soon as it owns
-the run, so that a session that fails is not taken for one that was stopped."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,18 @@ class RunFiles:
         if _lasting(environment) != _lasting(_read_environment(path)):
             write_whole(path, json.dumps(environment, indent=1))
 
+    def environment_changes(self) -> list[str]:
+        """What the numbers may depend on and is not as the last session left it, each as `name: before -> now`."""
+        before, now = _read_environment(self.path / "environment.json"), describe_environment()
+        if not before:
+            return []
+        versions = before.get("packages")
+        old = before | (versions if isinstance(versions, dict) else {})
+        new = now | now["packages"]
+        names = ("python", *now["packages"], "git", "threads", "gpus")
+        changed = (name for name in names if old.get(name) != new[name])
+        return [f"{name} {shortened(str(old.get(name)), 60)} -> {new[name]}" for name in changed]
+
     def documents(self, state: TrainState) -> dict[str, str]:
         """config.json, tokenizer.json and recipe.yaml of a checkpoint at `state`."""
         trained = {
@@ -108,21 +117,6 @@ class RunFiles:
             "tokenizer.json": self.tokenizer.to_json(),
             "recipe.yaml": dump_recipe(self.recipe),
         }
-
-
-def write_preempted(run: Path, step: int, signal_name: str) -> None:
-    """Write that a signal stopped the run, which can go on from `step`; OSError when it cannot be written."""
-    write_whole(run / PREEMPTED, json.dumps({"step": step, "signal": signal_name, "time": time.time()}))
-
-
-def is_taken(path: Path) -> bool:
-    """Whether a directory holds anything worth keeping; what a run that ended before its first step left is not."""
-    if not path.exists():
-        return False
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
-    if "metrics.jsonl" in names or any((path / "checkpoints").glob("step-*")):
-        return True
-    return not {"recipe.yaml", "checkpoints"} <= names and bool(names - {OWNER, RANKS, PREEMPTED, "checkpoints"})
 
 
 def _is_recipe(path: Path) -> bool:

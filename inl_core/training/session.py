@@ -8,7 +8,8 @@
 
 - Every process of a distributed run executes the same lines. Rank 0 reads and writes files, and the others learn what
   it found, an error included.
-- A session that is refused changes nothing in the run's directory but `preempted.json`, which it removes.
+- A session that is refused changes nothing in the run's directory but the word that the session before left there
+  (run_status.py), in whose place it leaves its own.
 """
 
 from collections.abc import Iterator
@@ -21,14 +22,13 @@ from typing import Any
 import torch
 
 from inl_core.corpus.tokenizer import Tokenizer
-from inl_core.errors import ArtefactError, InlError, RecipeError
+from inl_core.errors import ArtefactError, InlError, Interrupted, RecipeError
 from inl_core.files import expand_home
 from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, read_config
 from inl_core.kernels.cpu.library import is_to_be_compiled
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
 from inl_core.training.branching import branch_provenance, check_tokenizer, choose_origin
-from inl_core.training.checkpoint import START_ANEW
 from inl_core.training.claim import claim, claim_new, join
 from inl_core.training.distributed import World, start_world
 from inl_core.training.dynamics import cut_records
@@ -37,9 +37,20 @@ from inl_core.training.metrics import cut_metrics
 from inl_core.training.mirrors import check_mirrors
 from inl_core.training.observer import LogObserver, Observer
 from inl_core.training.precision import uses_bf16
-from inl_core.training.resuming import check_is_run_directory, choose_checkpoint
-from inl_core.training.run import PREEMPTED, RunFiles, is_taken, write_preempted
+from inl_core.training.resuming import check_given_recipe, choose_checkpoint
+from inl_core.training.run import RunFiles
 from inl_core.training.run_data import Prepare, RunData, open_data, prepare_or_wait
+from inl_core.training.run_status import (
+    START_ANEW,
+    Ending,
+    check_is_run_directory,
+    holds_run,
+    is_taken,
+    read_ending,
+    remove_words,
+    write_failed,
+    write_preempted,
+)
 from inl_core.training.trainer import Trainer
 
 
@@ -51,6 +62,9 @@ class Resumption:
     """Keys of the recipe whose change is accepted although it makes another experiment."""
     must_advance: bool = False
     """Whether a run that has reached its last step already is refused."""
+    or_start: bool = False
+    """Whether a run is started where there is none. The recipe is then the one that was given, not the run's own, and
+    both are compared."""
 
 
 @contextmanager
@@ -80,12 +94,11 @@ def open_session(
         _check_batch(recipe, world)
         check_mirrors(recipe)
         observer = (observer or LogObserver()) if world.is_main else Observer()
-        directory = world.on_main(lambda: _claim_directory(recipe, run_dir, held, observer, is_new=resumption is None))
-        if not world.is_main:
-            held.enter_context(join(directory))
-        elif stop is not None:
-            held.enter_context(_leaves_word(directory, stop))
+        directory = world.on_main(lambda: _claim_directory(recipe, run_dir, resumption, held, observer))
+        held.enter_context(_leaves_word(directory, stop or StopSignal()) if world.is_main else join(directory))
         session = Session(recipe, world, directory, resumption, observer)
+        if resumption is not None and resumption.or_start:
+            session.compare_recipes(resumption)
         # Before the data is prepared, which may take hours: a run that cannot be resumed is refused at once.
         session.checkpoint = session.choose_checkpoint()
         if branch_from is not None and session.checkpoint is None:
@@ -106,6 +119,33 @@ class Session:
     """The checkpoint of this run that it goes on from; None starts at step 0, or with `origin`."""
     origin: Path | None = None
     """The checkpoint of another run that this one begins with."""
+
+    def ending(self) -> Ending | None:
+        """What the run has reached, where `or_start` finds nothing left to do: its last step is saved and evaluated."""
+        wanted, end = self.resumption, self.recipe.training.num_steps
+        if wanted is None or not wanted.or_start or self.checkpoint is None or checkpoint_step(self.checkpoint) != end:
+            return None
+        return self.world.on_main(lambda: read_ending(self.directory, end))
+
+    def compare_recipes(self, wanted: Resumption) -> None:
+        """Where there is a run, compare its recipe with this session's; where there is none, a new one is started.
+
+        Raises:
+            RecipeError: it would become another experiment.
+        """
+        tell, warn = self.observer.on_message, self.observer.on_warning
+
+        def compare() -> bool:
+            return check_given_recipe(
+                self.directory,
+                self.recipe,
+                wanted.allowed,
+                show=lambda change: tell(f"{change.kind}: {change}"),
+                warn=warn,
+            )
+
+        if not self.world.on_main(compare):
+            self.resumption = None
 
     def open_data(self, prepare: Prepare = prepare_or_wait) -> RunData:
         """The run's data, which rank 0 prepares by `prepare` if it is not there.
@@ -185,6 +225,8 @@ class Session:
         trainer = self._new_trainer(data, provenance)
         self._tell_of_other_operations(trainer.run)
         trainer.resume(checkpoint)
+        if self.world.is_main:
+            self._tell_of_other_code(trainer)
         before, now = trainer.state.data_fingerprint, data.train.fingerprint
         if before != now:
             raise ArtefactError(
@@ -206,6 +248,16 @@ class Session:
             self.observer.on_warning(
                 f"computed by other operations than before ({was}; now {is_now}): the run goes on, but not bit for bit "
                 "as it would have"
+            )
+
+    def _tell_of_other_code(self, trainer: Trainer) -> None:
+        """Say so where versions, threads or processes are not those that the run had before: rounding may differ."""
+        changes, before = trainer.run.environment_changes(), trainer.state.world_size
+        if before != self.world.size:
+            changes.append(f"processes {before} -> {self.world.size}")
+        if changes:
+            self.observer.on_warning(
+                f"not as before: {', '.join(changes)}; the run goes on, but perhaps not bit for bit as it would have"
             )
 
     def _accept(self, trainer: Trainer) -> None:
@@ -239,7 +291,7 @@ def _check_batch(recipe: Recipe, world: World) -> None:
 
 
 def _claim_directory(
-    recipe: Recipe, run_dir: str | Path | None, held: ExitStack, observer: Observer, *, is_new: bool
+    recipe: Recipe, run_dir: str | Path | None, resumption: Resumption | None, held: ExitStack, observer: Observer
 ) -> Path:
     """The run's directory, which is ours for as long as `held` lasts."""
     if run_dir is None:
@@ -249,18 +301,21 @@ def _claim_directory(
         path = expand_home(run_dir)
         check_is_run_directory(path)  # before the lock, which is a file in it
         held.enter_context(claim(path, observer.on_warning))
-    # Before anything is refused: a scheduler that finds this file would start the run again and again.
-    (path / PREEMPTED).unlink(missing_ok=True)
-    if is_new and is_taken(path):
-        is_run = (path / "recipe.yaml").is_file() or list_checkpoints(path / "checkpoints")
-        advice = f"`inl resume {path}` continues it, another --run-dir starts anew" if is_run else START_ANEW
-        raise ArtefactError(f"{path}: not empty; {advice}")
+    # Before anything is refused: a scheduler that finds such a word would start the run again and again.
+    remove_words(path)
+    is_run = holds_run(path)
+    if is_taken(path) and (resumption is None or (resumption.or_start and not is_run)):
+        go_on = f"`inl resume {path}` or --resume-or-start continues it, another --run-dir starts anew"
+        raise ArtefactError(f"{path}: not empty; {go_on if is_run else START_ANEW}")
     return path
 
 
 @contextmanager
 def _leaves_word(directory: Path, stop: StopSignal) -> Iterator[None]:
-    """Write preempted.json when a signal comes outside of the training loop, where the trainer does not write it."""
+    """Leave word of what ends this session: an error, or, outside of the training loop, a signal that `stop` heard.
+
+    In the loop the trainer does the latter, once it has saved.
+    """
 
     def leave_word() -> None:
         newest = list_checkpoints(directory / "checkpoints")[-1:]
@@ -271,7 +326,13 @@ def _leaves_word(directory: Path, stop: StopSignal) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        leave_word()
+        if stop.requested:
+            leave_word()
+        raise
+    except (InlError, OSError) as error:
+        if not isinstance(error, Interrupted) and holds_run(directory):  # of a refused start nothing is left
+            with suppress(OSError):
+                write_failed(directory, error)
         raise
     finally:
         stop.leave_word = None

@@ -31,9 +31,10 @@ from inl_core.training.optimizers import build_optimizers, count_states
 from inl_core.training.parallel import parallelize
 from inl_core.training.precision import autocast_of, uses_bf16
 from inl_core.training.retention import remove_leftovers
-from inl_core.training.run import PREEMPTED, RunFiles, write_preempted
+from inl_core.training.run import RunFiles
 from inl_core.training.run_data import RunData
 from inl_core.training.run_log import RunLog
+from inl_core.training.run_status import PREEMPTED, write_preempted
 from inl_core.training.saving import Saver, advice_after_nonfinite
 from inl_core.training.schedules import is_due
 from inl_core.training.step import Stepper

@@ -13,7 +13,7 @@ from inl_core.errors import ArtefactError
 from inl_core.locking import open_lock
 from inl_core.training import claim as claims
 from inl_core.training.claim import OWNER, RANKS, claim, claim_new, join
-from inl_core.training.run import is_taken
+from inl_core.training.run_status import is_taken
 
 
 @pytest.fixture(autouse=True)
