@@ -64,6 +64,11 @@ DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto takes a GPU when there is one.")
 ]
 
+PrecisionOption = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    typer.Option("--precision", help="Of matrix products: auto is bf16 on GPUs that have it, else fp32."),
+]
+
 IterationsOption = Annotated[
     int | None,
     typer.Option("--iterations", metavar="T", max=10_000, help="Integrator iterations instead of the model's own."),

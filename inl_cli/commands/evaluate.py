@@ -16,6 +16,7 @@ from inl_cli.options import (
     IterationsOption,
     JsonOption,
     NoEarlyStoppingOption,
+    PrecisionOption,
     QuietOption,
     SplitOption,
     TextOption,
@@ -48,6 +49,7 @@ def evaluate(
     max_tokens: TokensOption = None,
     batch_size: BatchSizeOption = 16,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -57,12 +59,16 @@ def evaluate(
     loaded = open_model(console, checkpoint, device, iterations=iterations)
     source = open_source(console, loaded, data, text, split)
 
+    import torch
+
     from inl_core.inference import evaluate as evaluation
     from inl_core.inference.texts import default_window
+    from inl_core.training.precision import is_bf16
 
     window = default_window(loaded) if window is None else window
     batches = source.windows(window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
     counts = source.byte_counts(max_tokens)
+    where = loaded.model.embedding.table.weight.device
     scores = evaluation.evaluate(
         loaded.model,
         _counted(console, batches, min(source.num_targets, max_tokens or source.num_targets)),
@@ -70,6 +76,7 @@ def evaluate(
         num_bytes=counts.num_bytes,
         num_iterations=iterations,
         early_stopping=not no_early_stopping,
+        autocast=torch.autocast(where.type, torch.bfloat16, enabled=is_bf16(precision, where)),
     )
     if not math.isfinite(scores.loss):
         raise NonFiniteError(

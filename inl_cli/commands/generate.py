@@ -1,6 +1,7 @@
 """`inl generate`: prompts -> text, streamed."""
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from inl_cli.options import (
     IterationsOption,
     JsonOption,
     NoEarlyStoppingOption,
+    PrecisionOption,
     QuietOption,
 )
 from inl_core.inference.settings import GenerationSettings
@@ -77,6 +79,7 @@ def generate(
     show_iterations: ShowIterationsOption = False,
     compile: CompileOption = False,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -99,7 +102,11 @@ def generate(
     prompts = _prompts(console, prompt, prompt_file)
     for remark in settings.without_effect():
         console.warn(remark)
-    _run(console, open_model(console, checkpoint, device, iterations=iterations), prompts, settings, show_iterations)
+    loaded = open_model(console, checkpoint, device, iterations=iterations)
+    from inl_core.training.precision import is_bf16
+
+    bf16 = is_bf16(precision, loaded.model.embedding.table.weight.device)
+    _run(console, loaded, prompts, replace(settings, bf16=bf16), show_iterations)
 
 
 def _run(

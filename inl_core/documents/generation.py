@@ -72,7 +72,9 @@ def _continue(
             logits = model.logits(model(ids).hidden[:, -1])  # (B, V)
         else:
             logits = (decoder.prefill(ids, cache) if chosen is None else decoder.step(chosen, cache)).logits
-        chosen = sampler(logits, [row.random() for row in rows])
+        draws = torch.tensor([row.random() for row in rows], dtype=torch.float64, device=ids.device)
+        chosen = sampler(logits, draws)
+        sampler.check()
         if eos is not None:
             chosen = chosen.masked_fill(ended, eos)
             ended |= chosen == eos

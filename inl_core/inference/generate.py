@@ -204,7 +204,7 @@ def _complete_rows(
     try:
         options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
         most_rows = min(settings.batch_size, len(rows))
-        decoder = Decoder(model, options, rows=most_rows, compiled=settings.compiled)
+        decoder = Decoder(model, options, rows=most_rows, compiled=settings.compiled, bf16=settings.bf16)
         for first in range(0, len(rows), settings.batch_size):
             yield from _complete_batch(decoder, tokenizer, rows[first : first + settings.batch_size], settings)
     finally:
@@ -216,21 +216,23 @@ def _complete_batch(
 ) -> Iterator[Piece]:
     batch = _Batch(decoder, tokenizer, rows, settings)
     while rows:
-        tokens, iterations = batch.choose([row.random.random() for row in rows])
-        new = zip(rows, tokens, iterations, strict=True)
-        pieces = [row.add(token, used, tokenizer.eos_id) for row, token, used in new]
-        yield from (piece for piece in pieces if piece.text or piece.completion)
-        going = [index for index, piece in enumerate(pieces) if piece.completion is None]
-        rows = [rows[index] for index in going]
+        count = min(decoder.tokens_at_once, max(row.limit - len(row.token_ids) for row in rows))
+        draws = [[row.random.random() for row in rows] for _ in range(count)]
+        going = list(range(len(rows)))
+        for tokens, iterations in batch.choose(draws):  # a row that is finished ignores the rest of its tokens
+            pieces = [rows[index].add(tokens[index], iterations[index], tokenizer.eos_id) for index in going]
+            yield from (piece for piece in pieces if piece.text or piece.completion)
+            going = [index for index, piece in zip(going, pieces, strict=True) if piece.completion is None]
+        batch_rows, rows = len(rows), [rows[index] for index in going]
         if rows:
-            batch.advance([row.token_ids[-1] for row in rows], going if len(going) < len(pieces) else None)
+            batch.advance([row.token_ids[-1] for row in rows], going if len(going) < batch_rows else None)
 
 
 class _Batch:
     """What the device holds of a batch: the cache, and the logits of each row's next token.
 
-    A finished row leaves the batch. With a compiled decoder it stays there unread: a smaller batch would be compiled
-    anew.
+    A finished row leaves the batch. With a compiled or recorded step it stays there unread: a smaller batch would be
+    compiled and recorded anew.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings) -> None:
@@ -261,10 +263,21 @@ class _Batch:
         self.next = self.decoder.prefill(ids, self.cache)
         return ids
 
-    def choose(self, draws: list[float]) -> tuple[list[int], list[float]]:
-        """The next token of each row and the iterations that predicting it took."""
+    def choose(self, draws: list[list[float]]) -> list[tuple[list[int], list[float]]]:
+        """The next tokens of each row, and the iterations that predicting them took; waits for the device at the end.
+
+        Args:
+            draws: for each of these tokens, a uniform number of each row.
+        """
         with torch.inference_mode():
-            return self.sampler(self.next.logits, draws).tolist(), self.next.iterations.tolist()
+            tokens, iterations = [], []
+            for uniform in torch.tensor(draws, dtype=torch.float64, device=self.device):
+                if tokens:
+                    self.next = self._step(tokens[-1])
+                tokens.append(self.sampler(self.next.logits, uniform))
+                iterations.append(self.next.iterations)
+            self.sampler.check()
+            return list(zip(torch.stack(tokens).tolist(), torch.stack(iterations).tolist(), strict=True))
 
     def advance(self, tokens: list[int], going: list[int] | None) -> None:
         """Feed each row its new token; `going` are the places of the rows that stay, None when all do."""
@@ -272,7 +285,7 @@ class _Batch:
             if going is not None:
                 rows = torch.tensor(going, device=self.device)
                 self.sampler.select(rows)
-                if self.decoder.is_compiled:
+                if self.decoder.is_static:
                     self.places = self.places[rows]
                 else:
                     self._select(rows)

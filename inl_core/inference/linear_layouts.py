@@ -34,7 +34,7 @@ class SharedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class SummedLinear(SharedLinear):
@@ -66,7 +66,7 @@ def laid_out(weight: Tensor, bias: Tensor | None, *, one_row: bool) -> nn.Module
     Args:
         one_row: it will be compiled, for one row.
     """
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or weight.dtype.itemsize < 4:
         return SharedLinear(weight, bias)
     ways = ("sum", "as it is", "reordered") if one_row else ("as it is", "reordered")
     has_layout = weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()

@@ -26,22 +26,21 @@ class Sampler:
 
     def __init__(self, settings: GenerationSettings, *, banned: Tensor, prompts: Tensor, vocab_size: int) -> None:
         self.settings, self.banned = settings, banned
+        self.is_finite: Tensor | None = None
+        """Whether all logits were finite since the last `check`; on the device."""
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1.0:
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=prompts.device)
             self.seen.scatter_(1, prompts, True)
 
-    def __call__(self, logits: Tensor, draws: list[float]) -> Tensor:
-        """The next token of each row, (B,), from logits (B, V) and one uniform number in [0, 1) for each row.
+    def __call__(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """The next token of each row, (B,), from logits (B, V) and a uniform number in [0, 1) a row, (B,) float64.
 
-        Raises:
-            NonFiniteError: a logit is NaN or infinite.
+        Tokens that were chosen since the last `check` are of use only if that raises nothing.
         """
         least, most = logits.aminmax()  # NaN if any logit is; isfinite().all() would take nine times as long
-        if not bool((most - least).isfinite()):
-            raise NonFiniteError(
-                "the model's logits are not finite: its weights have diverged; use an earlier checkpoint"
-            )
+        is_finite = (most - least).isfinite()
+        self.is_finite = is_finite if self.is_finite is None else self.is_finite & is_finite
         if self.seen is not None:
             logits = penalise(logits, self.seen, self.settings.repetition_penalty)
         logits = logits.index_fill(1, self.banned, -torch.inf)
@@ -49,6 +48,18 @@ class Sampler:
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
         return chosen
+
+    def check(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            NonFiniteError: a logit was NaN or infinite.
+        """
+        is_finite, self.is_finite = self.is_finite, None
+        if is_finite is not None and not bool(is_finite):
+            raise NonFiniteError(
+                "the model's logits are not finite: its weights have diverged; use an earlier checkpoint"
+            )
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows only."""
@@ -84,10 +95,11 @@ def candidates(logits: Tensor, settings: GenerationSettings) -> tuple[Tensor, Te
     return probabilities / probabilities.sum(-1, keepdim=True), ids
 
 
-def draw(probabilities: Tensor, ids: Tensor | None, draws: list[float]) -> Tensor:
-    """The token of each row at which the cumulative distribution exceeds the row's uniform number, (B,)."""
+def draw(probabilities: Tensor, ids: Tensor | None, draws: Tensor) -> Tensor:
+    """The token of each row at which the cumulative distribution exceeds the row's uniform number, (B,) float64."""
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    uniform = torch.tensor(draws, dtype=torch.float64, device=cumulative.device)[:, None]
-    # `right` takes the first place strictly above, so a token without probability is never taken.
-    index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    # `right` takes the first place strictly above, so a token without probability is never taken. Where probabilities
+    # are NaN, which `check` finds later, there is no such place.
+    index = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    index = index.clamp(max=probabilities.shape[1] - 1)
     return (index if ids is None else ids.gather(1, index)).squeeze(1)

@@ -36,6 +36,8 @@ class GenerationSettings:
     """Let tokens stop iterating early where the model's configuration says so."""
     batch_size: int = 32
     """Completions generated side by side, at most; it changes speed and memory, not text."""
+    bf16: bool = False
+    """Multiply matrices in bfloat16, and keep keys and values in it."""
     compiled: bool = False
     """Decode with torch.compile: faster after tens of seconds of compiling, the same text but for rounding."""
 

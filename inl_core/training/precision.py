@@ -7,7 +7,11 @@ from inl_core.recipe import Recipe
 
 def uses_bf16(recipe: Recipe, device: torch.device) -> bool:
     """Whether forward passes run under bfloat16 autocast; `auto` does so on every GPU that has it in hardware."""
-    wanted = recipe.training.precision
+    return is_bf16(recipe.training.precision, device)
+
+
+def is_bf16(wanted: str, device: torch.device) -> bool:
+    """The same of what a recipe's `training.precision` or a command's --precision says."""
     return has_native_bf16(device) if wanted == "auto" else wanted == "bf16"
 
 

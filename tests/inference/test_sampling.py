@@ -77,7 +77,7 @@ def test_a_tiny_temperature_is_greedy_not_nan(temperature: float) -> None:
 def test_draws_follow_the_distribution(settings: GenerationSettings) -> None:
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
     number = 20_000
-    evenly = [(index + 0.5) / number for index in range(number)]
+    evenly = (torch.arange(number, dtype=torch.float64) + 0.5) / number
     drawn = draw(*(None if x is None else x.expand(number, -1) for x in candidates(logits, settings)), evenly)  # type: ignore[arg-type]
     frequency = torch.bincount(drawn, minlength=12) / number
     torch.testing.assert_close(frequency, distribution(logits, settings)[0], atol=2 / number, rtol=0)
@@ -85,8 +85,8 @@ def test_draws_follow_the_distribution(settings: GenerationSettings) -> None:
 
 def test_the_extreme_draws_take_possible_tokens() -> None:
     probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
-    assert draw(probabilities, None, [0.0]).tolist() == [1]
-    assert draw(probabilities, None, [1 - 2**-53]).tolist() == [3]
+    assert draw(probabilities, None, torch.zeros(1).double()).tolist() == [1]
+    assert draw(probabilities, None, 1 - torch.full((1,), 2.0**-53, dtype=torch.float64)).tolist() == [3]
 
 
 def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
@@ -99,10 +99,13 @@ def test_the_sampler_remembers_prompts_and_choices_row_by_row() -> None:
     prompts = torch.tensor([[0, 1], [0, 2]])
     sampler = Sampler(settings, banned=torch.tensor([0]), prompts=prompts, vocab_size=5)
     logits = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0]).repeat(2, 1)
-    assert sampler(logits, [0.0, 0.0]).tolist() == [2, 1]  # 0 is banned, and each row penalises its own prompt
-    assert sampler(logits, [0.0, 0.0]).tolist() == [3, 3]
+    assert sampler(logits, torch.zeros(2).double()).tolist() == [
+        2,
+        1,
+    ]  # 0 is banned, and each row penalises its own prompt
+    assert sampler(logits, torch.zeros(2).double()).tolist() == [3, 3]
     sampler.select(torch.tensor([1]))
-    assert sampler(logits[:1], [0.0]).tolist() == [4]
+    assert sampler(logits[:1], torch.zeros(1).double()).tolist() == [4]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -110,8 +113,10 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
     sampler = Sampler(
         GenerationSettings(), banned=torch.tensor([0]), prompts=torch.zeros(1, 1, dtype=torch.long), vocab_size=3
     )
+    sampler(torch.tensor([[0.0, value, 1.0]]), torch.tensor([0.5]).double())
+    sampler(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0.5]).double())
     with pytest.raises(NonFiniteError, match="not finite"):
-        sampler(torch.tensor([[0.0, value, 1.0]]), [0.5])
+        sampler.check()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,7 @@ def test_extremes_work_as_their_limits(filters: dict[str, float]) -> None:
     for temperature, penalty in itertools.product(TEMPERATURES, PENALTIES):
         settings = GenerationSettings(temperature=temperature, repetition_penalty=penalty, **filters)
         sampler = Sampler(settings, banned=torch.tensor([0]), prompts=prompts, vocab_size=6)
-        found = int(sampler(logits, [0.0]))
+        found = int(sampler(logits, torch.zeros(1).double()))
         assert found != 0, f"a banned token at {settings}"
         if penalty == 1.0 and (temperature < 1e-20 or filters.get("top_k") == 1):
             assert found == 4, settings

@@ -123,11 +123,12 @@ def _generation(settings: BenchSettings, model: IntegratorLanguageModel, *, comp
     tokenizer = bench_tokenizer(model.vocab_size)
     letters = np.random.default_rng(settings.seed).choice(list(string.ascii_lowercase), (rows, length - 1))
     prompts = ["".join(row) for row in letters]  # each is `length` tokens long, with the token that begins a text
-    wanted = GenerationSettings(max_new_tokens=settings.new_tokens, temperature=0.0, batch_size=rows, compiled=compiled)
+    wanted = GenerationSettings(
+        max_new_tokens=settings.new_tokens, temperature=0.0, batch_size=rows, compiled=compiled, bf16=settings.bf16
+    )
 
     def run() -> None:
-        with autocast(settings):
-            done = generate(model, tokenizer, prompts, wanted)
+        done = generate(model, tokenizer, prompts, wanted)
         lengths = {(completion.prompt_tokens, len(completion.token_ids)) for completion in done}
         assert lengths == {(length, settings.new_tokens)}, lengths
 
