@@ -38,7 +38,10 @@ def _markdown(rows: Iterator[Row]) -> str:
 
 
 def _options(name: str) -> Iterator[Row]:
-    function = next(command.callback for command in app.registered_commands if command.name == name)
+    *groups, command = name.split(".")  # check.resume is `inl check resume`
+    owner = next((group.typer_instance for group in app.registered_groups if [group.name] == groups), app)
+    assert owner is not None
+    function = next(one.callback for one in owner.registered_commands if one.name == command)
     assert function is not None
     yield "argument or option", "meaning", "default"
     for key, parameter in inspect.signature(function, eval_str=True).parameters.items():

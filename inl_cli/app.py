@@ -13,6 +13,7 @@ import typer
 
 from inl_cli.commands import (
     bench,
+    check,
     convergence,
     data,
     evaluate,
@@ -51,6 +52,15 @@ app.command("inspect-params")(inspect.inspect_params)
 app.command("convergence-report")(convergence.convergence_report)
 app.command("replay")(replay.replay)
 app.command("import-reference")(import_reference.import_reference)
+
+check_app = typer.Typer(
+    help="Prove things on one's own recipes and checkpoints.", no_args_is_help=True, rich_markup_mode=None
+)
+check_app.command("resume")(check.resume)
+check_app.command("equivalence")(check.equivalence)
+check_app.command("checkpoint")(check.checkpoint)
+check_app.command("session", hidden=True)(check.session)
+app.add_typer(check_app, name="check")
 
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mode=None)
 recipe_app.command("show")(recipe.show)

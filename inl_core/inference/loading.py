@@ -147,14 +147,14 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     """
     config = read_config(path)
     model_config = read_model_config(path, config)
-    tokenizer = _load_tokenizer(path, config, model_config)
+    tokenizer = load_tokenizer(path, config, model_config)
     model = load_weights(path, model_config, device)
     trained = config.provenance[-1] if config.provenance else {}
     apply(model, operations="plain" if trained.get("operations") == "plain" else "auto")
     return LoadedModel(model, tokenizer, path, config.model_dump(), read_manifest(path).step)
 
 
-def _load_tokenizer(path: Path, config: CheckpointConfig, model_config: ModelConfig) -> Tokenizer:
+def load_tokenizer(path: Path, config: CheckpointConfig, model_config: ModelConfig) -> Tokenizer:
     """The checkpoint's tokenizer, which must be the one its model was trained with."""
     if config.tokenizer is None:
         raise ArtefactError(
