@@ -153,7 +153,7 @@ def _memory_table(plan: "ModelPlan") -> Table:
         rows.append((mode, amount(row[0].activations, "B"), amount(row[0].working, "B"), *sizes))
     title = (
         f"memory of one device, {'bf16' if plan.bf16 else 'fp32'}, micro-batch {plan.memory[0].rows} x "
-        f"{plan.recipe.training.sequence_length:,}, training state sharded over N devices (in inl train: N = 1)"
+        f"{plan.recipe.training.sequence_length:,}, training state sharded over N devices (ddp: N = 1)"
     )
     return title, ("recomputation", "activations", "working", *(f"N = {degree}" for degree in degrees)), rows
 

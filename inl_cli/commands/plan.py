@@ -1,5 +1,6 @@
 """`inl plan`: what a recipe or a model would cost, without putting the model into memory."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from inl_cli.options import JsonOption, PresetOption, QuietOption, RecipeOrModel
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
+    from inl_core.analysis.planning.fit import Devices
     from inl_core.recipe import Recipe
 
 VocabularyOption = Annotated[
@@ -31,6 +33,14 @@ MicroBatchOption = Annotated[
         "--micro-batch-size", metavar="B", min=1, help="Windows in one forward pass; default the recipe's, else 1."
     ),
 ]
+GpusOption = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="N", min=1, max=1_000_000, help="Refuse a recipe that does not fit N GPUs."),
+]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option("--gpu-memory", metavar="SIZE", help="Memory of each GPU, such as 80GB; default this machine's GPU."),
+]
 AllSizesOption = Annotated[
     bool, typer.Option("--all-sizes", help="Every size beside the documents' figures, as Markdown: docs/sizes.md.")
 ]
@@ -44,6 +54,8 @@ def plan(
     vocab_size: VocabularyOption = None,
     sequence_length: LengthOption = None,
     micro_batch_size: MicroBatchOption = None,
+    gpus: GpusOption = None,
+    gpu_memory: GpuMemoryOption = None,
     overrides: SetOption = None,
     all_sizes: AllSizesOption = False,
     json: JsonOption = False,
@@ -55,9 +67,12 @@ def plan(
 
     inl plan --preset v3 --size 13B --vocab-size 50000
 
+    inl plan recipes/13b.yaml --gpus 8 --gpu-memory 80GB
+
     Memory is that of one device, by recomputation mode and by the number of devices over which weights, gradients and
-    optimizer would be sharded; inl train cannot shard yet. FLOPs are those of the matrix products. The first plan on a
-    machine compiles and measures the operations in C++, which takes some seconds.
+    optimizer are sharded (training.distributed). A recipe that does not fit the GPUs that are named, or
+    else those of this machine, is refused after its figures. FLOPs are those of the matrix products. The first plan on
+    a machine compiles and measures the operations in C++, which takes some seconds.
     """
     console = Console(json=json, quiet=quiet)
     chosen = (recipe, preset, size, vocab_size, sequence_length, micro_batch_size)
@@ -68,12 +83,17 @@ def plan(
 
     from inl_cli.plan_view import plan_data, show_model_plan
     from inl_core.analysis.planning import plan_model
+    from inl_core.analysis.planning.fit import check_fit
 
     figures, has_schedule = plan_model(planned), recipe is not None
     console.result(
         plan_data(figures, has_schedule=has_schedule),
         lambda: show_model_plan(console, figures, has_schedule=has_schedule),
     )
+    devices = _devices(gpus, gpu_memory)
+    if devices is not None and (has_schedule or gpus or gpu_memory):
+        layout = check_fit(figures, devices)
+        console.info(f"fits {devices.number} x {devices.memory / 1e9:g} GB: {layout.strategy}")
 
 
 def _choose(
@@ -108,6 +128,27 @@ def _choose(
         "training.micro_batch_size": micro_batch_size,
     }
     return load_recipe(recipe, [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)])
+
+
+def _devices(number: int | None, memory: str | None) -> "Devices | None":
+    """The devices that the options name, or those of this machine; None where there is neither."""
+    import torch
+
+    from inl_core.analysis.planning.fit import Devices
+    from inl_core.training.layout import device_memory
+
+    if memory is not None:
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?) ?GB", memory.strip(), re.IGNORECASE | re.ASCII)
+        if found is None or float(found[1]) == 0:
+            raise RecipeError(f"--gpu-memory {memory!r}: not a size in GB; write, for instance, 80GB")
+        return Devices(number or 1, round(float(found[1]) * 1e9))
+    if torch.cuda.is_available():
+        return Devices(number or torch.cuda.device_count(), device_memory(torch.device("cuda", 0)))
+    if number is not None:
+        raise RecipeError(
+            "--gpus: torch sees no GPU here whose memory could be taken; add, for instance, --gpu-memory 80GB"
+        )
+    return None
 
 
 def _show_all_sizes(console: Console, *, alone: bool) -> None:

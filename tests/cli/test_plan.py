@@ -231,3 +231,22 @@ def test_a_key_that_is_not_used_any_more_is_one_warning(inl: Callable[..., Resul
     expected = [f"warning: --set model.integrator.backend={value}: {told}"]
     expected += [f"warning: {path}:2 model.integrator.backend: {told}"]
     assert [text if "warning:" in text else "" for text in warned] == (["", ""] if value == "auto" else expected)
+
+
+def test_a_recipe_is_refused_on_gpus_that_it_does_not_fit(inl: Callable[..., Result], tmp_path: Path) -> None:
+    recipe, gpus = recipe_file(tmp_path), ("--gpus", "8", "--gpu-memory", "80GB")
+    assert inl(recipe, *gpus).exit_code == 0
+    refused = inl(recipe, "--gpus", "8", "--gpu-memory", "0.001 GB", "--set", "training.distributed.strategy=ddp")
+    assert refused.exit_code == 2
+    assert "weights 0.0 + gradients 0.0 + moments 0.0" in refused.stderr
+    states = figures(inl(recipe, "--json"))["states"]["total"]
+    tight = inl(recipe, "--gpus", "1", "--gpu-memory", f"{states / 1e9 + 0.0001:.3f}GB", "--quiet")
+    assert tight.exit_code == 2
+    assert "activations" in tight.stderr
+
+
+@pytest.mark.parametrize("size", ["", "80", "0GB", "80 TB", "-1GB", "9" * 400 + "GB"])
+def test_a_memory_that_is_no_size_is_refused(inl: Callable[..., Result], tmp_path: Path, size: str) -> None:
+    outcome = inl(recipe_file(tmp_path), "--gpu-memory", size)
+    assert outcome.exit_code == 2
+    assert "write, for instance, 80GB" in outcome.stderr

@@ -1,5 +1,7 @@
 """Whatever divides a model among processes, its run is the single process's."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -94,3 +96,16 @@ def test_four_ranks_give_the_run_of_one_process(runs, model, training, tolerance
     [alone] = runs(1, one).values()
     for other in runs(4, several).values():
         assert_alike(alone, other, tolerance)
+
+
+@pytest.mark.parametrize("mode", ["block", "integrator"])
+def test_a_deep_copy_recomputes_with_its_own_weights(make_recipe, make_trainer, mode):
+    model = make_trainer(make_recipe(model=V4, training={"recomputation": mode}))[0].model
+    own = deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    ids = torch.arange(8).view(1, 8)
+    own.loss_sum(own(ids).hidden, ids).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert own.blocks[0].attention.output.weight.grad.abs().sum() > 0
