@@ -24,6 +24,7 @@ from inl_cli.commands import (
     recipe,
     replay,
     run_status,
+    slurm,
     train,
 )
 from inl_cli.console import EXIT_FAILURE, show_error
@@ -66,6 +67,16 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_mar
 recipe_app.command("show")(recipe.show)
 recipe_app.command("schema")(recipe.schema)
 app.add_typer(recipe_app, name="recipe")
+
+slurm_app = typer.Typer(
+    cls=slurm.TrainsByDefault,
+    help="Print job scripts for Slurm: `inl slurm RECIPE --time ...`.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+slurm_app.command("train")(slurm.train)
+slurm_app.command("prepare")(slurm.prepare)
+app.add_typer(slurm_app, name="slurm")
 
 
 def _show_version(is_asked: bool) -> None:
