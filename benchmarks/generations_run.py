@@ -79,7 +79,7 @@ def train(
     import downstream  # here, because it imports torch
     import torch
 
-    from inl_core.analysis.planning.flops import training_flops
+    from inl_core.model.flops import training_flops
     from inl_core.training.session import open_session
     from inl_core.training.trainer import Trainer
 

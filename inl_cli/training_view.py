@@ -135,6 +135,7 @@ class TrainingView(Observer):
             "loss": "-" if row["loss"] is None else f"{row['loss']:.4f}",
             "bits/byte": "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}",
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            **({"mfu": f"{row['mfu']:.1%}"} if row.get("mfu") is not None else {}),
             "eta": self._eta(row["step"]),
             "lr": f"{row['learning_rate']:.2e}",
             "norm": "-" if row["gradient_norm"] is None else f"{row['gradient_norm']:.2f}",

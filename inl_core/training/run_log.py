@@ -20,6 +20,7 @@ from inl_core.training.run import RunFiles
 from inl_core.training.schedules import is_due, iterations_of_step, logs_after
 from inl_core.training.spikes import SpikeWatch
 from inl_core.training.step import StepResult
+from inl_core.training.utilisation import utilisation_of
 
 
 class RunLog:
@@ -31,7 +32,8 @@ class RunLog:
         self.device = world.device
         self.metrics = MetricsWriter(run.path, run.recipe, observer.on_warning) if world.is_main else None
         self.spikes = SpikeWatch(observer.on_warning)
-        self._tokens = self._seconds = 0.0  # of the steps since the last row
+        self.utilisation = utilisation_of(run.recipe, self.model.vocab_size, world)
+        self._steps, self._tokens, self._seconds = 0, 0.0, 0.0  # since the last row
 
     def add_step(self, state: TrainState, result: StepResult) -> None:
         """Take note of a step, and write a row where one is due, or where the step was skipped.
@@ -39,6 +41,7 @@ class RunLog:
         Args:
             state: the run's after the step.
         """
+        self._steps += 1
         self._tokens += result.num_targets
         self._seconds += result.seconds
         if not logs_after(self.settings, state.step) and result.record is None:
@@ -56,7 +59,7 @@ class RunLog:
             self.observer.on_metrics(written)
             if written["loss"] is not None:
                 self.spikes.hear(state.step, written["loss"])
-        self._tokens = self._seconds = 0.0
+        self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
 
     def add_evaluation(self, state: TrainState, evaluation: Evaluation | None, scored_on: str) -> dict[str, Any] | None:
         """Write the row of an evaluation, whose scores are all null where there was nothing to score; return it.
@@ -78,6 +81,9 @@ class RunLog:
         for name in ("mean", "speed", "energy", "balance"):
             if name in losses:
                 row[f"loss_{name}"] = losses[name].item()
+        if self.device.type == "cuda":
+            tokens = self._steps * self.settings.batch_tokens
+            row["mfu"] = self.utilisation.of(tokens, self._seconds) if self.utilisation else None
         return row | {
             "bits_per_byte": _bits_per_byte(task - losses["special"].item(), result) if losses else None,
             "learning_rate": result.learning_rate,

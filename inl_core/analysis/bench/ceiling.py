@@ -1,7 +1,7 @@
 """The ceiling: what one large matrix product reaches on the same cores, and the FLOPs that are held against it.
 
 - A product of n x n matrices is 2 n^3 FLOPs: in float32, or bfloat16 where the models run under it.
-- Models' FLOPs are those of `inl plan` (analysis/planning/flops.py): the matrix products, and three times as many in
+- Models' FLOPs are those of `inl plan` (model/flops.py): the matrix products, and three times as many in
   training. Llama's are those of the Transformer of its dimensions.
 """
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from inl_core.analysis.bench.settings import BenchSettings, Candidate
 from inl_core.analysis.bench.work import Work
-from inl_core.analysis.planning.flops import flops_by_part, training_flops
+from inl_core.model.flops import flops_by_part, training_flops
 
 
 def build_ceiling(candidate: None, settings: BenchSettings, *, compiled: bool) -> Work:

@@ -5,7 +5,6 @@ activations.py those that wait for the backward pass; optimisations.py what the 
 documents.py the documents' own figures about sizes.
 """
 
-from inl_core.analysis.planning.flops import flops_by_part, training_flops
 from inl_core.analysis.planning.parameters import count_parameters, meta_model
 from inl_core.analysis.planning.plan import (
     ModelPlan,
@@ -15,6 +14,7 @@ from inl_core.analysis.planning.plan import (
     plan_recipe,
     recipe_of_model,
 )
+from inl_core.model.flops import flops_by_part, training_flops
 
 __all__ = [
     "ModelPlan",

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from inl_core.analysis.planning import documents
-from inl_core.analysis.planning.flops import flops_by_part, training_flops
 from inl_core.analysis.planning.memory import (
     CACHE_TYPES,
     Memory,
@@ -22,6 +21,7 @@ from inl_core.analysis.planning.optimisations import Saving, compare_optimisatio
 from inl_core.analysis.planning.parameters import count_parameters, meta_model
 from inl_core.corpus.manifest import MANIFEST, load_manifest
 from inl_core.kernels import Choice, choose
+from inl_core.model.flops import flops_by_part, training_flops
 from inl_core.recipe import ModelConfig, Recipe
 from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.optimizers import States, count_states
