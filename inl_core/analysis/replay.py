@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from inl_core.errors import ArtefactError
-from inl_core.inference.tensor_files import check_tensors, open_tensors, read_tensor
+from inl_core.inference.tensor_sets import check_tensors, read_tensors
 from inl_core.kernels.apply import Choice, can_run, put
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
@@ -111,9 +111,7 @@ def _load_model(path: Path, record: FlightRecord, recipe: Recipe) -> IntegratorL
     check_tensors(file, model.state_dict(), str(path))
     model.to_empty(device="cpu")
     model.reset_buffers()
-    with open_tensors(file) as tensors, torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(read_tensor(file, name, tensors))
+    read_tensors(file, model.state_dict())
     return model
 
 

@@ -2,6 +2,8 @@
 
     step-00000500/  config.json  tokenizer.json  recipe.yaml  model.safetensors  training_state/  manifest.json
 
+- Several processes that divided a model write shard-00001-... and so on in the place of model.safetensors, and of
+  training_state/optimizer.safetensors (tensor_sets.py).
 - The manifest names every file with its size and SHA-256; no other file is read. `training/checkpoint.py` writes it
   last, which seals the checkpoint.
 - Evaluation does not read the optimizer. To be quick, it checks only the sizes of the files in `training_state`.
@@ -140,15 +142,25 @@ def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = 
         for name, entry in manifest.files.items():
             if PurePosixPath(name).as_posix() != name:
                 raise ArtefactError(f"{path / MANIFEST}: damaged: {name!r} is not a plain name of a file")
-            with_digest = contents and (purpose != "evaluate" or not name.startswith(f"{TRAINING_STATE}/"))
+            with_digest = contents and (purpose != "evaluate" or not _is_training_state(name))
             _check_file(entry_path(path, name), entry, with_digest=with_digest)
         _check_complete(path, manifest, purpose)
         if contents:
-            for name in (WEIGHTS, OPTIMIZER) if purpose == "resume" else (WEIGHTS,):
-                _check_numbers(path / name, manifest.step)
+            for name in filter(_holds_tensors, manifest.files):
+                if purpose == "resume" or not _is_training_state(name):
+                    _check_numbers(path / name, manifest.step)
     except ArtefactError as error:
         raise ArtefactError(f"{error}; use an earlier checkpoint") from None
     return manifest
+
+
+def _holds_tensors(name: str) -> bool:
+    """Whether a file of a manifest is one that is read for tensors: of the checkpoint itself or of `training_state`."""
+    return name.endswith(".safetensors") and str(PurePosixPath(name).parent) in (".", TRAINING_STATE)
+
+
+def _is_training_state(name: str) -> bool:
+    return name.startswith(f"{TRAINING_STATE}/")
 
 
 def _check_file(path: Path, entry: FileEntry, *, with_digest: bool) -> None:
@@ -172,7 +184,7 @@ def _check_numbers(path: Path, step: int) -> None:
             tensor = read_tensor(path, name, tensors)
             if first_nonfinite({name: tensor}):
                 raise ArtefactError(f"{path}: {name} holds NaN or infinity, the training had failed")
-            if path.name == PurePosixPath(OPTIMIZER).name and (problem := _impossible(name, tensor, step)):
+            if path.parent.name == TRAINING_STATE and (problem := _impossible(name, tensor, step)):
                 raise ArtefactError(f"{path}: {name} {problem}, the file is damaged")
 
 
@@ -191,7 +203,10 @@ def _impossible(name: str, tensor: "Tensor", step: int) -> str | None:
 
 def _check_complete(path: Path, manifest: CheckpointManifest, purpose: Purpose) -> None:
     """Refuse a checkpoint with a file that somebody reads, but that the manifest does not name."""
-    needed = {CONFIG, WEIGHTS} | ({OPTIMIZER, PROGRESS} if purpose == "resume" else set())
+    stored = [_is_training_state(name) for name in manifest.files if _holds_tensors(name)]
+    needed = {CONFIG} | ({PROGRESS} if purpose == "resume" else set())
+    needed |= set() if False in stored else {WEIGHTS}
+    needed |= {OPTIMIZER} if purpose == "resume" and True not in stored else set()
     needed |= {name for name in (TOKENIZER, "recipe.yaml", OPTIMIZER, PROGRESS) if os.path.lexists(path / name)}
     for pattern in ("*.safetensors", f"{TRAINING_STATE}/*.safetensors"):
         needed |= {file.relative_to(path).as_posix() for file in path.glob(pattern)}

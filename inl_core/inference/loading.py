@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
@@ -23,7 +21,6 @@ from inl_core.inference.checkpoint_files import (
     CONFIG,
     MANIFEST,
     TOKENIZER,
-    WEIGHTS,
     CheckpointConfig,
     is_checkpoint,
     list_checkpoints,
@@ -31,7 +28,7 @@ from inl_core.inference.checkpoint_files import (
     read_manifest,
     verify_checkpoint,
 )
-from inl_core.inference.tensor_files import check_tensors, open_tensors
+from inl_core.inference.tensor_sets import check_tensors, read_entries, read_tensors, tensor_paths
 from inl_core.kernels import apply
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
@@ -185,11 +182,7 @@ def load_weights(path: Path, model_config: ModelConfig, device: torch.device | s
     model = fitting_model(path, model_config)
     model.to_empty(device=device)
     model.reset_buffers()
-    try:
-        weights = load_file(path / WEIGHTS, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path / WEIGHTS}: cannot be read: {error}") from None
-    model.load_state_dict(weights)
+    read_tensors(path, model.state_dict())
     return model.eval()
 
 
@@ -199,12 +192,11 @@ def fitting_model(path: Path, model_config: ModelConfig) -> IntegratorLanguageMo
     Raises:
         ArtefactError: names the first tensor that is missing, too many, or of another shape or type.
     """
-    file, num_layers, integrator = path / WEIGHTS, model_config.num_layers, model_config.integrator
+    num_layers, integrator = model_config.num_layers, model_config.integrator
     num_controllers = 0
     if integrator:
         num_controllers = integrator.controller.experts * (1 if integrator.controller.shared else num_layers)
-    with open_tensors(file) as tensors:
-        num_tensors = len(tensors.keys())
+    file, num_tensors = tensor_paths(path)[0], len(read_entries(path))
     # Each layer and controller has a tensor at least, and a million of them take minutes to build, even without memory.
     if num_layers + num_controllers > num_tensors:
         counts = f"{num_tensors:,} tensors for {num_layers:,} layers and {num_controllers:,} controllers"
@@ -214,7 +206,7 @@ def fitting_model(path: Path, model_config: ModelConfig) -> IntegratorLanguageMo
             model = IntegratorLanguageModel(model_config)
     except (RuntimeError, TypeError, OverflowError) as error:  # a tensor of more elements than torch can count
         raise ArtefactError(f"{file}: does not fit config.json ({str(error).splitlines()[0]})") from None
-    check_tensors(file, model.state_dict(), CONFIG)
+    check_tensors(path, model.state_dict(), CONFIG)
     check_tables(path / CONFIG, model)
     return model
 

@@ -2,7 +2,6 @@
 
 with open_tensors(path) as tensors:                       # safetensors' own handle
     ...
-check_tensors(path, model.state_dict(), "config.json")    # the model may be on the meta device
 """
 
 import os
@@ -21,7 +20,7 @@ from inl_core.files import open_regular, parse_json_object
 HEADER_LIMIT = 16 << 20
 """Bytes that a header may have. Ten thousand tensors need a header of one megabyte."""
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -31,6 +30,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""What safetensors calls each type."""
 
 
 @contextmanager
@@ -72,29 +72,6 @@ def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
             if not bool(extremes.isfinite().all()):
                 return name
     return None
-
-
-def check_tensors(path: Path, expected: Mapping[str, Tensor], other: str) -> None:
-    """Refuse a file whose tensors do not have exactly the expected names, shapes and types.
-
-    Args:
-        expected: tensors by name, whose values are not used, so that they may be on the meta device.
-        other: the file or object that asks for these tensors, for the message.
-    """
-    with open_tensors(path) as tensors:
-        shapes = read_shapes(tensors)
-        for name in (*expected, *shapes):
-            if name not in shapes:
-                problem = f"{name} is missing"
-            elif name not in expected:
-                problem = f"{name} belongs to another model"
-            elif shapes[name] != tuple(expected[name].shape):
-                problem = f"size mismatch: {name} has the shape {list(shapes[name])}, not {list(expected[name].shape)}"
-            elif (kind := tensors.get_slice(name).get_dtype()) != _DTYPES[expected[name].dtype]:
-                problem = f"{name} is {kind}, not {_DTYPES[expected[name].dtype]}"
-            else:
-                continue
-            raise ArtefactError(f"{path}: does not fit {other} ({problem})")
 
 
 def _check_header(path: Path) -> None:

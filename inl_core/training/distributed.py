@@ -20,7 +20,7 @@ from inl_core.launcher import Place, read_place
 
 Result = TypeVar("Result")
 
-_LONGEST_WAIT = timedelta(days=7)
+LONGEST_WAIT = timedelta(days=7)
 """For what one rank does while the others wait: preparing data, saving, reading a checkpoint back."""
 
 
@@ -52,6 +52,21 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return total.tolist()
+
+    def on_each(self, work: Callable[[], Result]) -> list[Result]:
+        """Run `work` on every rank; each gets what all returned, by rank, or raises what the first of them raised."""
+        found: Any = None
+        try:
+            found = work()
+        except Exception as error:
+            found = error
+        results = self.gather(found)
+        for error in results:
+            if isinstance(error, Exception):
+                if not self.is_main and isinstance(error, InlError):
+                    error.is_shared = True
+                raise error
+        return results
 
     def gather(self, value: Result) -> list[Result]:
         """Every rank's value, by rank, on every rank; the hosts exchange them."""
@@ -115,7 +130,7 @@ def start_world(device: str) -> Iterator[World]:
     control: Any = None
     if size > 1:
         _meet(chosen, place)
-        control = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     try:
         yield World(rank, size, chosen, control)
         if size > 1:

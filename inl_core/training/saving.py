@@ -1,6 +1,8 @@
 """Saving a run: the trial before the first step, what is checked before a save, what a full disk costs, what stays.
 
-- Rank 0 writes; every rank calls, because every rank must learn how it went.
+- Every rank calls, because every rank must learn how it went. Rank 0 writes, and of a divided model every rank.
+- What is saved is copied, and a thread writes the copy while training goes on. Two saves never overlap: the next one
+  waits for the one before. What became of one is known to all after `finish`, and to rank 0 at the next step.
 - A checkpoint with NaN or infinity in it is never sealed: it could only be resumed into the same failure.
 - The scores of earlier evaluations are read once. Afterwards each evaluation adds its own, so that a save costs the
   same however long the run is.
@@ -9,32 +11,42 @@
 import math
 import shutil
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+from torch.distributed.tensor import DTensor
 
 from inl_core.errors import ArtefactError, InlError, NonFiniteError
 from inl_core.files import describe_os_error
 from inl_core.inference.checkpoint_files import verify_checkpoint
 from inl_core.inference.tensor_files import first_nonfinite
 from inl_core.model import IntegratorLanguageModel
-from inl_core.training.checkpoint import (
-    Tensors,
-    TrainState,
-    capture_rng,
-    gather_tensors,
-    load_checkpoint,
-    save_checkpoint,
-    training_bytes,
-)
-from inl_core.training.distributed import World
+from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint, training_bytes
+from inl_core.training.checkpoint_writing import Snapshot, take_snapshot, write_snapshot
+from inl_core.training.distributed import ALONE, LONGEST_WAIT, World
 from inl_core.training.metrics import read_scores, score_of_row
 from inl_core.training.observer import Observer
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.parallel import own_part
 from inl_core.training.retention import TRIAL, best_checkpoint, complete_checkpoints, retain
 from inl_core.training.run import RunFiles
+
+
+@dataclass
+class _Pending:
+    """A save that was begun."""
+
+    step: int
+    future: Future[tuple[Path, float]] | None
+    """What the thread will have written, on the ranks that write."""
+    is_saved: bool | None = None
+    """What became of it, once rank 0 has told."""
 
 
 class Saver:
@@ -56,6 +68,15 @@ class Saver:
         self.settings, self.scored_on = run.recipe.training.checkpoint, scored_on
         self.saved_step: int | None = None
         """The step of the last state that was saved, or that the run was resumed from."""
+        is_divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        # The writing threads talk in a group of their own, so that they never take part in what the ranks do meanwhile.
+        group: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if is_divided else None
+        self._writers = replace(world, control=group) if is_divided else ALONE
+        self._writes = is_divided or world.is_main
+        # Pinned memory is costly to get, so it is kept for the next copy. Without a GPU the memory is worth more.
+        self._stager = StateDictStager(pin_memory=True) if world.device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
 
     def try_before_first_step(self, state: TrainState) -> None:
         """Save, read back, compare and time a real checkpoint, then remove it; better now than after a night.
@@ -64,26 +85,60 @@ class Saver:
             InlError: the disk has no room.
             ArtefactError: what is read back is not what was written.
         """
-        tensors = gather_tensors(self.model, self.optimizers)
         try:
-            self.world.on_main(lambda: self._try(state, tensors))
+            self.world.on_main(self._refuse_full_disk)
+            if self._writers.size > 1:
+                self.world.on_each(lambda: self._try(state))
+            else:
+                self.world.on_main(lambda: self._try(state))
         finally:
-            # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.
-            self.optimizers.forget()
+            if self.world.is_main:
+                shutil.rmtree(self.run.path / TRIAL, ignore_errors=True)
 
-    def save(self, state: TrainState) -> bool:
-        """Save a checkpoint; False when the disk would not take it, which costs nothing that was saved before.
+    def start(self, state: TrainState) -> None:
+        """Begin to save a checkpoint, once the save before it is over.
 
         Raises:
-            NonFiniteError: a weight or a moment is NaN or infinite; nothing was saved, and every rank learns it.
+            NonFiniteError: a weight or a moment is NaN or infinite; nothing is saved, and every rank learns it.
         """
+        self.finish()
         self._refuse_nonfinite(state.step)
         state.rng = capture_rng(self.world)
-        tensors = gather_tensors(self.model, self.optimizers)
-        is_saved = self.world.on_main(lambda: self._write(state, tensors))
+        future = self._thread.submit(self._write, self._snapshot(state)) if self._writes else None
+        self._pending = _Pending(state.step, future)
+
+    def finish(self) -> bool:
+        """Wait until nothing is being saved; False on every rank when what was being saved could not be."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return True
+        if pending.future is not None:
+            wait([pending.future])
+        is_saved = self.world.on_main(lambda: self._conclude(pending))
         if is_saved:
-            self.saved_step = state.step
+            self.saved_step = pending.step
         return is_saved
+
+    def poll(self) -> None:
+        """Tell of a save that is over and remove what need not stay any more, on rank 0; nothing is waited for."""
+        pending = self._pending
+        if self.world.is_main and pending is not None and pending.future is not None and pending.future.done():
+            self._conclude(pending)
+
+    def save(self, state: TrainState) -> bool:
+        """Save a checkpoint and wait for it; False when the disk would not take it, which costs nothing that was saved.
+
+        Raises:
+            NonFiniteError: as `start`.
+        """
+        self.start(state)
+        return self.finish()
+
+    def close(self) -> None:
+        """Wait for the thread, so that what it writes is whole when the process ends; no other rank is asked."""
+        if self._pending is not None and self._pending.future is not None:
+            wait([self._pending.future])
+            self.poll()
 
     def note_evaluation(self, row: dict[str, Any] | None) -> None:
         """Remember the score in an evaluation's row of metrics, which rank 0 has, whether or not the disk took it."""
@@ -98,12 +153,13 @@ class Saver:
 
         Where no checkpoint is due before the end (`every` is 0), none is saved for its score either.
         """
+        self.finish()
         if self.world.on_main(lambda: self._is_best(state.step)):
-            self.save(state)
+            self.start(state)
         elif self.world.is_main:
             self._retain(state.step)  # the checkpoint of this step may be the best one now
 
-    def _try(self, state: TrainState, tensors: Tensors) -> None:
+    def _refuse_full_disk(self) -> None:
         run = self.run.path
         needed, free = training_bytes(self.model), shutil.disk_usage(run).free
         if free < needed:
@@ -111,13 +167,13 @@ class Saver:
                 f"{run}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room or "
                 "choose another --run-dir"
             )
-        start = time.perf_counter()
+
+    def _try(self, state: TrainState) -> None:
+        run, start = self.run.path, time.perf_counter()
         try:
-            saved = save_checkpoint(
-                run / TRIAL, state, self.model, self.optimizers, self.run.documents(state), tensors=tensors
-            )
+            saved = write_snapshot(run / TRIAL, self._snapshot(state), self._writers)
             seconds = time.perf_counter() - start
-            verify_checkpoint(saved)
+            self._writers.on_main(lambda: verify_checkpoint(saved))
             before = {name: own_part(tensor).clone() for name, tensor in self.model.state_dict().items()}
             load_checkpoint(saved, self.model, self.optimizers)
             if not all(torch.equal(own_part(tensor), before[name]) for name, tensor in self.model.state_dict().items()):
@@ -132,7 +188,8 @@ class Saver:
                 f"{describe_os_error(error)}: a checkpoint cannot be saved here; make room or choose another --run-dir"
             ) from error
         finally:
-            shutil.rmtree(run / TRIAL, ignore_errors=True)
+            # Saving a fresh optimizer makes torch allocate its moments by a step of its own, which must not count.
+            self.optimizers.forget()
 
     def _refuse_nonfinite(self, step: int) -> None:
         """The host waits for the device once, which saving makes it do anyway."""
@@ -141,23 +198,36 @@ class Saver:
         if self.world.sum_numbers(float(name is not None))[0] > 0:
             raise NonFiniteError(
                 f"step {step}: the update left NaN or infinity in {name or 'the weights of another process'}; "
-                f"nothing was saved; {advice_after_nonfinite(self.run, step)}"
+                "nothing was saved"
             )
 
-    def _write(self, state: TrainState, tensors: Tensors) -> bool:
+    def _snapshot(self, state: TrainState) -> Snapshot:
+        return take_snapshot(state, self.model, self.optimizers, self.run.documents(state), self._stager)
+
+    def _write(self, snapshot: Snapshot) -> tuple[Path, float]:
+        """The thread's work: the checkpoint, and the seconds that it took."""
         start = time.perf_counter()
+        path = write_snapshot(self.run.checkpoints, snapshot, self._writers)
+        return path, time.perf_counter() - start
+
+    def _conclude(self, pending: "_Pending") -> bool:
+        """Tell, on rank 0 and once, what became of a save that is over; whether it was saved."""
+        assert pending.future is not None
+        if pending.is_saved is not None:
+            return pending.is_saved
         try:
-            documents = self.run.documents(state)
-            path = save_checkpoint(self.run.checkpoints, state, self.model, self.optimizers, documents, tensors=tensors)
+            path, seconds = pending.future.result()
         except OSError as error:
+            pending.is_saved = False
             self.observer.on_warning(
-                f"{self.run.checkpoints}: checkpoint of step {state.step} not saved ({describe_os_error(error)}); "
+                f"{self.run.checkpoints}: checkpoint of step {pending.step} not saved ({describe_os_error(error)}); "
                 "earlier checkpoints are untouched and the run goes on; make room on this disk"
             )
-            return False
-        self.observer.on_checkpoint(path, time.perf_counter() - start)
-        self._retain(state.step)
-        return True
+        else:
+            pending.is_saved = True
+            self.observer.on_checkpoint(path, seconds)
+            self._retain(pending.step)
+        return pending.is_saved
 
     @cached_property
     def _scores(self) -> dict[int, float]:
@@ -180,10 +250,3 @@ class Saver:
 
     def _retain(self, step: int) -> None:
         retain(self.run.checkpoints, step, self.settings, self._scores)
-
-
-def advice_after_nonfinite(run: RunFiles, step: int) -> str:
-    """What a user can do after NaN or infinity at `step`."""
-    saved = list(complete_checkpoints(run.checkpoints, step).values())
-    again = f"`inl resume {run.path}` goes on from {saved[-1]}" if saved else "no checkpoint was saved before"
-    return f"try a lower training.optimizer.learning_rate; {again}"

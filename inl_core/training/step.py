@@ -26,7 +26,6 @@ from inl_core.training.optimizers import Optimizers
 from inl_core.training.parallel import Parallel
 from inl_core.training.prefetch import Prefetcher
 from inl_core.training.run import RunFiles
-from inl_core.training.saving import advice_after_nonfinite
 from inl_core.training.schedules import is_due, learning_rate_factor, logs_after, writes_after
 
 
@@ -172,8 +171,7 @@ class Stepper:
         recorded = self.recorder.record(bad_step, now, count)
         what = f"step {bad_step + 1}: loss {loss:g}, gradient norm {norm:g}"
         if self.num_skipped >= self.settings.nonfinite.skip:
-            advice = advice_after_nonfinite(self.run, bad_step)
-            raise NonFiniteError(f"{what}; stopped before the update. {recorded.report}; {advice}")
+            raise NonFiniteError(f"{what}; stopped before the update. {recorded.report}")
         self.watch.forget()
         self.num_skipped += 1
         allowed = f"{self.num_skipped} of the {self.settings.nonfinite.skip} steps that training.nonfinite.skip allows"

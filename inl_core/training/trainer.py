@@ -30,12 +30,12 @@ from inl_core.training.observer import Observer
 from inl_core.training.optimizers import build_optimizers, count_states
 from inl_core.training.parallel import parallelize
 from inl_core.training.precision import autocast_of, uses_bf16
-from inl_core.training.retention import remove_leftovers
+from inl_core.training.retention import complete_checkpoints, remove_leftovers
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import RunData
 from inl_core.training.run_log import RunLog
 from inl_core.training.run_status import PREEMPTED, write_preempted
-from inl_core.training.saving import Saver, advice_after_nonfinite
+from inl_core.training.saving import Saver
 from inl_core.training.schedules import is_due
 from inl_core.training.step import Stepper
 from inl_core.training.validation import Validation
@@ -101,13 +101,14 @@ class Trainer:
         if stop is None:
             with StopSignal() as stop:
                 return self.fit(stop)
-        self._begin()
-        with stop.deferred(), closing(self.stepper):
-            while self.state.step < self.settings.num_steps:
-                is_stopping = self._train_step(stop)
-                self._save_if_due(stop, is_stopping)
-                self._evaluate_if_due(stop)
-            evaluation = self._evaluate(self.settings.evaluation.final_tokens, stop)
+        try:
+            with closing(self.saver):
+                self._begin()
+                with stop.deferred(), closing(self.stepper):
+                    evaluation = self._train(stop)
+        except NonFiniteError as error:
+            # Said here and not earlier, because a checkpoint may have been on its way.
+            raise NonFiniteError(f"{error}; {self._advice()}") from None
         self._end(evaluation)
         return evaluation
 
@@ -119,6 +120,14 @@ class Trainer:
             self.saver.try_before_first_step(self.state)
         elif self._missed_evaluation():
             self._evaluate_and_save_best()
+
+    def _train(self, stop: StopSignal) -> Evaluation | None:
+        """The steps, with what is due between them, and the final evaluation."""
+        while self.state.step < self.settings.num_steps:
+            is_stopping = self._train_step(stop)
+            self._save_if_due(stop, is_stopping)
+            self._evaluate_if_due(stop)
+        return self._evaluate(self.settings.evaluation.final_tokens, stop)
 
     def _train_step(self, stop: StopSignal) -> bool:
         """Take one optimizer step; whether a signal asks to stop after it."""
@@ -133,8 +142,11 @@ class Trainer:
 
     def _save_if_due(self, stop: StopSignal, is_stopping: bool) -> None:
         is_done = self.state.step == self.settings.num_steps
-        if is_done or is_stopping or is_due(self.state.step, self.settings.checkpoint.every):
+        self.saver.poll()
+        if is_done or is_stopping:
             self.saver.save(self.state)
+        elif is_due(self.state.step, self.settings.checkpoint.every):
+            self.saver.start(self.state)
         if is_stopping and not is_done:
             raise self._stopped_by(stop)
 
@@ -168,6 +180,7 @@ class Trainer:
         """
         step, evaluation = self.state.step, self.parallel.run(lambda model: self.validation.score(model, tokens, stop))
         if stop is not None and self.world.sum_numbers(float(stop.requested))[0] > 0:
+            self.saver.finish()
             if self.saver.saved_step != step:
                 self.saver.save(self.state)
             raise self._stopped_by(stop)
@@ -179,8 +192,7 @@ class Trainer:
             )
             return None
         if not math.isfinite(evaluation.loss):
-            advice = advice_after_nonfinite(self.run, step)
-            raise NonFiniteError(f"step {step}: validation loss {evaluation.loss:g}; {advice}")
+            raise NonFiniteError(f"step {step}: validation loss {evaluation.loss:g}")
         self.observer.on_evaluation(step, evaluation)
         return evaluation
 
@@ -195,6 +207,12 @@ class Trainer:
                 f"{path}: trained to step {step}{score}, but the last checkpoint could not be saved; make room, then "
                 f"`inl resume {path}` repeats the rest"
             )
+
+    def _advice(self) -> str:
+        """What a user can do after NaN or infinity."""
+        saved = list(complete_checkpoints(self.run.checkpoints, self.state.step).values())
+        again = f"`inl resume {self.run.path}` goes on from {saved[-1]}" if saved else "no checkpoint was saved before"
+        return f"try a lower training.optimizer.learning_rate; {again}"
 
     def _stopped_by(self, stop: StopSignal) -> InlError:
         """The error that ends a run which a signal stopped; preempted.json says so too, if the state was saved."""

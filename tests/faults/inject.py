@@ -14,6 +14,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,11 @@ class Faults:
         self.counts = [0] * len(faults)
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if log else None
         self.base = str(Path.cwd()) + os.sep
-        self.is_busy = False
+        self.lock, self.busy = threading.Lock(), threading.local()  # a checkpoint is written by a thread of its own
 
     def install(self) -> None:
         """Begin to watch; there is no end to it but the process's own."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a limit on the size of files is an error, not an end
         sys.addaudithook(self._audit)
         os.fsync = self._before(os.fsync, lambda descriptor: f"fsync {self._named(descriptor)}")
         from inl_core.model.language_model import IntegratorLanguageModel
@@ -61,19 +63,25 @@ class Faults:
 
     def happen(self, event: str) -> None:
         """An event is about to take place."""
-        if self.is_busy:
+        if getattr(self.busy, "now", False):
             return
-        self.is_busy = True  # what a fault itself does is no event
+        self.busy.now = True  # what a fault itself does is no event
         try:
-            if self.log is not None:
-                os.write(self.log, f"{event}\n".encode())
-            for index, (fault, pattern) in enumerate(self.faults):
-                if pattern.search(event):
-                    self.counts[index] += 1
-                    if fault.number in (0, self.counts[index]):
-                        _break(fault, event)
+            with self.lock:
+                if self.log is not None:
+                    os.write(self.log, f"{event}\n".encode())
+                due = [fault for fault, index in self._matching(event) if fault.number in (0, self.counts[index])]
+            for fault in due:
+                _break(fault, event)
         finally:
-            self.is_busy = False
+            self.busy.now = False
+
+    def _matching(self, event: str) -> list[tuple[Fault, int]]:
+        """The faults that wait for such an event, each with its place; the event is counted."""
+        found = [(fault, index) for index, (fault, pattern) in enumerate(self.faults) if pattern.search(event)]
+        for _, index in found:
+            self.counts[index] += 1
+        return found
 
     def _before(self, function: Callable, describe: Callable[..., str]) -> Callable:
         def call(*arguments, **options):
@@ -120,7 +128,6 @@ def _break(fault: Fault, event: str) -> None:
     if fault.signal:
         os.kill(os.getppid() if fault.to_parent else os.getpid(), fault.signal)
     if fault.file_size >= 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_size, resource.RLIM_INFINITY))
     if fault.errno:
         raise OSError(fault.errno, os.strerror(fault.errno), event.split()[1])

@@ -14,7 +14,8 @@ from inl_core.inference.checkpoint_files import MANIFEST, file_digest
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import DataSettings, ModelConfig, OptimizerSettings, Recipe, TokenizerSettings
 from inl_core.recipe.load import recipe_from_mapping
-from inl_core.training.checkpoint import TrainState, save_checkpoint
+from inl_core.training.checkpoint import TrainState
+from inl_core.training.checkpoint_writing import save_checkpoint
 from inl_core.training.optimizers import build_optimizers
 from inl_core.training.run import RunFiles
 

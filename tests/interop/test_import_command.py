@@ -223,7 +223,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path: Path, file: Path, monkeypatc
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("inl_core.training.checkpoint._seal", full)
+    monkeypatch.setattr("inl_core.training.checkpoint_writing._seal", full)
     result = inl("import-reference", file, "--output", tmp_path / "out", "--iterations", 2)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "No space left on device"

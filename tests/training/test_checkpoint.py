@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
-from inl_core.training.checkpoint import save_weights
+from inl_core.training.checkpoint_writing import save_weights
 
 model = IntegratorLanguageModel(ModelConfig(d_model=32, num_layers=2, num_heads=2, vocab_size=50, max_seq_len=16))
 model.initialise(0)

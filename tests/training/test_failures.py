@@ -98,8 +98,12 @@ def test_no_room_for_a_checkpoint_is_found_before_the_first_step(recipe_file, in
 
 def test_a_disk_that_fills_up_costs_no_earlier_checkpoint_and_does_not_stop_the_run(make_recipe, make_trainer):
     trainer, heard = make_trainer(make_recipe(training={"checkpoint": {"every": 4}}))
-    # The save after step 8 meets a full disk.
-    before_each_step(trainer, lambda step, stop: limit_files(20_000 if 4 <= step < 9 else None))
+
+    def limit(step, stop):  # the save after step 8 meets a full disk, and no other
+        trainer.saver.finish()
+        limit_files(20_000 if 4 <= step < 9 else None)
+
+    before_each_step(trainer, limit)
     with files_limited_to():
         trainer.fit()
     assert [path.name for path in heard.saved] == ["step-00000004", "step-00000012"]

@@ -10,7 +10,7 @@ import torch
 
 from inl_core.errors import InlError, Interrupted, NonFiniteError
 from inl_core.files import append_line
-from inl_core.training import checkpoint as checkpoint_module
+from inl_core.training import checkpoint_writing
 from inl_core.training.metrics import cut_metrics, read_metrics
 from tests.training.conftest import before_each_step, files_limited_to, limit_files
 from tests.training.test_resume import stop_after
@@ -18,7 +18,13 @@ from tests.training.test_resume import stop_after
 
 def full_from(trainer, step: int, size: int) -> None:
     """The disk is full, as far as `limit_files` makes it so, from the beginning of a step on."""
-    before_each_step(trainer, lambda done, stop: limit_files(size) if done == step else None)
+
+    def fill(done, stop):
+        if done == step:
+            trainer.saver.finish()  # what is being saved in the background still finds room
+            limit_files(size)
+
+    before_each_step(trainer, fill)
 
 
 def test_a_line_that_does_not_fit_is_taken_back_and_the_next_one_is_whole(tmp_path):
@@ -100,7 +106,7 @@ def test_any_failing_disk_costs_one_checkpoint_and_no_more(make_recipe, make_tra
     def fail(path: Path) -> None:
         raise OSError(number, "no", str(path))
 
-    monkeypatch.setattr(checkpoint_module, "_sync", fail)
+    monkeypatch.setattr(checkpoint_writing, "_sync", fail)
     trainer.state.step = 2
     assert not trainer.saver.save(trainer.state)
     assert [path.name for path in trainer.run.checkpoints.iterdir()] == ["step-00000001"]

@@ -77,7 +77,7 @@ def test_saves_for_a_score_are_the_last_ones_where_there_are_no_others(make_reci
     trainer, _ = make_trainer(recipe)
     kept = []
     save_best = trainer.saver.save_best
-    trainer.saver.save_best = lambda state: (save_best(state), kept.append(steps_of(trainer)))
+    trainer.saver.save_best = lambda state: (save_best(state), trainer.saver.finish(), kept.append(steps_of(trainer)))
     scored(trainer, {2: 3.0, 4: 2.0, 6: 1.0}, final=0.5)
     trainer.fit()
     assert kept == [[2], [2, 4], [4, 6]]

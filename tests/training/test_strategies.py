@@ -1,15 +1,19 @@
 """Whatever divides a model among processes, its run is the single process's."""
 
+import shutil
 from copy import deepcopy
 
 import pytest
 import torch
 
-from inl_core.inference.checkpoint_files import list_checkpoints
-from inl_core.inference.tensor_files import open_tensors
+from inl_core.errors import ArtefactError
+from inl_core.inference.checkpoint_files import list_checkpoints, verify_checkpoint
+from inl_core.inference.loading import find_checkpoint, load_model
+from inl_core.inference.tensor_sets import read_entries, read_tensors
 from inl_core.recipe.load import dump_recipe
 from inl_core.training.distributed import ALONE
 from inl_core.training.metrics import read_metrics
+from tests.damage import flip_a_bit
 from tests.training.strategy_rank import train
 from tests.training.test_distributed import NAMES, run_torchrun
 
@@ -24,7 +28,7 @@ TRAINING = {
     "micro_batch_size": 1,
     "gradient_clip": 0.5,
     "evaluation": {"every": 6, "tokens": 1024},
-    "checkpoint": {"every": 0},
+    "checkpoint": {"every": 5},
     "logging": {"every": 1, "dynamics_every": 6},
 }
 LOSSES = {"losses": {"lambda_mean": 0.5, "lambda_speed": 0.1, "lambda_energy": 0.1}}
@@ -63,8 +67,10 @@ def assert_alike(run, other, tolerance=1e-5):
 
 
 def _last_weights(run):
-    with open_tensors(list_checkpoints(run / "checkpoints")[-1] / "model.safetensors") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    checkpoint = list_checkpoints(run / "checkpoints")[-1]
+    verify_checkpoint(checkpoint, purpose="resume")
+    tensors = {name: torch.full(entry.shape, torch.nan) for name, entry in read_entries(checkpoint).items()}
+    read_tensors(checkpoint, tensors)
     return tensors, {name: tensor.shape for name, tensor in tensors.items()}
 
 
@@ -83,6 +89,22 @@ def test_a_model_divided_between_two_ranks_gives_the_run_of_one_process(runs):
     one, several = strategies(V5, 12)
     [alone], [divided] = runs(1, one).values(), runs(2, {"fsdp": several["fsdp"]}).values()
     assert_alike(alone, divided)
+    # Each rank wrote its part, nobody needs a process group or a pickle to read them, and none of them may be missing.
+    checkpoint = list_checkpoints(divided / "checkpoints")[-1]
+    parts = sorted(checkpoint.rglob("shard-*.safetensors"))
+    assert len(parts) == 4
+    assert {path.suffix for path in checkpoint.rglob("*.*")} == {".json", ".yaml", ".safetensors"}
+    weights = load_model(find_checkpoint(divided)).model.state_dict()
+    for name, tensor in _last_weights(alone)[0].items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=2e-3, msg=name)
+    flip_a_bit(parts[0])
+    with pytest.raises(ArtefactError, match="checksum is wrong"):
+        verify_checkpoint(checkpoint, purpose="evaluate")
+    parts[0].unlink()
+    with pytest.raises(ArtefactError, match="missing"):
+        verify_checkpoint(checkpoint, purpose="evaluate")
+    with pytest.raises(ArtefactError, match=r"a part of \S+ is missing|does not fit"):
+        load_model(checkpoint)
 
 
 @pytest.mark.slow
@@ -109,3 +131,55 @@ def test_a_deep_copy_recomputes_with_its_own_weights(make_recipe, make_trainer, 
     own.loss_sum(own(ids).hidden, ids).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert own.blocks[0].attention.output.weight.grad.abs().sum() > 0
+
+
+CONSTANT = {"schedule": {"name": "constant", "warmup_fraction": 0.0}}
+
+
+def _half(recipe):
+    return recipe | {"training": recipe["training"] | {"steps": 6}}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_any_number_of_processes_by_any_strategy(runs, tmp_path):
+    one, several = strategies(V5, 12, **CONSTANT)
+    recipes = several | one
+    straight = runs(1, one)["one"]
+    begun = runs(1, {"whole": _half(one["one"])}) | runs(2, {"halves": _half(several["fsdp"])})
+    begun |= runs(4, {"pairs": _half(several["hsdp"])})
+    for num_ranks, kinds in {1: ["one"], 2: ["ddp", "fsdp"], 4: ["fsdp", "hsdp"]}.items():
+        names = {f"{origin}-{kind}-{num_ranks}": (origin, kind) for origin in begun for kind in kinds}
+        for name, (origin, _) in names.items():
+            shutil.copytree(begun[origin], tmp_path / name)
+        for run in runs(num_ranks, {name: recipes[kind] for name, (_, kind) in names.items()}).values():
+            rows, expected = (
+                {row["step"]: row["loss"] for row in read_metrics(path) if "loss" in row} for path in (run, straight)
+            )
+            assert rows == pytest.approx(expected, rel=1e-5), run
+
+
+@pytest.mark.slow
+def test_a_divided_run_that_was_resumed_is_the_one_that_was_not_bit_for_bit(runs):
+    recipe = strategies(V5, 12, **CONSTANT)[1]["fsdp"]
+    straight = runs(2, {"straight": recipe})["straight"]
+    runs(2, {"resumed": _half(recipe)})
+    resumed = runs(2, {"resumed": recipe})["resumed"]
+    last, other = (list_checkpoints(run / "checkpoints")[-1] for run in (straight, resumed))
+    for directory in ("", "training_state"):
+        found, expected = ({}, {})
+        for tensors, place in ((found, other / directory), (expected, last / directory)):
+            tensors |= {name: torch.empty(entry.shape) for name, entry in read_entries(place).items()}
+            read_tensors(place, tensors)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_one_rank_costs_every_rank_that_checkpoint_alone(runs, monkeypatch):
+    monkeypatch.setenv("FULL_RANK", "1")
+    run = runs(2, {"fsdp": strategies(V5, 12)[1]["fsdp"]})["fsdp"]
+    assert "step-00000005" not in {path.name for path in (run / "checkpoints").iterdir()}
+    saved = list_checkpoints(run / "checkpoints")
+    assert [path.name for path in saved][-2:] == ["step-00000010", "step-00000012"]
+    for path in saved:
+        verify_checkpoint(path, purpose="resume")

@@ -24,7 +24,7 @@ from inl_core.kernels import apply
 from inl_core.kernels.compilation import compile_parts
 from inl_core.kernels.cpu.library import find_compilers
 from inl_core.model import IntegratorLanguageModel, Options
-from inl_core.training.checkpoint import save_weights
+from inl_core.training.checkpoint_writing import save_weights
 from inl_core.training.execution import recompute
 
 FEWEST_TOKENS = 8

@@ -29,7 +29,7 @@ from inl_core.interop.reference.layout import ROTARY_BASE, Generation, Layout, r
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.problems import dotted, find_problems
-from inl_core.training.checkpoint import save_weights
+from inl_core.training.checkpoint_writing import save_weights
 
 DEFAULT_MAX_SEQ_LEN = 1024
 
