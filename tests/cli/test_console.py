@@ -109,7 +109,7 @@ def test_what_another_rank_alone_has_met_is_shown_and_what_rank_0_passed_on_is_n
 ) -> None:
     be_second_of_two(monkeypatch)
     assert run_raising(ArtefactError("recipe.yaml: no such file")).stderr == "rank 1: recipe.yaml: no such file\n"
-    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, device: box.__setitem__(0, ArtefactError("gone")))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box, **where: box.__setitem__(0, ArtefactError("gone")))
     passed_on = World(1, 2, torch.device("cpu")).broadcast(None)
     assert (run_raising(passed_on).code, run_raising(passed_on).stderr) == (4, "")
 

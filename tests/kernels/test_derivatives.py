@@ -27,7 +27,7 @@ def integrate(x: Tensor, bias: Tensor) -> Tensor:
 
 # name -> a function of two tensors (5, 6) and (K, 6) or (K,) by one of our own operations, and the second one's shape
 OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
-    "loss": (lambda z, w: CrossEntropy.apply(z, w, TARGETS, 2, True), (7, 6)),
+    "loss": (lambda z, w: CrossEntropy.apply(z, w, TARGETS, 2, True, z.dtype), (7, 6)),
     "table": (
         lambda x, w: torch.stack([part.square().sum() for part in TableLookup.apply(TARGETS % 4, w * x[:4])]).sum(),
         (4, 6),
