@@ -138,7 +138,10 @@ def _recipe_file(run: Path, warn: Say) -> Path:
 
 
 def _check_none_was_saved(run: Path, recipe: Recipe) -> None:
-    """ArtefactError when the metrics show that a checkpoint was due, or the run at its end: that one was lost since."""
+    """ArtefactError when the metrics show that a checkpoint was saved, or the run at its end: that one was lost since.
+
+    A checkpoint is written while the run goes on, and is whole at the latest when the next one is due.
+    """
     with suppress(InlError):  # what was due in the run, even if this session's recipe says otherwise
         recipe = load_recipe(run / "recipe.yaml", allow_pipe=False)
     every, end = recipe.training.checkpoint.every, recipe.training.num_steps
@@ -146,7 +149,7 @@ def _check_none_was_saved(run: Path, recipe: Recipe) -> None:
     last = max(
         (row["step"] + (row["step"] == end and "validation_loss" in row) for row in stream_metrics(run)), default=0
     )
-    if last > min(every or end, end):
+    if last > min(2 * every or end, end):
         raise ArtefactError(
             f"{run / 'checkpoints'}: holds no checkpoint, though the run went on to step {min(last, end):,}; put them "
             f"back, remove {run / 'metrics.jsonl'} to train from step 0 again, or {START_ANEW}"

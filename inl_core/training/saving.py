@@ -73,8 +73,8 @@ class Saver:
         group: Any = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if is_divided else None
         self._writers = replace(world, control=group) if is_divided else ALONE
         self._writes = is_divided or world.is_main
-        # Pinned memory is costly to get, so it is kept for the next copy. Without a GPU the memory is worth more.
-        self._stager = StateDictStager(pin_memory=True) if world.device.type == "cuda" else None
+        # The memory of a copy is kept for the next one: to get it anew takes several times as long as to fill it.
+        self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
