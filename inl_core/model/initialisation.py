@@ -14,6 +14,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def initialise(model: "IntegratorLanguageModel", seed: int) -> None:
-    """Set every parameter and buffer of `model` to its start."""
+def initialise(
+    model: "IntegratorLanguageModel",
+    seed: int,
+    write: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
+) -> None:
+    """Set every parameter and buffer of `model` to its start; `write(parameter, values)` puts in what was drawn."""
     model.reset_buffers()
     for module in model.modules():
         if isinstance(module, Integrator | Budget | Entry | Step):
@@ -41,16 +46,21 @@ def initialise(model: "IntegratorLanguageModel", seed: int) -> None:
         if name.endswith("layer_gain"):
             parameter.fill_(1.0)
         elif name.endswith(".weight") and parameter.dim() == 2:
-            draw(parameter, _spread(model, name, parameter.shape[1]), seed, name)
+            write(parameter, drawn(parameter.shape, _spread(model, name, parameter.shape[1]), seed, name))
         elif name.endswith(".bias") and "modulation" not in name and "norm" not in name:
             parameter.zero_()
 
 
 def draw(parameter: torch.Tensor, std: float, seed: int, name: str) -> None:
-    """Fill with N(0, std) from the generator that belongs to (seed, name), drawn on the CPU."""
+    """Fill with N(0, std) from the generator that belongs to (seed, name)."""
+    parameter.copy_(drawn(parameter.shape, std, seed, name))
+
+
+def drawn(shape: torch.Size, std: float, seed: int, name: str) -> torch.Tensor:
+    """N(0, std) from the generator that belongs to (seed, name), drawn on the CPU."""
     digest = hashlib.blake2b(f"initialisation/{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return torch.randn(shape, generator=generator) * std
 
 
 def _spread(model: "IntegratorLanguageModel", name: str, num_inputs: int) -> float:

@@ -5,6 +5,7 @@
 - Legend: B batch, S sequence, D d_model, V vocabulary, R rank, L layers, T iterations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -103,9 +104,9 @@ class IntegratorLanguageModel(nn.Module):
             if isinstance(module, Excitation | Step):
                 module.reset_buffers()
 
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw the weights and set everything else to its start (inl_core/model/initialisation.py)."""
-        initialise(self, seed)
+        initialise(self, seed, write)
 
     def new_cache(
         self, batch: int, slots: int, dtype: torch.dtype | None = None, *, is_static: bool = False

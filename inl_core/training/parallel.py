@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -149,8 +148,7 @@ def parallelize(losses: LossModule, layout: Layout, world: World, *, seed: int =
         divide(losses, layout, world, bf16=bf16)
     if is_empty:
         losses.to_empty(device=world.device)
-        with implicit_replication():  # each tensor is drawn whole, and a process takes its part of it
-            losses.model.initialise(seed)
+        losses.model.initialise(seed, _take_part)
     else:
         losses.to(world.device)
     kind = Shards if layout.is_sharded else Parallel if world.size == 1 else Copies
@@ -171,6 +169,14 @@ def divide(losses: LossModule, layout: Layout, world: World, *, bf16: bool) -> N
     # Not in low precision: the stream starts from rows of the table.
     fully_shard(losses, mesh=own, ignored_params=whole)
     register_fsdp_forward_method(losses, "on_model")
+
+
+def _take_part(parameter: Tensor, whole: Tensor) -> None:
+    """Write this process's part of a tensor that every process has drawn: none of it where rows are too few for all."""
+    if isinstance(parameter, DTensor):
+        whole = whole.to(parameter.device)
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    own_part(parameter).copy_(whole)
 
 
 def own_part(tensor: Tensor) -> Tensor:
