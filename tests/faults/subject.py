@@ -90,8 +90,8 @@ class Stage:
         return self.server.run("resume", RUN, "--json", *arguments, **options)
 
     def go_on(self, **options: Any) -> Outcome:
-        """What its user does about a run that stopped: resume it, or start it again when there is no run yet."""
-        return self.resume(**options) if (self.run / "recipe.yaml").exists() else self.train(**options)
+        """The one line of a job script, which starts the run or goes on with it."""
+        return self.server.run("train", "recipe.yaml", "--run-dir", RUN, "--resume-or-start", "--json", **options)
 
 
 def clear(directory: Path) -> None:

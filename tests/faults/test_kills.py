@@ -72,7 +72,7 @@ KILLS = kills()
 def test_a_killed_run_goes_on_to_the_same_end(stage: Stage, whole: Whole, kill: Kill):
     stage.set(PHASES[kill.phase][1])
     fault = kill.fault(whole.events)
-    killed = stage.train(faults=[fault])
+    killed = stage.go_on(faults=[fault])
     if kill.signal == signal.SIGKILL:
         assert killed.code == -signal.SIGKILL, killed.told
     else:

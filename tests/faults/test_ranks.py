@@ -23,8 +23,7 @@ def run_both(stage: Stage, faults: dict[int, Fault] | None = None) -> list[Outco
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    is_there = (stage.run / "recipe.yaml").exists()
-    arguments = ["resume", RUN] if is_there else ["train", "recipe.yaml", "--run-dir", RUN]
+    arguments = ["train", "recipe.yaml", "--run-dir", RUN, "--resume-or-start"]
     ranks = [
         stage.server.start(
             *arguments,
