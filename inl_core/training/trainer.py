@@ -223,9 +223,14 @@ class Trainer:
                 f"stopped by {stop.name} at step {step}, and the checkpoint could not be saved; `inl resume {path}` "
                 "goes on from the one before"
             )
-        if self.world.is_main:
-            try:
-                write_preempted(path, step, stop.name)
-            except OSError as error:
-                self.observer.on_warning(f"{path / PREEMPTED}: not written ({error.strerror or error})")
+        # The other ranks wait for it: torchrun ends all that are left as soon as one of them has gone.
+        self.world.on_main(lambda: self._leave_word(stop.name))
         return Interrupted(f"stopped by {stop.name} at step {step}, saved; continue with: inl resume {path}")
+
+    def _leave_word(self, signal_name: str) -> None:
+        """Write preempted.json; a disk that will not take it costs a warning."""
+        path = self.run.path
+        try:
+            write_preempted(path, self.state.step, signal_name)
+        except OSError as error:
+            self.observer.on_warning(f"{path / PREEMPTED}: not written ({error.strerror or error})")
