@@ -44,6 +44,13 @@ def check_source(data: Path | None, text: str | None) -> None:
         raise RecipeError("--data and --text: give one of them")
 
 
+def open_default_or_text(console: Console, loaded: "LoadedModel", text: str | None) -> "Text":
+    """The text named, else what a model is measured on where no text is named (inl_core/inference/texts.py)."""
+    from inl_core.inference.texts import open_default, open_text
+
+    return open_default(loaded) if text is None else open_text(loaded, text, note=console.info)
+
+
 def open_source(
     console: Console, loaded: "LoadedModel", data: Path | None, text: str | None, split: Literal["validation", "train"]
 ) -> "Text":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.loading import open_model
+from inl_cli.loading import open_default_or_text, open_model
 from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, path_argument
 from inl_cli.progress import amount
 from inl_core.errors import ArtefactError, RecipeError
@@ -67,9 +67,8 @@ def inspect_params(
     loaded = open_model(console, checkpoint)
 
     from inl_core.analysis.parameters import report_parameters
-    from inl_core.inference.texts import open_default, open_text
 
-    measured = open_default(loaded) if text is None else open_text(loaded, text, note=console.info)
+    measured = open_default_or_text(console, loaded, text)
     report = report_parameters(loaded, measured, max_tokens=max_tokens)
     if csv:
         _write_csv(report)

@@ -74,12 +74,15 @@ def read_progress(path: Path) -> TrainState:
     return state
 
 
+def rng_states() -> dict[str, Tensor]:
+    """The states of this process's global generators, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
 def capture_rng(world: World) -> dict[str, list[int]]:
     """The states of every rank's global generators; every rank calls this, and every rank gets them."""
-    own = {"cpu": torch.get_rng_state().tolist()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state().tolist()
-    first, *others = world.gather(own)
+    first, *others = world.gather({device: state.tolist() for device, state in rng_states().items()})
     differing = {
         f"{device}/{rank}": state
         for rank, states in enumerate(others, start=1)
@@ -140,11 +143,6 @@ def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
     if candidates:
         raise ArtefactError(f"{parent}: none of its {len(candidates)} checkpoints is intact; {START_ANEW}")
     raise ArtefactError(f"{parent}: holds no checkpoint; {START_ANEW}")
-
-
-def training_bytes(model: IntegratorLanguageModel) -> int:
-    """Size of one checkpoint: weights and AdamW's two moments, in float32."""
-    return sum(parameter.numel() * 4 * 3 for parameter in model.parameters())
 
 
 def optimizer_state(model: IntegratorLanguageModel, optimizers: Optimizers) -> dict[str, Any]:

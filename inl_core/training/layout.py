@@ -2,7 +2,7 @@
 
 - Counted is what stays from the first step to the last: weights, gradients and moments (optimizers.py). Activations
   come on top of it; `inl plan` shows them.
-- Nothing here imports the model: the choice is made from numbers, so that `inl plan` makes it for machines elsewhere.
+- The choice is made from numbers alone, so that `inl plan` makes it for machines elsewhere.
 """
 
 import os

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from inl_core.corpus.loader import Batch
-from inl_core.training.checkpoint import capture_rng, restore_rng
+from inl_core.training.checkpoint import restore_rng, rng_states
 from inl_core.training.cycles import Regime
-from inl_core.training.distributed import ALONE
 from inl_core.training.examination import Examination, earliest, examine
 from inl_core.training.flight_record import (
     FlightRecord,
@@ -87,11 +86,11 @@ class FlightRecorder:
     def __init__(self, gradients: Gradients, batches: Prefetcher, run: RunFiles) -> None:
         self.gradients, self.batches, self.run = gradients, batches, run
         self.model, self.world = gradients.parallel.model, gradients.world
-        self._rng: dict[int, dict[str, list[int]]] = {}
+        self._rng: dict[int, dict[str, Tensor]] = {}
 
     def note_rng(self, step: int) -> None:
         """Remember the generators before a step, until it is known to be finite."""
-        self._rng[step] = capture_rng(ALONE)  # of this rank
+        self._rng[step] = rng_states()
 
     def forget(self) -> None:
         """All steps until now are known to be finite."""
@@ -100,7 +99,7 @@ class FlightRecorder:
     def record(self, step: int, now: Regime, count: float) -> Recorded:
         """Write the record of `step`, counted from 0, whose weights the model still has."""
         batch, parts = self.batches.get(step)
-        rng = self._rng.get(step, {})
+        rng = {device: state.tolist() for device, state in self._rng.get(step, {}).items()}
         restore_rng(rng)
         found = examine(self.gradients, parts, now, step=step, count=max(1.0, count))
         where, weights_file = record_paths(self.run.path / "reports", step + 1, self.world.rank)

@@ -27,12 +27,12 @@ from inl_core.files import describe_os_error
 from inl_core.inference.checkpoint_files import verify_checkpoint
 from inl_core.inference.tensor_files import first_nonfinite
 from inl_core.model import IntegratorLanguageModel
-from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint, training_bytes
+from inl_core.training.checkpoint import TrainState, capture_rng, load_checkpoint
 from inl_core.training.checkpoint_writing import Snapshot, take_snapshot, write_snapshot
 from inl_core.training.distributed import ALONE, LONGEST_WAIT, World
 from inl_core.training.metrics import read_scores, score_of_row
 from inl_core.training.observer import Observer
-from inl_core.training.optimizers import Optimizers
+from inl_core.training.optimizers import Optimizers, count_states
 from inl_core.training.parallel import own_part
 from inl_core.training.retention import TRIAL, best_checkpoint, complete_checkpoints, retain
 from inl_core.training.run import RunFiles
@@ -161,7 +161,8 @@ class Saver:
 
     def _refuse_full_disk(self) -> None:
         run = self.run.path
-        needed, free = training_bytes(self.model), shutil.disk_usage(run).free
+        needed = count_states(self.model, self.run.recipe.training.optimizer).checkpoint
+        free = shutil.disk_usage(run).free
         if free < needed:
             raise InlError(
                 f"{run}: one checkpoint needs {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room or "
@@ -210,7 +211,7 @@ class Saver:
         path = write_snapshot(self.run.checkpoints, snapshot, self._writers)
         return path, time.perf_counter() - start
 
-    def _conclude(self, pending: "_Pending") -> bool:
+    def _conclude(self, pending: _Pending) -> bool:
         """Tell, on rank 0 and once, what became of a save that is over; whether it was saved."""
         assert pending.future is not None
         if pending.is_saved is not None:

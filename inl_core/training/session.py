@@ -275,14 +275,6 @@ def empty_model(recipe: Recipe, tokenizer: Tokenizer) -> IntegratorLanguageModel
         return IntegratorLanguageModel(recipe.model.with_vocab_size(tokenizer.vocab_size))
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, world: World) -> IntegratorLanguageModel:
-    """The recipe's model on the device, with its starting weights."""
-    model = empty_model(recipe, tokenizer)
-    model.to_empty(device=world.device)
-    model.initialise(recipe.training.seed)
-    return model
-
-
 def _check_batch(recipe: Recipe, world: World) -> None:
     try:
         recipe.training.micro_batch(world.size)

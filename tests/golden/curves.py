@@ -23,7 +23,7 @@ from inl_core.training.distributed import start_world
 from inl_core.training.observer import Observer
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import open_data
-from inl_core.training.session import build_model
+from inl_core.training.session import empty_model
 from inl_core.training.trainer import Trainer
 
 __all__ = ["NUM_STEPS", "PRESETS", "TOLERANCE", "Curve", "curve_files", "merge", "read_curve", "train"]
@@ -120,7 +120,7 @@ def train(
     with TemporaryDirectory() as place, start_world("cpu") as world, suppress(_Enough):
         data = open_data(settings, world)
         curve = Curve(data=data.train.fingerprint)
-        model = build_model(settings, data.tokenizer, world).to(getattr(torch, dtype))
+        model = empty_model(settings, data.tokenizer).to(getattr(torch, dtype))
         run = RunFiles(Path(place) / "run", settings, data.tokenizer, data.directory)
         run.create()
         Trainer(model, data, run, world, _Listener(curve, last_step)).fit()

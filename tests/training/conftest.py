@@ -23,7 +23,7 @@ from inl_core.training.interruption import StopSignal
 from inl_core.training.observer import Observer
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import RunData
-from inl_core.training.session import build_model
+from inl_core.training.session import empty_model
 from inl_core.training.trainer import Trainer
 
 MODEL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "max_seq_len": 64}
@@ -108,7 +108,7 @@ def make_trainer(data_directory, tmp_path):
     def make(recipe: Recipe, name: str = "run", data: Path | None = None) -> tuple[Trainer, Listener]:
         world, listener = World(0, 1, torch.device("cpu")), Listener()
         opened = RunData.load(data or data_directory / "set", recipe)
-        model = build_model(recipe, opened.tokenizer, world)
+        model = empty_model(recipe, opened.tokenizer)
         run = RunFiles(tmp_path / name, recipe, opened.tokenizer, opened.directory)
         trainer = Trainer(model, opened, run, world, listener)
         trainer.run.create()

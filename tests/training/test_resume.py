@@ -15,7 +15,7 @@ from inl_core.training.distributed import World
 from inl_core.training.metrics import read_metrics
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import open_data
-from inl_core.training.session import build_model
+from inl_core.training.session import empty_model
 from inl_core.training.trainer import Trainer
 from tests.training.conftest import Listener, before_each_step
 
@@ -171,7 +171,7 @@ def test_a_run_finds_its_data_from_another_directory(make_recipe, data_directory
     monkeypatch.chdir(tmp_path)
     assert found(run_path) == tmp_path / "project/set"  # though it has no checkpoint yet
     monkeypatch.chdir(tmp_path / "project")
-    model = build_model(recipe, opened.tokenizer, world)
+    model = empty_model(recipe, opened.tokenizer)
     Trainer(model, opened, run, world, Listener()).fit()
     assert found(Path("runs/first")) == tmp_path / "project/set"
     monkeypatch.chdir(tmp_path)
