@@ -14,7 +14,7 @@ import typer
 
 from inl_cli.commands.data import prepare_with_progress
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.loading import open_model
+from inl_cli.loading import open_default_or_text, open_model
 from inl_cli.memory import explains_memory
 from inl_cli.options import (
     CheckpointArgument,
@@ -62,15 +62,18 @@ def resume(
     quiet: QuietOption = False,
 ) -> None:
     """Train N steps straight, and once stopped, resumed, killed and resumed: both must be the same to the last bit."""
-    from inl_core.analysis.checks.resume import FEWEST_STEPS, check_resume, overrides_for_check
     from inl_core.recipe.load import load_recipe
+
+    console, given = Console(json=json, quiet=quiet), overrides or []
+    wanted = load_recipe(recipe, given)  # before torch is imported, which takes seconds
+
+    from inl_core.analysis.checks.resume import FEWEST_STEPS, check_resume, overrides_for_check
     from inl_core.training.distributed import ALONE
     from inl_core.training.run_data import open_data
 
-    console, given = Console(json=json, quiet=quiet), overrides or []
     if steps < FEWEST_STEPS:
         raise RecipeError(f"--steps {steps}: must be at least {FEWEST_STEPS}, to be stopped and killed in between")
-    changed = load_recipe(recipe, [*given, *overrides_for_check(load_recipe(recipe, given), steps)])
+    changed = load_recipe(recipe, [*given, *overrides_for_check(wanted, steps)])
     with _work_directory(work_dir) as work:
         open_data(changed, ALONE, partial(prepare_with_progress, console=console, wait=True), note=console.info)
         found = check_resume(changed, work, processes=processes, tell=console.info)
@@ -96,9 +99,8 @@ def equivalence(
     loaded = open_model(console, checkpoint, device)
 
     from inl_core.analysis.checks.equivalence import check_equivalence
-    from inl_core.inference.texts import open_default, open_text
 
-    source = open_default(loaded) if text is None else open_text(loaded, text, note=console.info)
+    source = open_default_or_text(console, loaded, text)
     with _work_directory(work_dir) as work:
         found = check_equivalence(
             loaded,

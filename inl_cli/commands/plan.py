@@ -70,16 +70,16 @@ def plan(
     inl plan recipes/13b.yaml --gpus 8 --gpu-memory 80GB
 
     Memory is that of one device, by recomputation mode and by the number of devices over which weights, gradients and
-    optimizer are sharded (training.distributed). A recipe that does not fit the GPUs that are named, or
-    else those of this machine, is refused after its figures. FLOPs are those of the matrix products. The first plan on
-    a machine compiles and measures the operations in C++, which takes some seconds.
+    optimizer are sharded (training.distributed). A recipe that does not fit the GPUs that are named, or else those of
+    this machine, is refused after its figures. FLOPs are those of the matrix products. The first plan on a machine
+    compiles and measures the operations in C++, which takes some seconds.
     """
     console = Console(json=json, quiet=quiet)
     chosen = (recipe, preset, size, vocab_size, sequence_length, micro_batch_size)
     if all_sizes:
         _show_all_sizes(console, alone=not overrides and all(value is None for value in chosen))
         return
-    planned = _choose(*chosen, overrides or [])
+    planned, devices = _choose(*chosen, overrides or []), _devices(gpus, gpu_memory)
 
     from inl_cli.plan_view import plan_data, show_model_plan
     from inl_core.analysis.planning import plan_model
@@ -90,7 +90,6 @@ def plan(
         plan_data(figures, has_schedule=has_schedule),
         lambda: show_model_plan(console, figures, has_schedule=has_schedule),
     )
-    devices = _devices(gpus, gpu_memory)
     if devices is not None and (has_schedule or gpus or gpu_memory):
         layout = check_fit(figures, devices)
         console.info(f"fits {devices.number} x {devices.memory / 1e9:g} GB: {layout.strategy}")
@@ -132,15 +131,16 @@ def _choose(
 
 def _devices(number: int | None, memory: str | None) -> "Devices | None":
     """The devices that the options name, or those of this machine; None where there is neither."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?) ?GB", (memory or "").strip(), re.IGNORECASE | re.ASCII)
+    if memory is not None and (found is None or float(found[1]) == 0):
+        raise RecipeError(f"--gpu-memory {memory!r}: not a size in GB; write, for instance, 80GB")
+
     import torch
 
     from inl_core.analysis.planning.fit import Devices
     from inl_core.training.layout import device_memory
 
-    if memory is not None:
-        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?) ?GB", memory.strip(), re.IGNORECASE | re.ASCII)
-        if found is None or float(found[1]) == 0:
-            raise RecipeError(f"--gpu-memory {memory!r}: not a size in GB; write, for instance, 80GB")
+    if found is not None:
         return Devices(number or 1, round(float(found[1]) * 1e9))
     if torch.cuda.is_available():
         return Devices(number or torch.cuda.device_count(), device_memory(torch.device("cuda", 0)))

@@ -18,6 +18,7 @@ from inl_core.inference.checkpoint_files import (
     MANIFEST,
     file_digest,
     is_checkpoint,
+    list_checkpoints,
     read_config,
     read_manifest,
     verify_checkpoint,
@@ -45,6 +46,8 @@ def choose_origin(path: str | Path, recipe: Recipe, *, tell: Say, warn: Say) -> 
         RecipeError: weights or optimizer would not fit the recipe, or its last step is not after the checkpoint's.
     """
     given = expand_home(path)
+    if not is_checkpoint(given) and not list_checkpoints(given / "checkpoints"):
+        raise ArtefactError(f"{given}: no checkpoint to branch from; name one, or a run that has saved one")
     if not is_checkpoint(given):
         checkpoint = newest_valid(given / "checkpoints", lambda text: warn(f"skipped: {text}"))
     else:

@@ -87,6 +87,8 @@ def record_paths(reports: Path, step: int, rank: int) -> tuple[Path, Path]:
 
 def read_flight_record(path: Path) -> FlightRecord:
     """The record at `path`; ArtefactError when it is not a whole one."""
+    if path.is_file() and path.suffix != ".json":
+        raise ArtefactError(f"{path}: not a flight record; they are RUN/reports/nonfinite-step-N-rank-R.json")
     record = read_record(path, FlightRecord, limit=_LARGEST_RECORD)
     try:
         batch = record.arrays

@@ -1,7 +1,7 @@
 """How a run stands: empty, running, done, preempted, failed or resumable. It is read in a moment and imports no torch.
 
-- A session that a signal or a time limit stopped leaves preempted.json, one that an error ended leaves failed.json. The
-  next session removes both as soon as it owns the run, so they always speak of the last one.
+- A session that a signal stopped leaves preempted.json, one that an error ended leaves failed.json. The next session
+  removes both as soon as it owns the run, so they always speak of the last one.
 - A process that was killed leaves neither.
 """
 
@@ -55,9 +55,9 @@ class RunStatus:
 
     run: Path
     state: State
-    """done: at its last step, saved and evaluated. running: a process owns it. preempted: a signal or a time limit
-    stopped it in good order. failed: an error ended the last session. resumable: the last session was killed, or
-    crashed, without a word. empty: nothing has been started here."""
+    """done: at its last step, saved and evaluated. running: a process owns it. preempted: a signal stopped it in good
+    order. failed: an error ended the last session. resumable: the last session was killed, or crashed, without a word.
+    empty: nothing has been started here."""
     reason: str = ""
     """Who is running it, what stopped it, or the error."""
     recipe: Recipe | None = None
