@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,10 @@ def _write_whole(final: Path, aside: Path, snapshot: Snapshot, writers: World) -
         if snapshot.is_divided:
             _write_parts(aside, snapshot.weights, writers)
             _write_parts(aside / TRAINING_STATE, snapshot.optimizer, writers)
+            own = f"shard-{writers.rank + 1:05d}-*.safetensors"
+            written = writers.on_each(lambda: dict(_flushed(aside, path) for path in aside.rglob(own)))
         else:
-            writers.on_main(lambda: _write_tensors(aside, snapshot))
-        own = f"shard-{writers.rank + 1:05d}-*" if snapshot.is_divided else "*"
-        written = writers.on_each(lambda: _flushed(aside, f"{own}.safetensors"))
+            written = writers.on_each(lambda: _write_tensors(aside, snapshot))
         writers.on_main(
             lambda: _seal(aside, snapshot, {name: entry for part in written for name, entry in part.items()})
         )
@@ -149,20 +150,29 @@ def _make_empty(aside: Path, snapshot: Snapshot) -> None:
         (aside / TRAINING_STATE).mkdir()
 
 
-def _write_tensors(directory: Path, snapshot: Snapshot) -> None:
-    """Write the tensors into one file each for weights and optimizer; the same tensors give the same bytes."""
-    for path, tensors in ((directory / WEIGHTS, snapshot.weights), (directory / OPTIMIZER, snapshot.optimizer)):
-        if tensors:
-            with named_errors(path):
-                path.touch()
-                mode = path.stat().st_mode
-                try:
-                    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-                except SafetensorError as error:
-                    if number := _SYSTEM_ERROR.search(str(error)):
-                        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
-                    raise
-                path.chmod(mode)  # safetensors gives its file to the owner alone
+def _write_tensors(directory: Path, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+    """Write one file for the weights and one for the optimizer, side by side; their entries in the manifest.
+
+    The same tensors give the same bytes. A checksum takes as long as writing what it is of, so the two overlap.
+    """
+    tensors = {WEIGHTS: snapshot.weights} | ({OPTIMIZER: snapshot.optimizer} if snapshot.optimizer else {})
+    with ThreadPoolExecutor() as threads:
+        return dict(threads.map(lambda name: _write_file(directory, name, tensors[name]), tensors))
+
+
+def _write_file(directory: Path, name: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    path = directory / name
+    with named_errors(path):
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        except SafetensorError as error:
+            if number := _SYSTEM_ERROR.search(str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
+        path.chmod(mode)  # safetensors gives its file to the owner alone
+    return _flushed(directory, path)
 
 
 def _write_parts(directory: Path, tensors: dict[str, Tensor], writers: World) -> None:
@@ -179,21 +189,17 @@ def _write_parts(directory: Path, tensors: dict[str, Tensor], writers: World) ->
         raise next((reason for reason in reasons if isinstance(reason, OSError)), reasons[0]) from None
 
 
-def _flushed(directory: Path, pattern: str) -> dict[str, dict[str, Any]]:
-    """The manifest's entries, with size and checksum, of the files that match, once they are on the disk."""
-    entries = {}
-    for path in sorted(directory.rglob(pattern)):
-        _sync(path)
-        name = path.relative_to(directory).as_posix()
-        entries[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    return entries
+def _flushed(directory: Path, path: Path) -> tuple[str, dict[str, Any]]:
+    """The manifest's entry, with size and checksum, of a file that has been written, once it is on the disk."""
+    _sync(path)
+    return path.relative_to(directory).as_posix(), {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _seal(directory: Path, snapshot: Snapshot, entries: dict[str, dict[str, Any]]) -> None:
     """Write the texts, and last the manifest, when all else is on the disk."""
     for name, text in snapshot.texts.items():
         _write_text(directory / name, text)
-        entries |= _flushed(directory, name)
+        entries |= [_flushed(directory, directory / name)]
     for path in filter(Path.is_dir, directory.iterdir()):
         _sync(path)
     files = dict(sorted(entries.items()))

@@ -85,7 +85,7 @@ def _too_large(layout: Layout, num_processes: int, states: States, device_bytes:
     enough = -(-states.total // device_bytes)
     fits = f"fsdp over {enough} or more processes leaves each {states.total / enough / 1e9:.1f} GB or less"
     if enough <= num_processes and not layout.is_sharded:
-        fits = f"{_KEY}.strategy fsdp leaves each of the {num_processes} {states.total / num_processes / 1e9:.1f} GB"
+        fits = f"{_KEY}.strategy fsdp leaves {states.total / num_processes / 1e9:.1f} GB on each of the {num_processes}"
     return (
         f"{_KEY}.strategy: {terms} GB{share} = {states.total / layout.shard_size / 1e9:.1f} GB on each device, which "
         f"has {device_bytes / 1e9:.1f} GB; {fits}"
