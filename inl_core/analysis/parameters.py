@@ -12,7 +12,8 @@ from inl_core.analysis.planning import count_parameters
 from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
 from inl_core.training.depth import places
-from inl_core.training.dynamics import record_layers, summarise
+from inl_core.training.dynamics import record_layers
+from inl_core.training.spread import summarise
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,17 @@ class Excitation(nn.Module):
         self.phi = nn.Parameter(torch.empty(count))
         self.register_buffer("excited", torch.empty(count, dtype=torch.long), persistent=False)
 
+    def start(self) -> tuple[Tensor, Tensor]:
+        """gamma_i = 1 + 0.2 (frac(0.7548776662 i) - 0.5), phi_i = 2 pi frac(0.6180339887 i), in float64 on the CPU."""
+        i = torch.arange(self.gamma.numel(), dtype=torch.float64, device="cpu")
+        return 1 + 0.2 * ((i * 0.7548776662).frac() - 0.5), 2 * math.pi * (i * 0.6180339887).frac()
+
+    @torch.no_grad()
     def initialise(self) -> None:
-        """gamma_i = 1 + 0.2 (frac(0.7548776662 i) - 0.5), phi_i = 2 pi frac(0.6180339887 i)."""
-        i = torch.arange(self.gamma.numel(), dtype=torch.float64)
-        with torch.no_grad():
-            self.gamma.copy_(1 + 0.2 * ((i * 0.7548776662).frac() - 0.5))
-            self.phi.copy_(2 * math.pi * (i * 0.6180339887).frac())
+        """gamma and phi as at the start of every run."""
+        gamma, phi = self.start()
+        self.gamma.copy_(gamma)
+        self.phi.copy_(phi)
 
     def reset_buffers(self) -> None:
         """Fill what is derived from the configuration and not saved."""

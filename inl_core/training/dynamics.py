@@ -1,64 +1,77 @@
-"""Records of what the dynamics do during a run: a Parquet file in dynamics/ for each recorded step.
+"""What the dynamics of a model hold and do, for the records of a run and for `inl inspect-params`.
 
-- A record is measured by an extra forward pass without gradients, on the first rows of the step's batch, so that the
-  training pass need not keep the trajectory.
-- It describes, for each layer's integrator, mu (with its drift from the start), gamma, phi, alpha, beta, gate,
-  velocity, and the residual of each iteration; for each sub-layer of a stream, what depth.py lists.
+- It is measured by an extra forward pass without gradients, in a run on the first rows of the step's batch, so that
+  the training pass need not keep the trajectory.
+- It describes, for each layer's integrator, mu, gamma, phi, alpha, beta, gate, velocity, how far all iterations move
+  the state and the residual of each; for each sub-layer of a stream, what depth.py lists.
+- What is learned is also told by its drift, the distance from its start. None of it starts at random.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from inl_core.files import written_aside
 from inl_core.model import Integrator, IntegratorLanguageModel, Options, Trajectory
-from inl_core.training.depth import FORCES, MOVEMENTS, quantities, token_rms
-
-PERCENTILES = (5, 50, 95)
-SATURATION = 0.01
-
-
-def summarise(values: Tensor) -> dict[str, float]:
-    """mean, std, min, max, p5, p50, p95 of a tensor's values; quantiles on an even sample of at most a million."""
-    flat = values.detach().float().flatten()
-    sample = flat[:: max(1, flat.numel() // 1_000_000)]
-    quantiles = torch.quantile(sample, torch.tensor([p / 100 for p in PERCENTILES], device=flat.device)).tolist()
-    spread = flat.std(correction=0).item()
-    row = {"mean": flat.mean().item(), "std": spread, "min": flat.min().item(), "max": flat.max().item()}
-    return row | {f"p{p}": value for p, value in zip(PERCENTILES, quantiles, strict=True)}
+from inl_core.model.excitation import Excitation
+from inl_core.training.depth import FORCES, MOVEMENTS, Place, quantities, token_rms
+from inl_core.training.spread import distance, saturation, statistics_of, to_numbers, variance_parts
 
 
-def saturation(name: str, values: Tensor, beta_max: float | None) -> float:
-    """The share of values within 1% of a bound: 0 and 1 for alpha and gate, 0 and beta_max, if any, for beta."""
-    top = beta_max if name == "beta" else 1.0
-    if top is None:
-        return (values < SATURATION).float().mean().item()
-    return ((values < SATURATION * top) | (values > (1 - SATURATION) * top)).float().mean().item()
+@dataclass(frozen=True)
+class Measured:
+    """One quantity at one place."""
+
+    place: Place
+    """layer, and of a stream sub_layer."""
+    name: str
+    values: Tensor
+    """A learned vector; a figure of each token, of any shape; or, where `by_token`, a coefficient (T, B, S, D)."""
+    start: Tensor | float | None = None
+    """Where a learned vector started; None for what is not learned."""
+    by_token: bool = False
+    """A coefficient of each token and dimension."""
+    saturated: Tensor | None = None
+    """The share of values at a bound, ()."""
+
+    def figures(self) -> dict[str, Tensor]:
+        """The statistics that a record has of it, each ()."""
+        found = statistics_of(self.values)
+        if self.saturated is not None:
+            found["saturated"] = self.saturated
+        if self.start is not None:
+            found["drift"] = distance(self.values, self.start)
+        return found | (variance_parts(self.values) if self.by_token else {})
 
 
 @torch.no_grad()
+def measure(
+    model: IntegratorLanguageModel, ids: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None
+) -> list[Measured]:
+    """Everything there is to say of the dynamics on the tokens ids (B, S), layer by layer.
+
+    The model runs all T iterations, as in training: no token stops early.
+    """
+    paths = _paths(model, ids, positions, document_ids)
+    if model.config.integrator is None:
+        return list(_of_stream(model, paths[0]))
+    layers = enumerate(zip(model.integrators(), paths, strict=True))
+    return [one for index, (integrator, path) in layers for one in _of_layer({"layer": index}, integrator, path)]
+
+
 def record_layers(
     model: IntegratorLanguageModel, ids: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None
 ) -> list[dict[str, Any]]:
-    """One row per layer and quantity: layer, quantity, mean, std, min, max, percentiles, saturated, drift.
+    """One row per layer and quantity: layer, sub_layer, quantity, mean, std, min, max, percentiles, saturated, drift.
 
-    The model runs all T iterations, as in training: no token stops early. The rows of a stream are those of its
-    sub-layers and say which, in sub_layer.
+    The columns that a quantity does not have are absent, as sub_layer is in v1 to v4.
     """
-    if model.config.integrator is None:
-        [path] = _paths(model, ids, positions, document_ids)
-        return [
-            {**place, "quantity": name, **summarise(values), **_drift(name, values)}
-            for place, name, values in quantities(model, path)
-        ]
-    rows = []
-    for index, (integrator, trajectory) in enumerate(_trajectories(model, ids, positions, document_ids)):
-        rows += [{"layer": index, **row} for row in _layer_rows(integrator, trajectory)]
-    return rows
+    found = measure(model, ids, positions=positions, document_ids=document_ids)
+    with torch.no_grad():
+        figures = to_numbers([one.figures() for one in found])
+    return [{**one.place, "quantity": one.name, **row} for one, row in zip(found, figures, strict=True)]
 
 
 @torch.no_grad()
@@ -66,20 +79,7 @@ def last_residuals(
     model: IntegratorLanguageModel, ids: Tensor, *, positions: Tensor | None = None, document_ids: Tensor | None = None
 ) -> list[float]:
     """The root mean square change of the state in each layer's last iteration, averaged over tokens, (L,)."""
-    found = _trajectories(model, ids, positions, document_ids)
-    return [_residuals(trajectory)[-1].mean().item() for _, trajectory in found]
-
-
-def _drift(name: str, values: Tensor) -> dict[str, float]:
-    """How far the mu of a step is from its start, 0."""
-    return {"drift": values.square().mean().sqrt().item()} if name == "mu" else {}
-
-
-def _trajectories(
-    model: IntegratorLanguageModel, ids: Tensor, positions: Tensor | None, document_ids: Tensor | None
-) -> list[tuple[Integrator, Trajectory]]:
-    paths = _paths(model, ids, positions, document_ids)
-    return list(zip(model.integrators(), paths, strict=True))
+    return [_residuals(path)[-1].mean().item() for path in _paths(model, ids, positions, document_ids)]
 
 
 def _paths(
@@ -98,41 +98,44 @@ def _residuals(trajectory: Trajectory) -> Tensor:
     return token_rms(trajectory.states[1:] - trajectory.states[:-1])
 
 
-def _layer_rows(integrator: Integrator, trajectory: Trajectory) -> list[dict[str, Any]]:
-    config, mu = integrator.config, integrator.equilibrium()
-    drift = (mu - config.mu.init).norm().item() / mu.numel() ** 0.5
-    rows: list[dict[str, Any]] = [{"quantity": "mu", **summarise(mu), "drift": drift}]
-    for name in ("gamma", "phi"):
-        rows.append({"quantity": name, **summarise(getattr(integrator.excitation, name))})
+def _of_stream(model: IntegratorLanguageModel, path: Trajectory) -> Iterator[Measured]:
+    """The quantities of depth.py. All vectors start at 0 but gamma and phi, which start alike in every step."""
+    starts: dict[str, Tensor | float] = dict.fromkeys(("alpha", "transport", "anchor", "beta", "mu"), 0.0)
+    steps = model.steps()
+    starts |= _excitation_starts(steps[0].excitation if steps else None)
+    for place, name, values in quantities(model, path):
+        by_token = name == "alpha" and values.dim() > 1  # a dynamic alpha is (B, S, D)
+        yield Measured(
+            place, name, values[None] if by_token else values, None if by_token else starts.get(name), by_token
+        )
+
+
+def _excitation_starts(excitation: Excitation | None) -> dict[str, Tensor]:
+    if excitation is None:
+        return {}
+    starts = zip(("gamma", "phi"), excitation.start(), strict=True)
+    return {name: start.to(excitation.gamma) for name, start in starts}
+
+
+def _of_layer(place: Place, integrator: Integrator, path: Trajectory) -> Iterator[Measured]:
+    config, starts = integrator.config, _excitation_starts(integrator.excitation)
+    yield Measured(place, "mu", integrator.equilibrium().detach(), config.mu.init)
+    for name, start in starts.items():
+        yield Measured(place, name, getattr(integrator.excitation, name).detach(), start)
     for name in ("alpha", "beta", "gate"):
-        values = getattr(trajectory, name)
-        rows.append({"quantity": name, **summarise(values), "saturated": saturation(name, values, config.beta_max)})
-    speeds = token_rms(trajectory.velocities[1:])  # (T, B, S)
-    rows.append({"quantity": "velocity", **summarise(speeds)})
-    residuals = _residuals(trajectory)
-    rows += [{"quantity": f"residual_{t + 1}", **summarise(residual)} for t, residual in enumerate(residuals)]
-    return rows
+        values = getattr(path, name)
+        bound = saturation(name, values, config.beta_max)
+        yield Measured(place, name, values, by_token=True, saturated=bound)
+    yield Measured(place, "velocity", token_rms(path.velocities[1:]))  # (T, B, S)
+    yield Measured(place, "displacement", _displacement(path))
+    for t, residual in enumerate(_residuals(path)):
+        yield Measured(place, f"residual_{t + 1}", residual)
 
 
-def write_record(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """Write dynamics/step-N.parquet whole, over an older one.
-
-    Raises:
-        OSError: it could not be written; no part of it is left.
-    """
-    directory = run / "dynamics"
-    directory.mkdir(exist_ok=True)
-    table = pa.Table.from_pylist([{"step": step, **row} for row in rows], schema=_SCHEMA)
-    with written_aside(directory / f"step-{step:08d}.parquet") as aside:
-        pq.write_table(table, aside)
-
-
-def cut_records(run: Path, step: int) -> None:
-    """Remove the records of steps after `step`."""
-    for path in (run / "dynamics").glob("step-*.parquet"):
-        digits = path.stem.removeprefix("step-")
-        if digits.isdecimal() and int(digits) > step:
-            path.unlink()
+def _displacement(path: Trajectory) -> Tensor:
+    """How far all iterations together move the state, as a share of its size before them, (B, S)."""
+    tiny = torch.finfo(torch.float32).tiny
+    return token_rms(path.states[-1] - path.states[0]) / token_rms(path.states[0]).clamp(min=tiny)
 
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -148,9 +151,3 @@ def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
     names |= {f"movement_{name}": f"movement_{name}" for name in MOVEMENTS}
     found = {label: [row["mean"] for row in rows if row["quantity"] == name] for name, label in names.items()}
     return {label: sum(values) / len(values) for label, values in found.items() if values}
-
-
-_SCHEMA = pa.schema(
-    [("step", pa.int64()), ("layer", pa.int32()), ("sub_layer", pa.string()), ("quantity", pa.string())]
-    + [(name, pa.float64()) for name in ("mean", "std", "min", "max", "p5", "p50", "p95", "saturated", "drift")]
-)

@@ -11,11 +11,12 @@ from torch import Tensor
 from inl_core.inference.evaluate import Evaluation
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.checkpoint import TrainState
-from inl_core.training.dynamics import headline, record_layers, write_record
+from inl_core.training.dynamics import headline, record_layers
 from inl_core.training.loss_module import MicroBatch
 from inl_core.training.metrics import MetricsWriter
 from inl_core.training.observer import Observer
 from inl_core.training.parallel import Parallel
+from inl_core.training.records import write_record
 from inl_core.training.run import RunFiles
 from inl_core.training.schedules import is_due, iterations_of_step, logs_after
 from inl_core.training.spikes import SpikeWatch

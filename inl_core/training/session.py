@@ -31,12 +31,12 @@ from inl_core.recipe import Recipe
 from inl_core.training.branching import branch_provenance, check_tokenizer, choose_origin
 from inl_core.training.claim import claim, claim_new, join
 from inl_core.training.distributed import World, start_world
-from inl_core.training.dynamics import cut_records
 from inl_core.training.interruption import StopSignal
 from inl_core.training.metrics import cut_metrics
 from inl_core.training.mirrors import check_mirrors
 from inl_core.training.observer import LogObserver, Observer
 from inl_core.training.precision import uses_bf16
+from inl_core.training.records import cut_records
 from inl_core.training.resuming import check_given_recipe, choose_checkpoint
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import Prepare, RunData, open_data, prepare_or_wait

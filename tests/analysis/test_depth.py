@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 from inl_cli.app import app
 from inl_core.model import IntegratorLanguageModel
 from inl_core.training.depth import place_name
-from inl_core.training.dynamics import headline, record_layers, write_record
+from inl_core.training.dynamics import headline, record_layers
+from inl_core.training.records import write_record
 from tests.inference.tiny import tiny_model, write_checkpoint
 
 STREAMS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from inl_core.analysis.convergence.layer_statistics import PathStatistics
 from inl_core.model import IntegratorLanguageModel, Trajectory
 from inl_core.training.depth import EMBEDDING, coefficients, places, step_shares
-from inl_core.training.dynamics import summarise
+from inl_core.training.spread import summarise
 
 COEFFICIENTS = ("alpha", "transport", "anchor", "beta", "mu", "gamma", "phi")
 
