@@ -153,7 +153,7 @@ def test_inspect_params_shows_every_sub_layer(inspected: Callable[..., Result]) 
     assert printed.exit_code == 0, printed.output
     for title in ("alpha, momentum", "b, transport", "r, anchor", "beta, the pull", "mu, the", "gamma, radians a step"):
         assert f"\n{title}" in printed.stdout
-    assert "period, steps" in printed.stdout
+    assert "\nperiods and half-lives in steps" in printed.stdout
     assert columns_below(printed.stdout, "what makes the velocity") == FORCES
     assert columns_below(printed.stdout, "what moves the state") == MOVEMENTS
     assert all(f"\n{place} " in printed.stdout for place in ["embedding", *PLACES])

@@ -13,11 +13,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
+from inl_cli.parameters_view import bars
 from inl_core.analysis.parameters import ParameterReport, report_parameters
 from inl_core.inference.loading import load_model
 from inl_core.inference.texts import open_split, open_text
 from inl_core.model import Options
-from tests.inference.tiny import TEXT
+from tests.inference.tiny import TEXT, write_checkpoint
 
 
 def report(workplace: Path, preset: str) -> ParameterReport:
@@ -85,7 +86,11 @@ def test_tables_json_and_csv_hold_the_same_figures(inl: Callable[..., Result], w
         "rms velocity",
     ):
         assert title in printed.stdout
+    assert "half-life of alpha" in printed.stdout
+    assert "variance of the coefficients" in printed.stdout
     alpha = next(row for row in rows if row["quantity"] == "alpha")
+    assert sum(alpha["histogram"]) == 320 * 32 * 2  # tokens, channels, iterations
+    assert bars(alpha["histogram"]) in printed.stdout
     assert f"{alpha['mean']:.4f}" in printed.stdout
     assert f"{alpha['saturated']:.1%}" in printed.stdout
 
@@ -112,6 +117,42 @@ def test_a_transformer_has_no_integrator_and_says_so(inl: Callable[..., Result])
     data = json.loads(inl("inspect-params", "runs/transformer", "--json").stdout)
     assert (data["layers"], data["amplitude"]) == ([], None)
     assert data["parameters"]["feed-forward"] > 0
+
+
+@pytest.mark.parametrize("preset", ["v4", "v5"])
+def test_another_checkpoint_is_compared_by_value(inl: Callable[..., Result], workplace: Path, preset: str) -> None:
+    path = workplace / "runs" / preset / "checkpoints" / "step-00000007"
+    loaded, other = load_model(path), load_model(path)
+    with torch.no_grad():
+        for name, parameter in other.model.named_parameters():
+            if name.endswith((".gamma", "alpha", "embedding.table.weight")):
+                parameter.add_(0.25)
+    found = report_parameters(loaded, open_split(loaded), max_tokens=320, against=other)
+    assert [row["against"] for row in found.of("gamma")] == pytest.approx([0.25] * len(found.of("gamma")), rel=1e-5)
+    assert {row["against"] for row in found.of("phi")} == {0}
+    assert all(row["against"] > 0 for row in found.of("alpha"))
+    changes = {one.part: one.distance for one in found.since_other}
+    assert changes["embedding"] == pytest.approx(0.25 * loaded.model.embedding.table.weight.numel() ** 0.5, rel=1e-5)
+    assert changes["attention"] == 0
+    same = json.loads(inl("inspect-params", f"runs/{preset}", "--against", f"runs/{preset}", "--json").stdout)
+    assert {row["against"] for row in same["layers"] if "against" in row} == {0}
+    assert "distance from the other" in inl("inspect-params", f"runs/{preset}", "--against", f"runs/{preset}").stdout
+    refused = inl("inspect-params", f"runs/{preset}", "--against", "runs/transformer")
+    assert refused.exit_code == 4
+    assert "cannot be compared" in refused.output
+
+
+@pytest.mark.parametrize("preset", ["v1", "v3", "v4", "v5", "transformer"])
+def test_what_a_preset_does_not_have_is_absent(inl: Callable[..., Result], preset: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run", preset)
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    data = json.loads(inl("inspect-params", str(tmp_path / "run"), "--text", str(tmp_path / "a.txt"), "--json").stdout)
+    values = [value for row in data["layers"] for key, value in row.items() if key != "layer"]
+    assert None not in values  # NaN would be null
+    columns = {row["quantity"]: set(row) for row in data["layers"] if "mean" in row}
+    assert ("variance_tokens" in columns.get("alpha", ())) == (preset in ("v1", "v3", "v4"))
+    assert ("half_life" in columns) == (preset != "transformer")
+    assert {one["part"] for one in data["since_start"]} >= {"embedding", "attention", "all"}
 
 
 def test_another_text_can_be_measured(inl: Callable[..., Result], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_checkpoint_serves_every_command(tmp_path: Path, tokenizer_file: Pat
     assert (scores["max_iterations"], scores["iterations"]) == (2.0, 2.0)
     report = inl("inspect-params", output, "--text", text)
     assert report.exit_code == 0, report.output
-    last = report.stdout.split("rms velocity")[1].splitlines()
+    last = report.stdout.split("rms velocity")[1].split("\n\n")[0].splitlines()
     assert [line.split().count("-") for line in last if line.split()[:1] in (["0"], ["1"], ["2"])] == [2, 0, 1]
 
 

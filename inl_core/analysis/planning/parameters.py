@@ -31,11 +31,16 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     counts: dict[str, int] = {name: 0 for name, _ in _PARTS}
     of_stream = stream_parameters(model)
     for name, parameter in model.named_parameters():
-        own = _STREAM if parameter in of_stream else None
-        part = next((part for part, marks in _PARTS if part == own or any(mark in name for mark in marks)), None)
-        assert part is not None, f"parameter {name} belongs to no part"
-        counts[part] += parameter.numel()
+        counts[part_of(name, parameter in of_stream)] += parameter.numel()
     return {part: count for part, count in counts.items() if count}
+
+
+def part_of(name: str, is_of_stream: bool = False) -> str:
+    """The part that a parameter is counted in; `is_of_stream`: it is one of `stream_parameters`."""
+    own = _STREAM if is_of_stream else None
+    part = next((part for part, marks in _PARTS if part == own or any(mark in name for mark in marks)), None)
+    assert part is not None, f"parameter {name} belongs to no part"
+    return part
 
 
 def meta_model(config: ModelConfig) -> IntegratorLanguageModel:
