@@ -17,6 +17,7 @@ from inl_cli.commands import (
     convergence,
     data,
     evaluate,
+    export,
     generate,
     import_reference,
     inspect,
@@ -52,6 +53,7 @@ app.command("inspect")(inspect.inspect)
 app.command("inspect-params")(inspect.inspect_params)
 app.command("convergence-report")(convergence.convergence_report)
 app.command("replay")(replay.replay)
+app.command("export")(export.export)
 app.command("import-reference")(import_reference.import_reference)
 
 check_app = typer.Typer(

@@ -1,5 +1,6 @@
 """Open the model and the text a command works on, and say which they are."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,13 +21,15 @@ def open_model(
     from inl_core.inference.loading import open_checkpoint
     from inl_core.training.distributed import choose_device
 
-    def note(text: str) -> None:
-        (console.warn if text.startswith("skipped") else console.info)(text)
-
-    loaded = open_checkpoint(checkpoint, choose_device(device), note=note)
+    loaded = open_checkpoint(checkpoint, choose_device(device), note=noted(console))
     if iterations is not None and loaded.model.config.integrator is None:
         console.warn(f"{loaded.model.config.without_integrator}: --iterations has no effect")
     return loaded
+
+
+def noted(console: Console) -> Callable[[str], None]:
+    """What a search for a checkpoint tells the user: which one was chosen, and a warning for each passed over."""
+    return lambda text: (console.warn if text.startswith("skipped") else console.info)(text)
 
 
 def check_recipe_or_model(recipe: Path | None, preset: str | None, size: str | None) -> None:

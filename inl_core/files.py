@@ -145,6 +145,12 @@ def entry_path(directory: Path, name: str) -> Path:
     return directory / parts
 
 
+def refuse_filled(output: Path) -> None:
+    """RecipeError where `--output` names something that is neither new nor an empty directory."""
+    if os.path.lexists(output) and not (is_directory(output) and not any(output.iterdir())):
+        raise RecipeError(f"--output {output}: exists and is not an empty directory; name a new one")
+
+
 def expand_home(path: str | os.PathLike[str]) -> Path:
     """The path with the home directory for `~` or `~user` at its start, which shells keep behind `=` and in quotes.
 

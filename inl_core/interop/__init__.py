@@ -1,1 +1,4 @@
-"""Other programs' files: reference/ brings in released weights. Only the command line imports this package."""
+"""Other programs' files: reference/ brings in released weights, huggingface/ makes our models known to transformers.
+
+Only the command line imports this package.
+"""

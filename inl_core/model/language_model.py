@@ -203,7 +203,7 @@ class IntegratorLanguageModel(nn.Module):
     def _place(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotary | None]:
         """Positions, as sines added to x or as the angles of every layer's queries and keys."""
         if self.config.positions == "sinusoidal":
-            return x + self.position_table[positions], None
+            return x + self.position_table[positions].to(x.dtype), None
         cos, sin = self.position_table[:, positions].unsqueeze(-2)  # (B, S, 1, F/2)
         return x, (cos, sin)
 

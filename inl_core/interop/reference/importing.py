@@ -20,7 +20,7 @@ from torch import Tensor
 
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.files import is_directory
+from inl_core.files import is_directory, refuse_filled
 from inl_core.inference.checkpoint_files import file_digest
 from inl_core.inference.loading import check_tables
 from inl_core.inference.tensor_files import open_tensors, read_shapes, read_tensor
@@ -73,8 +73,7 @@ def import_reference(
         RecipeError: an argument does not fit the file, or `output` is not empty.
         ArtefactError: the file or the tokenizer is missing, damaged or not what it should be.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise RecipeError(f"--output {output}: exists and is not an empty directory; name a new one")
+    refuse_filled(output)
     for name, value in (("num-heads", num_heads), ("num-kv-heads", num_kv_heads), ("max-seq-len", max_seq_len)):
         if value is not None and value < 1:
             raise RecipeError(f"--{name} {value}: must be at least 1")
