@@ -24,6 +24,7 @@ from inl_cli.commands import (
     plan,
     recipe,
     replay,
+    report,
     run_status,
     slurm,
     train,
@@ -52,6 +53,8 @@ app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)
 app.command("inspect-params")(inspect.inspect_params)
 app.command("convergence-report")(convergence.convergence_report)
+app.command("report")(report.report)
+app.command("compare")(report.compare)
 app.command("replay")(replay.replay)
 app.command("export")(export.export)
 app.command("import-reference")(import_reference.import_reference)

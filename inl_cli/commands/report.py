@@ -1,0 +1,92 @@
+"""`inl report` and `inl compare`: what runs and their models say, as one HTML file, a terminal's tables, or JSON."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.options import JsonOption, QuietOption, path_argument, path_option
+from inl_core.errors import RecipeError
+from inl_core.files import expand_home
+
+if TYPE_CHECKING:
+    from inl_core.analysis.report.parts import Report
+
+RunsArgument = Annotated[list[Path], path_argument("RUN...", "One or several runs, e.g. runs/tiny runs/tiny-v4.")]
+_LONGEST_TABLE = 24
+
+
+@errors_to_exit_codes
+def report(
+    runs: RunsArgument,
+    output: Annotated[
+        Path | None,
+        path_option("--output", "-o", help="The HTML file; default reports/report.html in the first run's directory."),
+    ] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write one HTML file that shows a run, or several: findings, curves, recipes, every number as a table.
+
+    inl report runs/tiny --output tiny.html
+    """
+    from inl_core.analysis.report.build import report_runs
+
+    console, runs = Console(json=json, quiet=quiet), [expand_home(run) for run in runs]
+    _check_output(output)
+    found = report_runs(runs)
+    _hand_over(console, found, output or runs[0] / "reports" / "report.html")
+
+
+@errors_to_exit_codes
+def compare(
+    runs: RunsArgument,
+    output: Annotated[Path | None, path_option("--output", "-o", help="Also write it to this HTML file.")] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare runs by their curves, at equal tokens, seconds and FLOPs, and by their recipes.
+
+    inl compare runs/tiny runs/tiny-v4 --output compared.html
+    """
+    if len(runs) < 2:
+        raise RecipeError(f"{runs[0]}: a comparison needs two runs or more; `inl report {runs[0]}` shows one")
+    from inl_core.analysis.report.build import compare_runs
+
+    console = Console(json=json, quiet=quiet)
+    _check_output(output)
+    _hand_over(console, compare_runs([expand_home(run) for run in runs]), output)
+
+
+def _check_output(output: Path | None) -> None:
+    if output and output.is_dir():
+        raise RecipeError(f"{output}: is a directory; --output names an HTML file")
+
+
+def _hand_over(console: Console, found: "Report", output: Path | None) -> None:
+    """Write the page, if one is wanted, and show the same numbers."""
+    if output:
+        from inl_core.analysis.report.page import write_page
+
+        write_page(found, output)
+    data = {**found.summary(), "file": output}
+    console.result(data, lambda: _show(console, found))
+    if output:
+        console.info(f"written to {output}")
+
+
+def _show(console: Console, found: "Report") -> None:
+    """Findings, and every table that is short enough to be read on a terminal."""
+    console.write("".join(f"- {finding.sentence}\n" for finding in found.findings))
+    left_out = []
+    for part in found.parts:
+        if len(part.rows) > _LONGEST_TABLE:
+            left_out.append(part.title)
+            continue
+        console.write("\n")
+        columns = [name.replace("_", " ") for name in part.columns]
+        rows = part.rows
+        if len(columns) > len(rows) + 4:  # a few wide rows are read more easily from top to bottom
+            rows, columns = list(zip(columns, *rows, strict=True)), [""] * (len(rows) + 1)
+        console.table(part.title, columns, rows)
+    if left_out:
+        console.write(f"\nNot shown here, in --json and HTML: {', '.join(left_out)}.\n")

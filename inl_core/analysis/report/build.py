@@ -1,0 +1,30 @@
+"""From runs to a report: which sections there are, and in which order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from inl_core.analysis.report.parts import Finding, Report, Section
+from inl_core.analysis.report.recipes import recipe_findings, recipe_section
+from inl_core.analysis.report.runs import RunRecord, open_runs
+from inl_core.analysis.report.training import training_findings, training_section
+
+
+def compare_runs(paths: Sequence[Path]) -> Report:
+    """Curves, budgets and recipes of several runs, by their files alone; raises as `open_runs` does."""
+    findings, sections = _of_files(open_runs(paths))
+    return Report(f"{len(paths)} runs compared", findings, sections)
+
+
+def report_runs(paths: Sequence[Path]) -> Report:
+    """Everything there is to say of one or several runs; raises as `open_runs` does."""
+    runs = open_runs(paths)
+    findings, sections = _of_files(runs)
+    return Report(", ".join(run.name for run in runs), findings, sections)
+
+
+def _of_files(runs: Sequence[RunRecord]) -> tuple[list[Finding], list[Section]]:
+    findings, sections = [*training_findings(runs)], [training_section(runs)]
+    if len(runs) > 1:
+        findings += recipe_findings(runs)
+        sections.append(recipe_section(runs))
+    return findings, sections

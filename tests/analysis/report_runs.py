@@ -1,0 +1,26 @@
+"""Runs of tiny models whose metrics are made up, for the tests of reports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from inl_core.training.run import RunFiles
+from tests.inference.tiny import recipe, tokenizer
+
+SPEED = 1000.0
+
+
+def write_run(
+    path: Path, preset: str = "v5", *, scores: dict[int, float], scored_on: str = "a text", **changes: Any
+) -> Path:
+    """A run without checkpoints: 64 tokens a step, a row of metrics every step, `scores` bits per byte by step."""
+    RunFiles(path, recipe(preset, **changes), tokenizer(), Path("data/none")).create()
+    rows: list[dict[str, Any]] = []
+    for step in range(1, max(scores) + 1):
+        reached = {"step": step, "tokens": 64 * step}
+        rows.append({**reached, "loss": 5 - step / 10, "bits_per_byte": 4 - step / 10, "tokens_per_second": SPEED})
+        if step in scores:
+            score = {"validation_loss": 2 * scores[step], "validation_bits_per_byte": scores[step]}
+            rows.append({**reached, "scored_on": scored_on, **score})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

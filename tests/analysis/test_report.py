@@ -1,0 +1,155 @@
+"""Reports of runs: the numbers, the same ones in page and JSON, and a page that a browser draws without help."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from inl_cli.app import app
+from inl_core.analysis.report.build import compare_runs, report_runs
+from inl_core.analysis.report.page import to_page
+from inl_core.analysis.report.parts import Finding, Part, Report, Section
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.model.flops import training_flops
+from tests.analysis.report_runs import SPEED, write_run
+from tests.inference.tiny import config, tokenizer
+
+CHROMIUM = shutil.which("chromium")
+
+
+def records(report: Report, key: str) -> list[dict[str, Any]]:
+    return next(part for part in report.parts if part.key == key).records()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [
+        write_run(tmp_path / "a", "v5", scores={2: 3.0, 4: 2.0, 6: 1.8}),
+        write_run(tmp_path / "b", "v4", scores={2: 2.9, 4: 2.4, 10: 1.5}),
+    ]
+
+
+def test_a_run_is_told_by_what_it_spent(runs: list[Path]) -> None:
+    row = records(report_runs(runs[:1]), "validation")[1]
+    cost = training_flops(config("v5").with_vocab_size(tokenizer().vocab_size), 32)
+    assert (row["step"], row["tokens"], row["validation_bits_per_byte"]) == (4, 256, 2.0)
+    assert row["seconds"] == pytest.approx(256 / SPEED)
+    assert row["flops"] == 256 * cost
+
+
+def test_budgets_are_those_all_runs_have_reached_and_scores_lie_between_evaluations(runs: list[Path]) -> None:
+    found = {(row["budget"], row["run"]): row for row in records(compare_runs(runs), "equal-budgets")}
+    assert found["tokens", "a"]["amount"] == 6 * 64
+    assert found["tokens", "a"]["validation_bits_per_byte"] == 1.8
+    assert found["tokens", "b"]["validation_bits_per_byte"] == pytest.approx(np.interp(6, [2, 4, 10], [2.9, 2.4, 1.5]))
+
+
+def test_the_findings_name_who_is_ahead_and_which_keys_differ(runs: list[Path]) -> None:
+    sentences = "\n".join(finding.sentence for finding in compare_runs(runs).findings)
+    assert "At equal tokens (384) a is ahead: 1.8000 bits per byte, b 2.1000 (0.3000 more)." in sentences
+    assert "A run that is read before its last step" in sentences
+    assert "The recipes differ in" in sentences
+    assert "model.preset" in sentences
+
+
+def test_scores_of_different_texts_are_not_ranked(tmp_path: Path) -> None:
+    texts = [write_run(tmp_path / name, scores={4: 2.0}, scored_on=name) for name in ("a", "b")]
+    sentences = [finding.sentence for finding in compare_runs(texts).findings]
+    assert "The runs were scored on different texts: their bits per byte do not rank them." in sentences
+    assert not any("ahead" in sentence for sentence in sentences)
+
+
+def test_a_run_that_got_worse_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", scores={2: 3.0, 4: 2.0, 6: 2.5})
+    sentence = report_runs([run]).findings[0].sentence
+    assert "2.5000 bits per byte of held-out text, which is 0.5000 worse than its best, at step 4." in sentence
+
+
+def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", scores={1000: 2.0})
+    losses = [row["loss"] for row in records(report_runs([run]), "training-loss")]
+    assert len(losses) <= 240
+    assert losses[0] == pytest.approx(np.mean([5 - step / 10 for step in range(1, 6)]))
+
+
+def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name / "run", scores={4: 2.0}) for name in ("a", "b")]
+    assert [row["run"] for row in records(compare_runs(paths), "runs")] == [str(path) for path in paths]
+
+
+def test_what_is_no_run_is_refused_by_name(tmp_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(ArtefactError, match="nothing: no such directory"):
+        report_runs([tmp_path / "nothing"])
+    with pytest.raises(ArtefactError, match="is no run"):
+        report_runs([tmp_path])
+    with pytest.raises(RecipeError, match="is named twice"):
+        compare_runs([runs[0], runs[0]])
+
+
+def inside(page: str, identity: str) -> Any:
+    found = re.search(rf'<script type="application/json" id="{identity}">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_page_and_json_hold_the_same_numbers(runs: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = CliRunner().invoke(app, ["compare", *map(str, runs), "--output", str(page), "--json"])
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed.pop("file") == str(page)
+    assert inside(page.read_text(encoding="utf-8"), "numbers") == printed
+
+
+def test_a_page_is_small_and_names_nothing_to_load(runs: list[Path]) -> None:
+    page = to_page(compare_runs(runs))
+    assert len(page.encode()) < 5_000_000
+    outside = re.sub(r"(<script[^>]*>).*?(</script>)", r"\1\2", page, flags=re.DOTALL)
+    assert not re.search(r"""\ssrc=|href="(?!#)""", outside)
+    assert "default-src 'none'" in page
+
+
+def test_text_of_a_report_is_never_taken_for_markup() -> None:
+    evil = "</script><script>alert(1)</script>"
+    part = Part("a", evil, evil, ("x",), [(evil,), (float("nan"),)])
+    page = to_page(Report(evil, [Finding(evil)], [Section(evil, [part])]))
+    assert evil not in page
+    assert inside(page, "numbers")["sections"][0]["parts"][0]["rows"] == [[evil], [None]]
+
+
+def test_the_terminal_shows_the_findings_and_the_short_tables(runs: list[Path]) -> None:
+    result = CliRunner().invoke(app, ["compare", *map(str, runs)])
+    assert result.exit_code == 0, result.stderr
+    assert "- At equal tokens (384) a is ahead" in result.stdout
+    assert "What the recipes differ in" in result.stdout
+
+
+def test_a_comparison_needs_two_runs(runs: list[Path]) -> None:
+    result = CliRunner().invoke(app, ["compare", str(runs[0])])
+    assert (result.exit_code, "needs two runs or more" in result.stderr) == (2, True)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_browser_draws_every_chart_without_an_error(runs: list[Path], tmp_path: Path) -> None:
+    report = compare_runs(runs)
+    path = tmp_path / "report.html"
+    path.write_text(to_page(report), encoding="utf-8")
+    document, log = browse(path, tmp_path / "profile")
+    assert 'data-drawn="yes"' in document, log
+    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == sum(part.spec is not None for part in report.parts)
+    assert "CONSOLE" not in log, log
+
+
+def browse(path: Path, profile: Path) -> tuple[str, str]:
+    """The document that a headless Chromium makes of a page, and what it logs."""
+    assert CHROMIUM
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", "--enable-logging=stderr", "--dump-dom"]
+    found = subprocess.run([CHROMIUM, *options, path.as_uri()], capture_output=True, encoding="utf-8", timeout=120)
+    return found.stdout, found.stderr
