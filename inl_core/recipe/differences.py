@@ -34,6 +34,7 @@ _KINDS: dict[str, Kind] = {
     "training": "identity",
     "training.steps": "schedule",
     "training.tokens": "schedule",
+    "training.max_hours": "operational",
     "training.schedule": "schedule",
     "training.optimizer": "identity",  # its state was made with these betas and this eps
     "training.optimizer.learning_rate": "schedule",

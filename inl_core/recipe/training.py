@@ -182,6 +182,10 @@ class TrainingSettings(Section):
     """Tokens to train on, rounded up to whole steps; give this or steps."""
     sequence_length: Length = 128
     """S, tokens in a window."""
+    max_hours: Positive | None = None
+    """Hours after which the command saves and stops (exit code 75), counted from its start; what resumes the run has
+    them anew. It stops earlier by the time of a save, so that it is over by then. The end of a Slurm job is heeded
+    without it."""
     batch_tokens: Count = 2048
     """Tokens in one step over all processes; micro_batch_size x sequence_length x processes must divide it."""
     micro_batch_size: Count | None = None

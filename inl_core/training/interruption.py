@@ -1,4 +1,4 @@
-"""Signals that ask a run to end, and what it does about them.
+"""Signals, or a time limit, that ask a run to end, and what it does about them.
 
 - Every one of SIGNALS asks for the same: save and leave. A signal that was ignored when the process started (nohup
   ignores SIGHUP) stays ignored.
@@ -6,6 +6,7 @@
   saved, and the signal interrupts at once.
 - A second signal does not wait for the saving. A command's process ends there and then, with 128 + the signal's number;
   a process that is not ours to end (a notebook, say) gets a KeyboardInterrupt.
+- A time limit (time_limit.py) is a request, too, but no signal: the first signal after it is still the first one.
 - A worker whose torchrun is gone is asked to leave too, because nobody else would end it, and a resumed run would find
   the directory still in use.
 """
@@ -21,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from inl_core.errors import Interrupted
+from inl_core.training.time_limit import MAX_HOURS, SLURM, TimeLimit
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGPWR")
 """The signals that are listened to, where the system has them. SIGXCPU says that the processor time is used up, SIGPWR
@@ -48,7 +50,10 @@ class StopSignal:
     """
 
     def __init__(self, end: Callable[[int], object] | None = None) -> None:
+        self.started = time.monotonic()
         self.requested, self.name = False, "another process"
+        self.limit: TimeLimit | None = None
+        """When the run must have saved, where somebody has said so."""
         self.leave_word: Callable[[], None] | None = None
         """Is called before the process is ended because it was busy for too long outside of the loop."""
         self._end = end
@@ -91,6 +96,12 @@ class StopSignal:
         if kind is KeyboardInterrupt and self.requested and not self._is_second:
             raise Interrupted(f"stopped by {self.name}; the same command goes on") from None
 
+    def is_asking(self) -> bool:
+        """Whether a signal came, or the time is up; the training loop asks this between its steps."""
+        if not self.requested and self.limit is not None and self.limit.is_near():
+            self.requested, self.name = True, self.limit.name
+        return self.requested
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """In this context a signal only sets `requested`. Once one came, later ones are requests after it too."""
@@ -101,13 +112,14 @@ class StopSignal:
             self._defers = self.requested
 
     def share(self, sum_numbers: Callable[..., list[float]]) -> None:
-        """Take the name of the signal from the rank that got it; every rank calls this, with World.sum_numbers."""
-        counts = sum_numbers(*(float(self.name == name) for name in SIGNALS))
-        self.name = next((name for name, count in zip(SIGNALS, counts, strict=True) if count), self.name)
+        """Learn who asked, from the rank that knows it; every rank calls this, with World.sum_numbers."""
+        names = (*SIGNALS, MAX_HOURS, SLURM)
+        counts = sum_numbers(*(float(self.name == name) for name in names))
+        self.name = next((name for name, count in zip(names, counts, strict=True) if count), self.name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if not self.requested:
+        if not self._first:
             self.requested, self.name, self._first = True, name, now
             if not self._defers:
                 raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 """How a run stands: empty, running, done, preempted, failed or resumable. It is read in a moment and imports no torch.
 
-- A session that a signal stopped leaves preempted.json, one that an error ended leaves failed.json. The next session
-  removes both as soon as it owns the run, so they always speak of the last one.
+- A session that a signal or a time limit stopped leaves preempted.json, one that an error ended leaves failed.json. The
+  next session removes both as soon as it owns the run, so they always speak of the last one.
 - A process that was killed leaves neither.
 """
 
@@ -55,9 +55,9 @@ class RunStatus:
 
     run: Path
     state: State
-    """done: at its last step, saved and evaluated. running: a process owns it. preempted: a signal stopped it in good
-    order. failed: an error ended the last session. resumable: the last session was killed, or crashed, without a word.
-    empty: nothing has been started here."""
+    """done: at its last step, saved and evaluated. running: a process owns it. preempted: a signal or a time limit
+    stopped it in good order. failed: an error ended the last session. resumable: the last session was killed, or
+    crashed, without a word. empty: nothing has been started here."""
     reason: str = ""
     """Who is running it, what stopped it, or the error."""
     recipe: Recipe | None = None
@@ -158,9 +158,13 @@ def check_is_run_directory(path: Path) -> None:
         raise ArtefactError(f"{path}: is a checkpoint; {advice}")
 
 
-def write_preempted(run: Path, step: int, signal_name: str) -> None:
-    """Write that a signal stopped the run, which can go on from `step`; OSError when it cannot be written."""
-    write_whole(run / PREEMPTED, json.dumps({"step": step, "signal": signal_name, "time": time.time()}))
+def write_preempted(run: Path, step: int, asked_by: str) -> None:
+    """Write that the run, which can go on from `step`, was asked to stop; OSError when it cannot be written.
+
+    Args:
+        asked_by: the name of a signal, or of a limit of time_limit.py.
+    """
+    write_whole(run / PREEMPTED, json.dumps({"step": step, "signal": asked_by, "time": time.time()}))
 
 
 def write_failed(run: Path, error: Exception) -> None:

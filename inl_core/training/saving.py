@@ -76,6 +76,8 @@ class Saver:
         # The memory of a copy is kept for the next one: to get it anew takes several times as long as to fill it.
         self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self.longest = 0.0
+        """Seconds that the longest save of this process took; rank 0 alone knows it."""
         self._pending: _Pending | None = None
 
     def try_before_first_step(self, state: TrainState) -> None:
@@ -173,7 +175,7 @@ class Saver:
         run, start = self.run.path, time.perf_counter()
         try:
             saved = write_snapshot(run / TRIAL, self._snapshot(state), self._writers)
-            seconds = time.perf_counter() - start
+            self.longest = seconds = time.perf_counter() - start
             self._writers.on_main(lambda: verify_checkpoint(saved))
             before = {name: own_part(tensor).clone() for name, tensor in self.model.state_dict().items()}
             load_checkpoint(saved, self.model, self.optimizers)
@@ -226,6 +228,7 @@ class Saver:
             )
         else:
             pending.is_saved = True
+            self.longest = max(self.longest, seconds)
             self.observer.on_checkpoint(path, seconds)
             self._retain(pending.step)
         return pending.is_saved

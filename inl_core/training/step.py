@@ -93,7 +93,7 @@ class Stepper:
         if step and is_due(step, self.settings.evaluation.every):
             reallocate_budget(self.parallel, parts)
         # One sum over ranks a step: target tokens, their bytes, and whether any rank was asked to stop.
-        count, num_bytes, stopping = self.world.sum_numbers(*self._count(batch), float(stop.requested))
+        count, num_bytes, stopping = self.world.sum_numbers(*self._count(batch), float(stop.is_asking()))
         factor = learning_rate_factor(self.settings.schedule, step, self.settings.num_steps)
         rate = self.optimizers.set_learning_rate_factor(factor)
         losses, norm = self._gradient(parts, now, step, count) if count else ({}, None)

@@ -38,6 +38,7 @@ from inl_core.training.run_status import PREEMPTED, write_preempted
 from inl_core.training.saving import Saver
 from inl_core.training.schedules import is_due
 from inl_core.training.step import Stepper
+from inl_core.training.time_limit import find_limit
 from inl_core.training.validation import Validation
 
 
@@ -69,6 +70,7 @@ class Trainer:
         )
         self.optimizers = build_optimizers(self.model, settings.optimizer, world.device)
         self.state = TrainState(data_fingerprint=data.train.fingerprint, world_size=world.size)
+        self._longest_step: float | None = None
         self.stepper = Stepper(self.parallel, self.loader, self.optimizers, run, observer)
         self.log = RunLog(self.parallel, run, observer, self.loader.num_windows)
         self.validation = Validation(data.validation, run, world)
@@ -95,12 +97,14 @@ class Trainer:
         Raises:
             NonFiniteError: a loss or the gradient is NaN or infinite (nothing was updated with it), or the weights are
                 (nothing was saved).
-            Interrupted: a signal stopped the run after its state was saved.
+            Interrupted: a signal, or a time limit, stopped the run after its state was saved.
             InlError: the disk has no room for a checkpoint before the first step, or after the last one.
         """
         if stop is None:
             with StopSignal() as stop:
                 return self.fit(stop)
+        if self.world.is_main:
+            stop.limit = find_limit(self.settings.max_hours, stop.started)
         try:
             with closing(self.saver):
                 self._begin()
@@ -130,13 +134,17 @@ class Trainer:
         return self._evaluate(self.settings.evaluation.final_tokens, stop)
 
     def _train_step(self, stop: StopSignal) -> bool:
-        """Take one optimizer step; whether a signal asks to stop after it."""
+        """Take one optimizer step; whether the run is asked to stop after it."""
         result = self.stepper.take(self.state.step, stop)
         self.state.step += 1
         self.state.samples += self.settings.batch_size
         self.state.tokens += int(result.num_targets)
         self.state.seconds += result.seconds
         self.state.skipped = self.stepper.num_skipped
+        # The first step also warms up, or compiles, and says nothing of those to come.
+        self._longest_step = 0.0 if self._longest_step is None else max(self._longest_step, result.seconds)
+        if stop.limit is not None:  # the step at work when the time is up, the one that notices it, and a save
+            stop.limit.needed = 2 * self._longest_step + 2 * self.saver.longest
         self.log.add_step(self.state, result)
         return result.is_stopping
 
@@ -176,10 +184,10 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
-            Interrupted: a signal came; the state was saved, and a resumed run evaluates it again.
+            Interrupted: the run is asked to stop; the state was saved, and a resumed run evaluates it again.
         """
         step, evaluation = self.state.step, self.parallel.run(lambda model: self.validation.score(model, tokens, stop))
-        if stop is not None and self.world.sum_numbers(float(stop.requested))[0] > 0:
+        if stop is not None and self.world.sum_numbers(float(stop.is_asking()))[0] > 0:
             self.saver.finish()
             if self.saver.saved_step != step:
                 self.saver.save(self.state)
@@ -215,7 +223,7 @@ class Trainer:
         return f"try a lower training.optimizer.learning_rate; {again}"
 
     def _stopped_by(self, stop: StopSignal) -> InlError:
-        """The error that ends a run which a signal stopped; preempted.json says so too, if the state was saved."""
+        """The error that ends a run which was asked to stop; preempted.json says so too, if the state was saved."""
         step, path = self.state.step, self.run.path
         stop.share(self.world.sum_numbers)
         if self.saver.saved_step != step:
@@ -227,10 +235,10 @@ class Trainer:
         self.world.on_main(lambda: self._leave_word(stop.name))
         return Interrupted(f"stopped by {stop.name} at step {step}, saved; continue with: inl resume {path}")
 
-    def _leave_word(self, signal_name: str) -> None:
+    def _leave_word(self, asked_by: str) -> None:
         """Write preempted.json; a disk that will not take it costs a warning."""
         path = self.run.path
         try:
-            write_preempted(path, self.state.step, signal_name)
+            write_preempted(path, self.state.step, asked_by)
         except OSError as error:
             self.observer.on_warning(f"{path / PREEMPTED}: not written ({error.strerror or error})")

@@ -74,5 +74,5 @@ def _until(stop: StopSignal | None, batches: Iterable[Batch], world: World) -> I
     """The batches up to the one during which any rank heard a signal; at least one, so that there is a sum."""
     for batch in batches:
         yield batch
-        if stop is not None and world.sum_numbers(float(stop.requested))[0]:
+        if stop is not None and world.sum_numbers(float(stop.is_asking()))[0]:
             return
