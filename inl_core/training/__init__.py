@@ -21,7 +21,8 @@
       optimizers.py       AdamW and Muon, and which parameters decay
       adaptation.py       the moving average of mu, and the layers' budgets
     run_log.py          rows of metrics (metrics.py, mirrors.py), warnings of jumps (spikes.py), records of the dynamics
-                        (dynamics.py measures, depth.py and spread.py say what, records.py writes and reads)
+                        (dynamics.py measures, depth.py and spread.py say what, records.py writes and reads) and alarms
+                        of what has collapsed (alarms.py)
     saving.py           checkpoints (checkpoint.py) and which of them stay (retention.py)
     validation.py       scores on the validation split
     interruption.py     signals that ask a run to end

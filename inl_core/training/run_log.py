@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inl_core.inference.evaluate import Evaluation
 from inl_core.model import IntegratorLanguageModel
+from inl_core.training.alarms import AlarmWatch
 from inl_core.training.checkpoint import TrainState
 from inl_core.training.dynamics import headline, record_layers
 from inl_core.training.loss_module import MicroBatch
@@ -33,6 +34,7 @@ class RunLog:
         self.device = world.device
         self.metrics = MetricsWriter(run.path, run.recipe, observer.on_warning) if world.is_main else None
         self.spikes = SpikeWatch(observer.on_warning)
+        self.alarms = AlarmWatch(run.path, self.settings.num_steps, observer.on_warning)
         self.utilisation = utilisation_of(run.recipe, self.model.vocab_size, world)
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0  # since the last row
 
@@ -128,6 +130,8 @@ class RunLog:
                 write_record(self.run.path, step, rows)
         except OSError as error:
             self.observer.on_warning(f"dynamics of step {step} not written: {error.strerror or error}")
+        if self.metrics is not None:
+            self.alarms.hear(step, rows)
         return headline(rows)
 
 
