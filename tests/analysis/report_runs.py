@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from inl_core.training.records import write_record
 from inl_core.training.run import RunFiles
 from tests.inference.tiny import recipe, tokenizer
 
@@ -24,3 +25,13 @@ def write_run(
             rows.append({**reached, "scored_on": scored_on, **score})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_history(run: Path, values: dict[int, list[float]], quantity: str = "mu", **figures: float) -> None:
+    """Records whose mean is `values` by step and layer, and whose other figures are the same everywhere."""
+    for step, means in values.items():
+        rows = [
+            {"layer": n, "quantity": quantity, "mean": mean, "p5": 0.0, "p50": mean, "p95": 1.0, **figures}
+            for n, mean in enumerate(means)
+        ]
+        write_record(run, step, rows)

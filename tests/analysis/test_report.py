@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from inl_cli.app import app
 from inl_core.analysis.report.build import compare_runs, report_runs
+from inl_core.analysis.report.history import MOST_RECORDS
 from inl_core.analysis.report.page import to_page
 from inl_core.analysis.report.parts import Finding, Part, Report, Section
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.model.flops import training_flops
-from tests.analysis.report_runs import SPEED, write_run
+from tests.analysis.report_runs import SPEED, write_history, write_run
 from tests.inference.tiny import config, tokenizer
 
 CHROMIUM = shutil.which("chromium")
@@ -76,6 +77,37 @@ def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:
     losses = [row["loss"] for row in records(report_runs([run]), "training-loss")]
     assert len(losses) <= 240
     assert losses[0] == pytest.approx(np.mean([5 - step / 10 for step in range(1, 6)]))
+
+
+def test_the_records_of_the_dynamics_become_a_table_of_step_and_layer(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", "v4", scores={4: 2.0})
+    write_history(run, {1: [0.0, 0.0], 3: [0.5, 0.25]}, drift=0.002)
+    report = report_runs([run])
+    rows = [(row["step"], row["place"], row["mean"], row["drift"]) for row in records(report, "a-mu")]
+    assert rows == [
+        (1, "layer 0", 0, 0.002),
+        (1, "layer 1", 0, 0.002),
+        (3, "layer 0", 0.5, 0.002),
+        (3, "layer 1", 0.25, 0.002),
+    ]
+    sentences = [finding.sentence for finding in report.findings]
+    assert "a: distance from the start at step 3, rms: mu 0.002." in sentences
+    assert "a: mu hardly left its start (rms below 0.01)." in sentences
+
+
+def test_many_records_are_thinned_and_the_last_one_stays(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", "v4", scores={4: 2.0})
+    write_history(run, {step: [step / 7] for step in range(1, 151)})
+    steps = [row["step"] for row in records(report_runs([run]), "a-mu")]
+    assert len(steps) <= MOST_RECORDS
+    assert steps[-1] == 150
+
+
+@pytest.mark.parametrize(("variance", "said"), [(0.01, "(20% of its size)"), (1e-8, "as good as constant")])
+def test_a_coefficient_that_no_token_changes_is_called_constant(tmp_path: Path, variance: float, said: str) -> None:
+    run = write_run(tmp_path / "a", "v4", scores={4: 2.0})
+    write_history(run, {1: [0.5]}, "alpha", variance_tokens=variance)
+    assert said in report_runs([run]).findings[-1].sentence
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path: Path) -> None:
@@ -137,12 +169,13 @@ def test_a_comparison_needs_two_runs(runs: list[Path]) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_draws_every_chart_without_an_error(runs: list[Path], tmp_path: Path) -> None:
-    report = compare_runs(runs)
+    write_history(runs[0], {1: [0.0, 0.0], 3: [0.5, 0.25]}, drift=0.1)
+    report = report_runs(runs)
     path = tmp_path / "report.html"
     path.write_text(to_page(report), encoding="utf-8")
     document, log = browse(path, tmp_path / "profile")
     assert 'data-drawn="yes"' in document, log
-    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == sum(part.spec is not None for part in report.parts)
+    assert len(re.findall(r'<svg[^>]*class="marks"', document)) == sum(len(part.specs) for part in report.parts)
     assert "CONSOLE" not in log, log
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from inl_core.analysis.report.history import history_section
 from inl_core.analysis.report.parts import Finding, Report, Section
 from inl_core.analysis.report.recipes import recipe_findings, recipe_section
 from inl_core.analysis.report.runs import RunRecord, open_runs
@@ -19,6 +20,10 @@ def report_runs(paths: Sequence[Path]) -> Report:
     """Everything there is to say of one or several runs; raises as `open_runs` does."""
     runs = open_runs(paths)
     findings, sections = _of_files(runs)
+    for run in runs:
+        if found := history_section(run):
+            sections.append(found[0])
+            findings += found[1]
     return Report(", ".join(run.name for run in runs), findings, sections)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from inl_core.analysis.report.parts import Spec
 
 HEIGHT = 280
+_WORDS = {"std": "standard deviation", "p5": "5th percentile", "p50": "median", "p95": "95th percentile"}
+_WORDS["drift"] = "distance from the start"
 
 
 def chosen(name: str, label: str, options: Sequence[Any], labels: Sequence[str] = ()) -> Spec:
@@ -68,4 +70,48 @@ def curves(
             "shape": category(group, group_title),
             "tooltip": tooltip(group, *shown),
         },
+    }
+
+
+def heat_map(figures: Sequence[str], places: Sequence[str]) -> Spec:
+    """Colour by step (a column) and place (a row), of the figure that the reader chooses."""
+    return {
+        "height": min(640, max(90, 22 * len(places))),
+        "params": [chosen("figure", "show ", figures, [_WORDS.get(name, name) for name in figures])],
+        "transform": [{"calculate": "datum[figure]", "as": "value"}, {"filter": "isValid(datum.value)"}],
+        "mark": {"type": "rect", "tooltip": True},
+        "encoding": {
+            "x": {
+                "field": "step",
+                "type": "ordinal",
+                "title": "step",
+                "axis": {"labelOverlap": "greedy", "labelAngle": 0},
+            },
+            "y": category("place", ""),
+            "color": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
+            "tooltip": tooltip("step", "place", *figures),
+        },
+    }
+
+
+def fan(places: Sequence[str], title: str) -> Spec:
+    """The band from the 5th to the 95th percentile and the median over steps, at the place that the reader chooses."""
+    return {
+        "height": 180,
+        "params": [chosen("shown", "at ", places)],
+        "transform": [{"filter": "datum.place === shown"}],
+        "encoding": {"x": number("step", "step")},
+        "layer": [
+            {
+                "mark": {"type": "area", "opacity": 0.25, "color": "var(--c0)"},
+                "encoding": {"y": number("p5", title), "y2": {"field": "p95"}},
+            },
+            {
+                "mark": {"type": "line", "color": "var(--c0)", "point": {"opacity": 0, "size": 80}},
+                "encoding": {
+                    "y": number("p50", title),
+                    "tooltip": tooltip("step", "place", "p5", "p50", "p95", "mean"),
+                },
+            },
+        ],
     }

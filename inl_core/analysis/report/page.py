@@ -34,7 +34,7 @@ def to_page(report: Report) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(_ASSETS), undefined=StrictUndefined, autoescape=True)
-    specs = {part.key: part.spec for part in report.parts if part.spec}
+    specs = {part.key: part.specs for part in report.parts}
     return environment.get_template("page.html.jinja").render(
         report=report,
         style=_asset("page.css"),

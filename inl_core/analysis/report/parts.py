@@ -22,8 +22,8 @@ class Part:
     """The sentence that says what to see in it."""
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
-    spec: Spec | None = None
-    """None for a part that is its table alone."""
+    specs: tuple[Spec, ...] = ()
+    """The charts of these numbers; none for a part that is its table alone."""
 
     def records(self) -> list[dict[str, Any]]:
         """The rows as mappings."""

@@ -115,7 +115,7 @@ def _loss_part(runs: Sequence[RunRecord]) -> Part:
     measures = {"loss": "loss, nats a token", "bits_per_byte": "bits per byte", "gradient_norm": "norm of the gradient"}
     measures["learning_rate"] = "learning rate"
     spec = curves(_ALONG, measures, group="run", group_title="run", shown=names)
-    return Part("training-loss", "Training loss", see, ("run", *names), rows, spec)
+    return Part("training-loss", "Training loss", see, ("run", *names), rows, (spec,))
 
 
 def _score_part(runs: Sequence[RunRecord]) -> Part:
@@ -127,7 +127,7 @@ def _score_part(runs: Sequence[RunRecord]) -> Part:
     if not any(row.get(_SCORE) for run in runs for row in run.evaluations):
         del measures[_SCORE]
     spec = curves(_ALONG, measures, group="run", group_title="run", shown=names, points=True)
-    return Part("validation", "Held-out text", see, ("run", *names), rows, spec)
+    return Part("validation", "Held-out text", see, ("run", *names), rows, (spec,))
 
 
 def _budget_part(runs: Sequence[RunRecord]) -> Part:

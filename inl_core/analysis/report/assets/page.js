@@ -24,7 +24,7 @@
 
   function draw(place) {
     const key = place.dataset.part;
-    const spec = { width: "container", autosize: { type: "fit-x", contains: "padding" }, ...specs[key], data: { values: records(parts[key]) } };
+    const spec = { width: "container", autosize: { type: "fit-x", contains: "padding" }, ...specs[key][place.dataset.number], data: { values: records(parts[key]) } };
     return vegaEmbed(place, spec, { renderer: "svg", actions: false, config, tooltip: { disableDefaultStyle: false } }).catch((problem) => {
       place.classList.add("problem");
       place.textContent = `This chart could not be drawn: ${problem.message}`;
