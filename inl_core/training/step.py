@@ -76,6 +76,7 @@ class Stepper:
         """Steps of the run until now that were skipped, because they were not finite."""
         self.token_num_bytes = run.tokenizer.token_num_bytes
         self.special_ids = torch.tensor(sorted(run.tokenizer.special_ids.values()), device=world.device)
+        self._gradient_seconds: float | None = None
         self.num_empty = 0
         """Steps whose batch held no target token."""
 
@@ -112,14 +113,16 @@ class Stepper:
         return StepResult(now, parts[0], rate, count, num_bytes, losses, norm, stopping > 0, seconds, record)
 
     def time_gradient(self) -> float:
-        """Seconds that the first batch's forward and backward passes take; nothing is updated."""
-        parts, now, seconds = self.batches.load(0)[1], self._regime(0), 0.0
-        for _ in range(2):  # the first pass warms up, and compiles
-            start = time.perf_counter()
-            self.gradients.backward(parts, now, 0, 1.0)["task"].item()  # waits for the device
-            seconds = time.perf_counter() - start
-            self.optimizers.zero_grad()
-        return seconds
+        """Seconds that the first batch's forward and backward passes take, found once; nothing is updated."""
+        if self._gradient_seconds is None:
+            parts, now = self.batches.load(0)[1], self._regime(0)
+            for _ in range(2):  # the first pass warms up, and compiles
+                start = time.perf_counter()
+                self.gradients.backward(parts, now, 0, 1.0)["task"].item()  # waits for the device
+                self._gradient_seconds = time.perf_counter() - start
+                self.optimizers.zero_grad()
+        assert self._gradient_seconds is not None
+        return self._gradient_seconds
 
     def close(self) -> None:
         """Stop loading batches ahead."""

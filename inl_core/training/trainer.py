@@ -122,8 +122,16 @@ class Trainer:
             remove_leftovers(self.run.path)
         if self.state.step == 0:
             self.saver.try_before_first_step(self.state)
-        elif self._missed_evaluation():
+        if self.settings.compile and self.state.step < self.settings.num_steps:
+            self._compile()
+        if self.state.step and self._missed_evaluation():
             self._evaluate_and_save_best()
+
+    def _compile(self) -> None:
+        """Compile training and evaluation while nothing needs to be saved, so that a signal need not wait for it."""
+        self.stepper.time_gradient()
+        tokens = self.validation.sequence_length * self.validation.batch_size
+        self.parallel.run(lambda model: self.validation.score(model, tokens))
 
     def _train(self, stop: StopSignal) -> Evaluation | None:
         """The steps, with what is due between them, and the final evaluation."""

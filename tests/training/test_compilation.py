@@ -1,5 +1,7 @@
 """Each part of a compiled model is compiled once for training and once for evaluation, whatever a run does."""
 
+import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -8,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from inl_core.errors import Interrupted
 from inl_core.kernels import compilation
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig, TrainingSettings
 from inl_core.training.execution import prepare_model
+from inl_core.training.interruption import StopSignal
 
 EVERYTHING = {
     "steps": 4,
@@ -120,3 +124,24 @@ def test_a_second_compilation_is_warned_of():
     model(torch.zeros(2, 32, dtype=torch.long))
     with pytest.warns(RuntimeWarning, match=r"Block\.enter is compiled for training again, number 2: "):
         model(torch.zeros(3, 16, dtype=torch.long))  # training is compiled for one shape
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["training", "evaluation"])
+def test_a_signal_during_compilation_is_not_kept_waiting(monkeypatch, make_recipe, make_trainer, number):
+    trainer, _ = make_trainer(make_recipe(model={"preset": "v5"}, training={"compile": True, "operations": "plain"}))
+    before, began = signal.getsignal(signal.SIGTERM), []
+
+    def generate_code(graph, inputs):
+        began.append(number)
+        if len(began) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "generate_code", generate_code)
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM"), StopSignal() as stop:
+            trainer.fit(stop)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(began) == number
+    assert trainer.state.step == 0
