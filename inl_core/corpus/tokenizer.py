@@ -138,6 +138,11 @@ class Tokenizer:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(id) for id in ids], skip_special_tokens=skip_special_tokens)
 
+    def encodes_like(self, other: "Tokenizer") -> bool:
+        """Whether both give every text the same ids. What their files would add around a text is never added here."""
+        around = {"post_processor": None}
+        return self._description | around == other._description | around
+
     def token_id(self, name: str) -> int | None:
         """The id of the token with exactly this name, or None."""
         return self._vocab.get(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inl_core.errors import RecipeError
+from inl_core.recipe.model import ModelConfig
 from inl_core.recipe.recipe import Recipe
 
 Kind = Literal["identity", "schedule", "operational"]
@@ -115,6 +116,11 @@ class Difference:
 def recipe_differences(old: Recipe, new: Recipe) -> list[Difference]:
     """The keys that differ, in the order of the recipe."""
     return _compare((), old.model_dump(mode="json"), new.model_dump(mode="json"))
+
+
+def model_differences(old: ModelConfig, new: ModelConfig) -> list[Difference]:
+    """The keys of two model sections that differ."""
+    return _compare(("model",), old.model_dump(mode="json"), new.model_dump(mode="json"))
 
 
 def check_changes(run: Path, changes: Sequence[Difference], allowed: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
-from inl_core.recipe.base import Iterations, Length, NonNegative, Positive, Section, Vocabulary, Width
+from inl_core.recipe.base import FilePath, Iterations, Length, NonNegative, Positive, Section, Vocabulary, Width
 from inl_core.recipe.presets import DEFAULT_PRESET, PRESETS, merge
 from inl_core.recipe.problems import did_you_mean, shown
 from inl_core.recipe.sizes import ALIASES, SIZES, find_size
@@ -237,6 +237,8 @@ class ModelConfig(Section):
     transport: StrictBool | Literal["embedding", "attention", "feed_forward"] = True
     """b: the velocity of the token before moves this token, too, at the embedding and every sub-layer (true), or there
     and after one kind of sub-layer, or there alone. For v5 and transformer."""
+    init_from: FilePath | None = None
+    """Begin at step 0 with the weights of this checkpoint, run or exported directory; null draws them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -371,5 +373,8 @@ class ModelConfig(Section):
         return self.integrator.model_copy(update=own)
 
     def with_vocab_size(self, vocab_size: int) -> "ModelConfig":
-        """The same model for a vocabulary of this size (the tokenizer's)."""
-        return self.model_copy(update={"vocab_size": vocab_size})
+        """The same model for a vocabulary of this size (the tokenizer's), as a checkpoint keeps it.
+
+        What weights it began with is left out: that is no part of what the model computes.
+        """
+        return self.model_copy(update={"vocab_size": vocab_size, "init_from": None})

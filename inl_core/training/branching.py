@@ -8,14 +8,16 @@
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import expand_home
 from inl_core.inference.checkpoint_files import (
     MANIFEST,
+    TOKENIZER,
     file_digest,
     is_checkpoint,
     list_checkpoints,
@@ -43,9 +45,15 @@ def choose_origin(path: str | Path, recipe: Recipe, *, tell: Say, warn: Say) -> 
 
     Raises:
         ArtefactError: there is no intact checkpoint, or it holds no state of an optimizer.
-        RecipeError: weights or optimizer would not fit the recipe, or its last step is not after the checkpoint's.
+        RecipeError: weights or optimizer would not fit the recipe, its last step is not after the checkpoint's, or it
+            names other weights to begin with.
     """
     given = expand_home(path)
+    if recipe.model.init_from is not None:
+        raise RecipeError(
+            f"model.init_from {recipe.model.init_from}: a branch begins with {given} and with no other "
+            "weights; give --set model.init_from=null"
+        )
     if not is_checkpoint(given) and not list_checkpoints(given / "checkpoints"):
         raise ArtefactError(f"{given}: no checkpoint to branch from; name one, or a run that has saved one")
     if not is_checkpoint(given):
@@ -54,8 +62,7 @@ def choose_origin(path: str | Path, recipe: Recipe, *, tell: Say, warn: Say) -> 
         verify_checkpoint(given, purpose="resume")
         checkpoint = given
     changes = recipe_differences(load_recipe(checkpoint / "recipe.yaml", allow_pipe=False), recipe)
-    if misfits := [f"{change.path} ({change.old}, not {change.new})" for change in changes if _is_misfit(change)]:
-        raise RecipeError(f"{checkpoint}: its weights or its optimizer do not fit the recipe: {', '.join(misfits)}")
+    refuse_misfits(f"{checkpoint}: its weights or its optimizer do not", changes)
     step, last = read_manifest(checkpoint).step, recipe.training.num_steps
     if last <= step:
         raise RecipeError(
@@ -67,12 +74,18 @@ def choose_origin(path: str | Path, recipe: Recipe, *, tell: Say, warn: Say) -> 
     return checkpoint
 
 
-def check_tokenizer(checkpoint: Path, data: RunData) -> None:
-    """ArtefactError when the branch's data is made of other tokens than those that the weights know."""
-    if read_config(checkpoint).tokenizer != data.tokenizer.fingerprint:
+def refuse_misfits(problem: str, changes: Sequence[Difference]) -> None:
+    """RecipeError when weights, or what an optimizer knows of them, cannot be used after one of the changes."""
+    if misfits := [f"{change.path} ({change.old}, not {change.new})" for change in changes if _is_misfit(change)]:
+        raise RecipeError(f"{problem} fit the recipe: {', '.join(misfits)}")
+
+
+def check_tokenizer(origin: Path, data: RunData) -> None:
+    """ArtefactError when the run's data is made of other tokens than those that the weights in `origin` know."""
+    if not Tokenizer.load(origin / TOKENIZER).encodes_like(data.tokenizer):
         raise ArtefactError(
-            f"{data.directory}: was prepared with another tokenizer than {checkpoint} was trained with, so its tokens "
-            f"mean something else; set data.tokenizer.file to {checkpoint / 'tokenizer.json'} and prepare it anew"
+            f"{data.directory}: was prepared with another tokenizer than {origin} was trained with, so its tokens "
+            f"mean something else; set data.tokenizer.file to {origin / TOKENIZER} and prepare it anew"
         )
 
 

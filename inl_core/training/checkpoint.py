@@ -114,9 +114,7 @@ def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Opti
     state, step = read_progress(path), read_manifest(path).step
     if state.step != step:
         raise ArtefactError(f"{path / PROGRESS}: is of step {state.step:,}, the checkpoint of step {step:,}")
-    weights = model.state_dict()
-    check_tensors(path, weights, "the recipe's model")
-    read_tensors(path, weights)
+    load_weights(path, model)
     # Asking for the state of a fresh optimizer makes it allocate its moments; they are then read in place.
     moments = optimizer_state(model, optimizers)
     tensors = state_tensors(moments)
@@ -124,6 +122,17 @@ def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Opti
     read_tensors(path / TRAINING_STATE, tensors)
     set_optimizer_state_dict(model, optimizers.parts, optim_state_dict=moments, options=_FLAT)
     return state
+
+
+def load_weights(directory: Path, model: IntegratorLanguageModel, prefix: str = "") -> None:
+    """Fill the model, or this process's part of it, with a directory's weights, whose names begin with `prefix` there.
+
+    Raises:
+        ArtefactError: a file is missing or damaged, or does not fit the model.
+    """
+    weights = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    check_tensors(directory, weights, "the recipe's model")
+    read_tensors(directory, weights)
 
 
 def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:

@@ -29,6 +29,7 @@ from inl_core.kernels.cpu.library import is_to_be_compiled
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
 from inl_core.training.branching import branch_provenance, check_tokenizer, choose_origin
+from inl_core.training.checkpoint import load_weights
 from inl_core.training.claim import claim, claim_new, join
 from inl_core.training.distributed import World, start_world
 from inl_core.training.interruption import StopSignal
@@ -51,6 +52,7 @@ from inl_core.training.run_status import (
     write_failed,
     write_preempted,
 )
+from inl_core.training.starting_weights import StartingWeights, find_weights
 from inl_core.training.trainer import Trainer
 
 
@@ -101,8 +103,8 @@ def open_session(
             session.compare_recipes(resumption)
         # Before the data is prepared, which may take hours: a run that cannot be resumed is refused at once.
         session.checkpoint = session.choose_checkpoint()
-        if branch_from is not None and session.checkpoint is None:
-            session.origin = session.choose_origin(branch_from)
+        if session.checkpoint is None:
+            session.choose_beginning(branch_from)
         yield session
 
 
@@ -119,6 +121,8 @@ class Session:
     """The checkpoint of this run that it goes on from; None starts at step 0, or with `origin`."""
     origin: Path | None = None
     """The checkpoint of another run that this one begins with."""
+    weights: StartingWeights | None = None
+    """What `model.init_from` names, where a run starts at step 0."""
 
     def ending(self) -> Ending | None:
         """What the run has reached, where `or_start` finds nothing left to do: its last step is saved and evaluated."""
@@ -170,7 +174,7 @@ class Session:
         while trainer is None and self.checkpoint is not None:
             trainer = self._try_to_resume(data, self.checkpoint)
         if trainer is None:
-            trainer = self._new_trainer(data) if self.origin is None else self._branched_trainer(data, self.origin)
+            trainer = self._first_trainer(data) if self.origin is None else self._branched_trainer(data, self.origin)
         self.world.on_main(lambda: self._accept(trainer))
         return trainer
 
@@ -184,10 +188,23 @@ class Session:
             lambda: choose_checkpoint(self.directory, self.recipe, wanted.allowed, must_advance=must_advance, warn=warn)
         )
 
-    def choose_origin(self, branch_from: str | Path) -> Path:
-        """The checkpoint of another run that this one begins with, verified."""
+    def choose_beginning(self, branch_from: str | Path | None) -> None:
+        """Find and verify the checkpoint of another run, or the weights, that a run at step 0 begins with, if any."""
         tell, warn = self.observer.on_message, self.observer.on_warning
-        return self.world.on_main(lambda: choose_origin(branch_from, self.recipe, tell=tell, warn=warn))
+        if branch_from is not None:
+            self.origin = self.world.on_main(lambda: choose_origin(branch_from, self.recipe, tell=tell, warn=warn))
+        else:
+            self.weights = self.world.on_main(lambda: find_weights(self.recipe.model, tell=tell))
+
+    def _first_trainer(self, data: RunData) -> Trainer:
+        """A trainer at step 0, whose weights are drawn, or those that `model.init_from` names."""
+        weights = self.weights
+        if weights is None:
+            return self._new_trainer(data)
+        self.world.on_main(lambda: weights.check_tokenizer(data))
+        trainer = self._new_trainer(data, weights.provenance)
+        load_weights(weights.path, trainer.model, weights.prefix)
+        return trainer
 
     def _branched_trainer(self, data: RunData, origin: Path) -> Trainer:
         """A trainer at another run's checkpoint, which is saved as the first one of this run.
