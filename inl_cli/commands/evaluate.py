@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,8 +21,10 @@ from inl_cli.options import (
     QuietOption,
     SplitOption,
     TextOption,
+    path_option,
 )
-from inl_core.errors import NonFiniteError
+from inl_cli.task_runs import run_tasks
+from inl_core.errors import NonFiniteError, RecipeError
 
 if TYPE_CHECKING:
     from inl_core.corpus.loader import Batch
@@ -33,7 +36,21 @@ StrideOption = Annotated[
     int | None, typer.Option(help="Tokens from one window to the next; less than the window gives each token context.")
 ]
 TokensOption = Annotated[int | None, typer.Option("--max-tokens", "--tokens", min=1, help="Score only the first N.")]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows in one forward pass; changes speed only.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Windows, or requests, in one pass; changes speed only.")]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...", help="Run these tasks of lm-eval instead, as arc_easy,blimp; patterns with * too."
+    ),
+]
+TaskPathOption = Annotated[
+    Path | None,
+    path_option("--task-path", help="A folder of task files besides lm-eval's own; its paths count from it."),
+]
+FewshotOption = Annotated[
+    int | None, typer.Option(min=0, help="Solved examples before each question; default the task's own.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first N examples of each task.")]
 
 
 @errors_to_exit_codes
@@ -48,6 +65,10 @@ def evaluate(
     no_early_stopping: NoEarlyStoppingOption = False,
     max_tokens: TokensOption = None,
     batch_size: BatchSizeOption = 16,
+    tasks: TasksOption = None,
+    task_path: TaskPathOption = None,
+    num_fewshot: FewshotOption = None,
+    limit: LimitOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     json: JsonOption = False,
@@ -56,7 +77,26 @@ def evaluate(
     """Score text: loss, perplexity, bits per byte, accuracy and the integrator iterations used."""
     console = Console(json=json, quiet=quiet)
     check_source(data, text)
+    names = _task_names(
+        tasks, others=(data, text, window, stride, max_tokens), settings=(task_path, num_fewshot, limit)
+    )
     loaded = open_model(console, checkpoint, device, iterations=iterations)
+    if names:
+        from inl_core.training.precision import is_bf16
+
+        run_tasks(
+            console,
+            loaded,
+            names,
+            task_path=task_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            iterations=iterations,
+            early_stopping=not no_early_stopping,
+            bf16=is_bf16(precision, loaded.model.embedding.table.weight.device),
+        )
+        return
     source = open_source(console, loaded, data, text, split)
 
     import torch
@@ -93,6 +133,23 @@ def evaluate(
         **asdict(scores),
     }
     console.result(result, lambda: _show(console, result))
+
+
+def _task_names(tasks: str | None, *, others: tuple[object, ...], settings: tuple[object, ...]) -> list[str]:
+    """The tasks that were asked for; together with what scores a text they are refused, as are their settings alone."""
+    if tasks is None:
+        if any(value is not None for value in settings):
+            raise RecipeError("--task-path, --num-fewshot and --limit are about --tasks: give it, too")
+        return []
+    if any(value is not None for value in others):
+        raise RecipeError("--tasks with --data, --text, --window, --stride or --max-tokens: those score a text; choose")
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise RecipeError("--tasks: names no task")
+    from inl_core.interop.harness import require_harness
+
+    require_harness()
+    return names
 
 
 def _counted(console: Console, batches: "Iterator[Batch]", total: int) -> "Iterator[Batch]":

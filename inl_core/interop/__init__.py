@@ -1,4 +1,4 @@
-"""Other programs' files: reference/ brings in released weights, huggingface/ makes our models known to transformers.
+"""Other programs: released weights come in, models leave for transformers, lm-eval's tasks are run.
 
 Only the command line imports this package.
 """
