@@ -28,6 +28,7 @@ from inl_cli.commands import (
     run_status,
     slurm,
     train,
+    watch,
 )
 from inl_cli.console import EXIT_FAILURE, show_error
 from inl_cli.streams import prepare_streams
@@ -46,6 +47,7 @@ app.command("prepare-data")(data.prepare_data)
 app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("run-status")(run_status.run_status)
+app.command("watch")(watch.watch)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)

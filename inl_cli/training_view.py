@@ -7,6 +7,7 @@ from typing import Any
 
 from inl_cli.console import Console
 from inl_cli.progress import amount
+from inl_cli.run_figures import clock, measured_figures, panel, row_figures
 from inl_core.analysis.planning import plan_recipe
 from inl_core.inference.evaluate import Evaluation
 from inl_core.kernels import describe
@@ -15,7 +16,6 @@ from inl_core.training.run_data import RunData
 from inl_core.training.trainer import Trainer
 
 _SECONDS_BETWEEN_LINES = 10.0
-_OF_STREAM = {"momentum share": "force_momentum", "transport share": "movement_transport"}
 
 
 def show_plan(console: Console, trainer: Trainer, data: RunData) -> None:
@@ -94,12 +94,7 @@ class TrainingView(Observer):
     def on_metrics(self, row: dict[str, Any]) -> None:
         """Show a row: in the live view at once, as a line when the interval is over."""
         self.row = row
-        # These are measured at some steps only. Of a stream, whose alpha and b have both signs, the shares are shown.
-        figures = _OF_STREAM if "state_rms" in row else {"alpha": "alpha_mean"}
-        for title, name in figures.items():
-            if row.get(name) is not None:
-                value = f"{row[name]:.1%}" if figures is _OF_STREAM else f"{row[name]:.3f}"
-                self.measured[title] = f"{value} at step {row['step']}"
+        self.measured |= measured_figures(row)
         if self.live is not None:
             self.live.update(self._panel())
             return
@@ -127,39 +122,14 @@ class TrainingView(Observer):
 
     def _figures(self) -> dict[str, str]:
         """The current row as short texts."""
-        row = self.row
-        if not row:
+        if not self.row:
             return {"step": f"{self.first_step}/{self.num_steps}"}
-        figures = {
-            "step": f"{row['step']}/{self.num_steps}",
-            "loss": "-" if row["loss"] is None else f"{row['loss']:.4f}",
-            "bits/byte": "-" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.3f}",
-            "tokens/s": f"{row['tokens_per_second']:,.0f}",
-            **({"mfu": f"{row['mfu']:.1%}"} if row.get("mfu") is not None else {}),
-            "eta": self._eta(row["step"]),
-            "lr": f"{row['learning_rate']:.2e}",
-            "norm": "-" if row["gradient_norm"] is None else f"{row['gradient_norm']:.2f}",
-        }
-        if "phase" in row:
-            cycle = {} if row["phase"] == "constant" else {"cycle": row["phase"]}  # constant: there is no cycle
-            figures |= cycle | {"A": f"{row['A']:.3g}"}
-        if "iterations" in row:
-            figures["T"] = f"{row['iterations']:.2g}"
-        return figures | self.measured
+        return row_figures(self.row, self.num_steps, self._eta(self.row["step"])) | self.measured
 
     def _eta(self, step: int) -> str:
         done = step - self.first_step
-        left = (time.monotonic() - self.start) / max(1, done) * (self.num_steps - step)
-        minutes, seconds = divmod(round(left), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+        return clock((time.monotonic() - self.start) / max(1, done) * (self.num_steps - step))
 
     def _panel(self) -> Any:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
         figures = self._figures() | ({"validation": self.evaluation} if self.evaluation else {})
-        # One column: a bar by itself would not end its line. Texts wrap where the terminal is narrow.
-        panel = Table.grid()
-        panel.add_row(ProgressBar(self.num_steps, self.row.get("step", self.first_step), width=60))
-        panel.add_row("   ".join(f"{name} {value}" for name, value in figures.items()))
-        return panel
+        return panel(self.row.get("step", self.first_step), self.num_steps, figures)

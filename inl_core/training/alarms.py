@@ -58,11 +58,12 @@ def find_alarms(rows: list[Row], *, progress: float, reference: list[Row] | None
     return [alarm for alarm in found if alarm]
 
 
-def newest_alarms(run: Path, num_steps: int) -> tuple[int, list[Alarm]] | None:
-    """The step of a run's newest readable record, and its alarms; None where there is no record."""
+def newest_record(run: Path, num_steps: int) -> tuple[int, list[Row], list[Alarm]] | None:
+    """The step of a run's newest readable record, its rows and its alarms; None where there is no record."""
     for step, path in reversed(list_records(run).items()):
         if rows := read_record(path):
-            return step, find_alarms(rows, progress=step / num_steps, reference=_reference(run, step, num_steps))
+            reference = _reference(run, step, num_steps)
+            return step, rows, find_alarms(rows, progress=step / num_steps, reference=reference)
     return None
 
 

@@ -71,7 +71,7 @@ def stream_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -
         if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
             raise ArtefactError(f"{path}: larger than {_LARGEST_FILE:,} bytes, as no run's metrics are; move it away")
         while line := file.readline(_LONGEST_LINE):
-            row = _parse_row(line)
+            row = parse_row(line)
             if row is not None:
                 yield row
             elif line.strip():
@@ -94,10 +94,10 @@ def read_last_row(run: Path) -> dict[str, Any] | None:
     with open_regular(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _LONGEST_LINE))
         lines = file.read(_LONGEST_LINE).splitlines()
-    return _parse_row(lines[-1]) if lines else None
+    return parse_row(lines[-1]) if lines else None
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row, if it has a step and every figure that is read elsewhere is a number; None for anything else."""
     try:
         row = json.loads(line)

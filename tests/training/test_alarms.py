@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from inl_core.training.alarms import AlarmWatch, find_alarms, newest_alarms
+from inl_core.training.alarms import AlarmWatch, find_alarms, newest_record
 from inl_core.training.dynamics import record_layers
 from inl_core.training.records import write_record
 from tests.inference.tiny import tiny_model
@@ -84,11 +84,12 @@ def test_growth_in_training_is_judged_against_the_record_a_tenth_into_the_run(tm
     (warning,) = heard  # once
     assert warning.startswith("step 60: the velocity grows in training: ")
     assert " 11 times the " in warning
-    step, alarms = newest_alarms(tmp_path, 100) or (0, [])
-    assert (step, [alarm.kind for alarm in alarms]) == (70, ["velocity grows in training"])
+    newest = newest_record(tmp_path, 100)
+    assert newest is not None
+    assert (newest[0], [alarm.kind for alarm in newest[2]]) == (70, ["velocity grows in training"])
     (tmp_path / "dynamics" / "step-00000099.parquet").write_bytes(b"")
-    assert newest_alarms(tmp_path, 100) == (70, alarms)
-    assert newest_alarms(tmp_path / "other", 100) is None
+    assert newest_record(tmp_path, 100) == newest
+    assert newest_record(tmp_path / "other", 100) is None
 
 
 def test_records_of_before_there_were_these_figures_raise_no_alarm() -> None:
