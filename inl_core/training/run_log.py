@@ -53,7 +53,7 @@ class RunLog:
         is_recorded = bool(self.model.config.has_dynamics and every)
         is_recorded = is_recorded and result.record is None and (state.step == 1 or is_due(state.step, every))
         # On every rank: a divided model takes part in each of its passes.
-        means = self._record_dynamics(state.step, result.first_part) if is_recorded else {}
+        means = self.record_dynamics(state.step, result.first_part) if is_recorded else {}
         if self.metrics is not None:
             row = self._step_row(state, result) | self._model_row(state, result) | means
             if result.record is not None:
@@ -112,7 +112,7 @@ class RunLog:
             row["expert_load"] = (loads / loads.sum(-1, keepdim=True)).tolist()
         return row
 
-    def _record_dynamics(self, step: int, part: MicroBatch) -> dict[str, float]:
+    def record_dynamics(self, step: int, part: MicroBatch) -> dict[str, float]:
         """Write a record of the dynamics on about a thousand tokens of the batch; its means over layers come back."""
         chosen = slice(0, max(1, 1024 // part.tokens.shape[1]))
 

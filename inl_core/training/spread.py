@@ -4,6 +4,7 @@
 - Legend: T iterations, N tokens, D d_model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,14 +14,16 @@ from inl_core.training.records import VARIANCES
 
 PERCENTILES = (5, 50, 95)
 SATURATION = 0.01
-_LARGEST_SAMPLE = 1_000_000
+_LARGEST_SAMPLE = 65_536  # sorting more of them would be what a record costs most
 
 
 def statistics_of(values: Tensor) -> dict[str, Tensor]:
-    """mean, std, min, max, p5, p50, p95 of all values, each (); percentiles on an even sample of at most a million."""
+    """mean, std, min, max, p5, p50, p95 of all values (..., D), each (); percentiles of an even sample of 65,536."""
     flat = values.detach().float().flatten()
-    sample = flat[:: max(1, flat.numel() // _LARGEST_SAMPLE)]
-    quantiles = torch.quantile(sample, torch.tensor([p / 100 for p in PERCENTILES], device=flat.device))
+    stride = -(-flat.numel() // _LARGEST_SAMPLE) or 1
+    while math.gcd(stride, values.shape[-1]) > 1:  # or the sample would miss some of the D dimensions
+        stride += 1
+    quantiles = torch.quantile(flat[::stride], torch.tensor([p / 100 for p in PERCENTILES], device=flat.device))
     figures = {"mean": flat.mean(), "std": flat.std(correction=0), "min": flat.min(), "max": flat.max()}
     return figures | {f"p{p}": value for p, value in zip(PERCENTILES, quantiles, strict=True)}
 
@@ -45,10 +48,11 @@ def variance_parts(values: Tensor) -> dict[str, Tensor]:
     """
     x = values.detach().float().flatten(1, -2)  # (T, N, D)
     by_token = x.mean(0)
+    by_dimension = by_token.mean(0)
     parts = (
-        by_token.mean(0).var(correction=0),
-        by_token.var(0, correction=0).mean(),
-        x.var(0, correction=0).mean(),
+        by_dimension.var(correction=0),
+        (by_token - by_dimension).square().mean(),  # torch's var over a leading dimension takes 20 times as long
+        (x - by_token).square().mean(),
     )
     return dict(zip(VARIANCES, parts, strict=True))
 
