@@ -2,7 +2,8 @@
 
 - The shards are mapped into memory, not loaded: a window copies the tokens that it needs.
 - Where documents begin is seen from the tokens themselves (bos), so no index grows with the data. Only data with
-  prompts has one, of 12 bytes for each document.
+  prompts has one, of 12 bytes for each document. Where the earlier answers of a conversation are is seen from the
+  tokens, too: text never becomes one of the special tokens around them.
 """
 
 import os
@@ -12,9 +13,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from inl_core.corpus.manifest import load_manifest
+from inl_core.corpus.manifest import TOKENIZER, load_manifest
 from inl_core.corpus.shard_check import check_shards, prepare_again
+from inl_core.corpus.tokenizer import Tokenizer, Turns
 from inl_core.errors import ArtefactError
+from inl_core.recipe.data import LossOn
+
+_LOOK_BACK = 512
+"""Tokens that are read at once to find out in whose message a window begins."""
 
 
 class TokenStream:
@@ -23,7 +29,8 @@ class TokenStream:
     Args:
         bos_id, eos_id: the tokens with which a document begins and ends.
         document_starts, prompt_lengths: (N,) where each document begins, and how many of its first tokens are not
-            trained on; None when no document has a prompt.
+            trained on; None when no document has a prompt, or all is trained on.
+        turns: counts the earlier answers of a conversation, too, by the special tokens around them; None does not.
         document_mask: whether batches tell the documents apart (`Batch.document_ids`).
     """
 
@@ -35,12 +42,13 @@ class TokenStream:
         eos_id: int,
         document_starts: np.ndarray | None = None,
         prompt_lengths: np.ndarray | None = None,
+        turns: Turns | None = None,
         document_mask: bool = False,
     ) -> None:
         self.segments = [segment for segment in segments if len(segment)]
         self.bos_id, self.eos_id = bos_id, eos_id
         self.document_starts, self.prompt_lengths = document_starts, prompt_lengths
-        self.document_mask = document_mask
+        self.turns, self.document_mask = turns, document_mask
         self._ends = np.cumsum([len(segment) for segment in self.segments], dtype=np.int64)
         self._begins = [0, *self._ends.tolist()]
         self.num_tokens = self._begins[-1]
@@ -81,10 +89,10 @@ class TokenStream:
             is_start = np.concatenate([first[:, None], pair], axis=1)
         return is_start
 
-    def prompt_mask(self, starts: np.ndarray, is_start: np.ndarray) -> np.ndarray | None:
+    def prompt_mask(self, starts: np.ndarray, tokens: np.ndarray, is_start: np.ndarray) -> np.ndarray | None:
         """(n, L) bool: which tokens belong to a prompt, bos included; None when no document has a prompt.
 
-        `starts`, (n,), is where the windows begin; `is_start`, (n, L), is `starts_in` of their tokens.
+        `starts`, (n,), is where the windows begin; `is_start`, (n, L), is `starts_in` of their `tokens`.
         """
         if self.document_starts is None or self.prompt_lengths is None:
             return None
@@ -93,7 +101,37 @@ class TokenStream:
         first = np.searchsorted(self.document_starts, starts, side="right")[:, None] - 1
         later = np.minimum(first + np.cumsum(is_start[:, 1:], axis=1), len(self.document_starts) - 1)
         documents = np.concatenate([first, later], axis=1)
-        return positions - self.document_starts[documents] < self.prompt_lengths[documents]
+        is_prompt = positions - self.document_starts[documents] < self.prompt_lengths[documents]
+        if self.turns is None:
+            return is_prompt
+        begins = self.document_starts[documents[:, 0]].tolist()
+        continues = [
+            bool(is_prompt[row, 0]) and self._is_in_answer(begin, start)
+            for row, (begin, start) in enumerate(zip(begins, starts.tolist(), strict=True))
+        ]
+        return is_prompt & ~self._answers(self.turns, tokens, is_start, np.array(continues))
+
+    def _answers(self, turns: Turns, tokens: np.ndarray, is_start: np.ndarray, continues: np.ndarray) -> np.ndarray:
+        """(n, L) bool: which tokens belong to an answer, with the token that ends it, without the one that begins it.
+
+        `continues`, (n,), is whether the window's first token does so unless it is itself a begin.
+        """
+        marked = np.where(is_start | np.isin(tokens, turns.all), np.arange(tokens.shape[1]), -1)
+        before = np.full_like(marked, -1)  # the place of the last such token before each
+        before[:, 1:] = np.maximum.accumulate(marked, axis=1)[:, :-1]
+        is_answer = np.take_along_axis(tokens, np.maximum(before, 0), axis=1) == turns.answer
+        return np.where(before < 0, continues[:, None], is_answer)
+
+    def _is_in_answer(self, begin: int, place: int) -> bool:
+        """Whether the message in which a token stands is an answer; its document begins at `begin`."""
+        assert self.turns is not None
+        while place > begin:
+            first = max(begin, place - _LOOK_BACK)
+            tokens = self.read(np.array([first]), place - first)[0]
+            if len(found := np.flatnonzero(np.isin(tokens, self.turns.all))):
+                return int(tokens[found[-1]]) == self.turns.answer
+            place = first
+        return False
 
 
 class TokenDataset(TokenStream):
@@ -104,7 +142,7 @@ class TokenDataset(TokenStream):
         fingerprint: that of the whole data set (`Manifest`).
     """
 
-    def __init__(self, directory: Path, split: str, *, document_mask: bool) -> None:
+    def __init__(self, directory: Path, split: str, *, document_mask: bool, loss_on: LossOn) -> None:
         manifest = load_manifest(directory)
         info = manifest.splits.get(split)
         if info is None or not info.documents:
@@ -113,13 +151,15 @@ class TokenDataset(TokenStream):
         self._tables = [_open(directory / shard.file) for shard in info.shards]
         batches = [batch for table in self._tables for batch in table]
         segments = [batch["tokens"].values.to_numpy(zero_copy_only=True) for batch in batches]
-        index = _document_index(batches) if manifest.has_prompts else (None, None)
+        has_prompts = manifest.has_prompts and loss_on != "all"
+        index = _document_index(batches) if has_prompts else (None, None)
         super().__init__(
             segments,
             bos_id=manifest.bos_id,
             eos_id=manifest.eos_id,
             document_starts=index[0],
             prompt_lengths=index[1],
+            turns=Tokenizer.load(directory / TOKENIZER).turns if has_prompts and loss_on == "answers" else None,
             document_mask=document_mask,
         )
         self.directory, self.split = directory, split
@@ -128,10 +168,15 @@ class TokenDataset(TokenStream):
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike[str], split: str = "train", *, document_mask: bool = True
+        cls,
+        directory: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        document_mask: bool = True,
+        loss_on: LossOn = "answers",
     ) -> "TokenDataset":
         """Open the split `train` or `validation`; ArtefactError when a shard is missing or damaged."""
-        return cls(Path(directory), split, document_mask=document_mask)
+        return cls(Path(directory), split, document_mask=document_mask, loss_on=loss_on)
 
 
 def _open(path: Path) -> list[pa.RecordBatch]:

@@ -11,6 +11,7 @@ import numpy as np
 from inl_core.corpus.dataset import TokenStream
 from inl_core.corpus.reading.rows import PROMPT_ROLES, ROLE_OF_LETTER, Document
 from inl_core.corpus.tokenizer import Tokenizer
+from inl_core.recipe.data import LossOn
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -21,8 +22,9 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], int]]:
     """(tokens, prompt_length) of each document, encoded on all cores.
 
-    prompt_length is the number of first tokens that are not trained on. A document of which nothing is left, as may
-    happen under the normaliser of a foreign tokenizer, has no tokens: its two ends alone would blur the boundaries.
+    prompt_length is the number of tokens before the last answer, or 0 for plain text. A document of which nothing is
+    left, as may happen under the normaliser of a foreign tokenizer, has no tokens: its two ends alone would blur the
+    boundaries.
     """
     parts = iter(tokenizer.encode_documents([text for document in documents for text in document.texts]))
     encoded = [_with_ends(tokenizer, document, [next(parts) for _ in document.texts]) for document in documents]
@@ -47,18 +49,21 @@ def _with_ends(tokenizer: Tokenizer, document: Document, parts: Sequence[list[in
     return tokens, prompt_length
 
 
-def document_stream(tokenizer: Tokenizer, documents: Sequence[Document], *, document_mask: bool) -> TokenStream:
+def document_stream(
+    tokenizer: Tokenizer, documents: Sequence[Document], *, document_mask: bool, loss_on: LossOn = "answers"
+) -> TokenStream:
     """Documents in their order as the stream of tokens that a preparation would make of them."""
     encoded = [found for found in encode_documents(tokenizer, documents) if found[0]]
     rows = [np.array(tokens, dtype=token_dtype(tokenizer)) for tokens, _ in encoded]
     prompts = np.array([prompt_length for _, prompt_length in encoded], dtype=np.int64)
     starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)[:-1]
-    has_prompts = bool(prompts.any())
+    has_prompts = bool(prompts.any()) and loss_on != "all"
     return TokenStream(
         [np.concatenate(rows)] if rows else [],
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         document_starts=starts if has_prompts else None,
         prompt_lengths=prompts if has_prompts else None,
+        turns=tokenizer.turns if loss_on == "answers" else None,
         document_mask=document_mask,
     )

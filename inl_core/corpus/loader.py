@@ -131,7 +131,7 @@ def make_batch(stream: TokenStream, starts: np.ndarray, sequence_length: int) ->
     window = stream.read(starts, sequence_length + 1)
     tokens, targets = window[:, :-1], window[:, 1:].copy()
     is_start = stream.starts_in(window)
-    prompt = stream.prompt_mask(starts, is_start)
+    prompt = stream.prompt_mask(starts, window, is_start)
     if prompt is not None:
         targets[prompt[:, 1:]] = IGNORED
     inner = is_start[:, 1:]

@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ _SEPARATORS = dict.fromkeys(range(0x1C, 0x20), "-")
 
 _MOST_IDS = 1 << 24
 """Ids must be below this, which is sixteen times the largest vocabulary in use: some tables have a row for each id."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The ids of the special tokens between the messages of a conversation: a role, the message, the end."""
+
+    answer: int
+    """Begins a message of the assistant."""
+    end: int
+    """Ends any message."""
+    all: tuple[int, ...]
+    """Those of all roles, and the end."""
 
 
 class Tokenizer:
@@ -157,6 +170,13 @@ class Tokenizer:
                 + " ".join(f"<|{name}|>" for name in (*ROLES, "end"))
             )
         return id
+
+    @property
+    def turns(self) -> Turns | None:
+        """The tokens between the messages of a conversation; None where one of them is missing."""
+        ids = [self._vocab.get(f"<|{name}|>") for name in (*ROLES, "end")]
+        found = tuple(id for id in ids if id is not None)
+        return Turns(self.role_id("assistant"), self.role_id("end"), found) if len(found) == len(ids) else None
 
     @cached_property
     def token_bytes(self) -> list[bytes]:

@@ -23,6 +23,7 @@ from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.data_location import find_data
 from inl_core.inference.evaluate import ByteCounts, byte_counts
 from inl_core.inference.loading import LoadedModel
+from inl_core.recipe import DataSettings
 from inl_core.recipe.load import load_recipe
 
 
@@ -92,7 +93,8 @@ def open_split(loaded: LoadedModel, directory: Path | None = None, split: str = 
             f"inl prepare-data ... --tokenizer {loaded.path / 'tokenizer.json'}"
         )
     check_ids(directory, manifest, loaded.tokenizer)
-    dataset = TokenDataset.open(directory, split, document_mask=_document_mask(loaded))
+    trained = _data_settings(loaded)
+    dataset = TokenDataset.open(directory, split, document_mask=trained.document_mask, loss_on=trained.loss_on)
     name, warnings = f"{directory}, {split} split", _leakage(loaded, directory, manifest.fingerprint)
     return Text(name, loaded, dataset, dataset.num_bytes, warnings)
 
@@ -105,7 +107,7 @@ def plain_text(loaded: LoadedModel, name: str, text: str) -> Text:
 def open_text(loaded: LoadedModel, source: str | Path, *, note: Callable[[str], None] = lambda message: None) -> Text:
     """Any text that `inl prepare-data` reads: a file, a directory or a glob of any format, or `-` for stdin.
 
-    A text file is one document. Of prompts and chats only the completions are scored, as only they are trained on.
+    A text file is one document. Of prompts and chats what was trained on is scored: mostly the answers alone.
 
     Args:
         note: is told what was found and what was left out.
@@ -119,7 +121,8 @@ def open_text(loaded: LoadedModel, source: str | Path, *, note: Callable[[str], 
     if not documents:
         raise ArtefactError(f"{name}: is empty; there is nothing to measure")
     name += f" ({len(documents):,} documents)" if len(documents) > 1 else ""
-    name += ", completions only" if any(document.roles for document in documents) else ""
+    has_answers = any(document.roles for document in documents) and _data_settings(loaded).loss_on != "all"
+    name += ", completions only" if has_answers else ""
     return _from_documents(loaded, name, documents)
 
 
@@ -133,18 +136,19 @@ def open_default(loaded: LoadedModel) -> Text:
 
 
 def _from_documents(loaded: LoadedModel, name: str, documents: list[Document]) -> Text:
-    document_mask = len(documents) > 1 and _document_mask(loaded)
-    stream = document_stream(loaded.tokenizer, documents, document_mask=document_mask)
+    trained = _data_settings(loaded)
+    document_mask = len(documents) > 1 and trained.document_mask
+    stream = document_stream(loaded.tokenizer, documents, document_mask=document_mask, loss_on=trained.loss_on)
     if not stream.num_tokens:
         raise ArtefactError(f"{name}: this tokenizer leaves nothing of it; there is nothing to measure")
     return Text(name, loaded, stream, sum(len(text.encode()) for document in documents for text in document.texts))
 
 
-def _document_mask(loaded: LoadedModel) -> bool:
-    """Whether the model was trained with document masks, and so should be measured with them."""
+def _data_settings(loaded: LoadedModel) -> DataSettings:
+    """How the model was trained on its data, and so should be measured: with document masks or without, on answers."""
     path = loaded.path / "recipe.yaml"
     try:
-        return load_recipe(path, allow_pipe=False).data.document_mask if path.is_file() else True
+        return load_recipe(path, allow_pipe=False).data if path.is_file() else DataSettings()
     except RecipeError as error:
         raise ArtefactError(str(error)) from None
 

@@ -1,12 +1,15 @@
 """The data section of a recipe: where text comes from, and how it becomes tokens."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from inl_core.recipe.base import FilePath, Section, Source, Total, Unit
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+LossOn = Literal["answers", "last_answer", "all"]
+"""Of which tokens the loss is the mean. Of plain text it is all of them in any case."""
 
 
 class TokenizerSettings(Section):
@@ -35,6 +38,8 @@ class DataSettings(Section):
     """Number of training shards. Documents go to them by hash, so that neighbours in the sources come apart."""
     max_bad_ratio: Unit = 0.01
     """Preparation fails when a larger share of the rows cannot be used."""
+    loss_on: LossOn = "answers"
+    """What of prompt+completion and chat rows is learned: all answers, the last answer of a row, or all of its text."""
     document_mask: bool = True
     """Within a window, attention does not cross from one document to another, and positions start anew in each."""
 

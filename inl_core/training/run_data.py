@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from inl_core.corpus.dataset import TokenDataset
 from inl_core.corpus.manifest import WORK, Manifest, default_directory, settings_from, verify
@@ -45,8 +45,8 @@ class RunData:
                 f"model.vocab_size is {wanted}, but {directory / 'tokenizer.json'} has {tokenizer.vocab_size} tokens; "
                 "leave model.vocab_size out, or prepare data with that vocabulary"
             )
-        mask = recipe.data.document_mask
-        splits = (TokenDataset.open(directory, split, document_mask=mask) for split in ("train", "validation"))
+        how: dict[str, Any] = recipe.data.model_dump(include={"document_mask", "loss_on"})
+        splits = (TokenDataset.open(directory, split, **how) for split in ("train", "validation"))
         return cls(directory, tokenizer, *splits)
 
 

@@ -1,7 +1,9 @@
 """Batches equal those that a slow reference makes from a list of all documents, and depend on nothing but the step."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from inl_core.corpus import dataset as dataset_module
 from inl_core.corpus import loader
 from inl_core.corpus.dataset import TokenDataset, TokenStream
 from inl_core.corpus.encoding import document_stream
@@ -18,6 +21,7 @@ from inl_core.corpus.manifest import load_manifest
 from inl_core.corpus.reading.rows import Document
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
+from inl_core.recipe.data import LossOn
 
 
 def all_documents(directory: Path, split: str) -> list[tuple[list[int], int]]:
@@ -29,15 +33,37 @@ def all_documents(directory: Path, split: str) -> list[tuple[list[int], int]]:
     return found
 
 
-def reference_window(documents: list[tuple[list[int], int]], start: int, length: int) -> dict[str, list[int]]:
+def learned(tokens: list[int], prompt: int, loss_on: str, roles: Mapping[str, int]) -> list[bool]:
+    """Which tokens of a document are learned, found by reading it from its begin."""
+    found, speaker = [], ""
+    names = {id: name for name, id in roles.items()}
+    for place, token in enumerate(tokens):
+        if names.get(token, "end") != "end":
+            speaker = names[token]
+            is_answer = False  # the token that names the speaker belongs to the prompt
+        else:
+            is_answer = speaker == "assistant"
+        if token == roles["end"]:
+            speaker = ""
+        found.append(place > 0 and (place >= prompt or loss_on == "all" or (loss_on == "answers" and is_answer)))
+    return found
+
+
+def reference_window(
+    documents: list[tuple[list[int], int]],
+    start: int,
+    length: int,
+    loss_on: str = "answers",
+    roles: Mapping[str, int] = MappingProxyType({"end": -1}),
+) -> dict[str, list[int]]:
     """The window that begins at `start`, made token by token."""
     stream = [
-        (token, number, place, prompt)
+        (token, number, place, is_learned)
         for number, (tokens, prompt) in enumerate(documents)
-        for place, token in enumerate(tokens)
+        for place, (token, is_learned) in enumerate(zip(tokens, learned(tokens, prompt, loss_on, roles), strict=True))
     ]
     window = stream[start : start + length + 1]
-    targets = [IGNORED if place < max(1, prompt) else token for token, _, place, prompt in window[1:]]
+    targets = [token if is_learned else IGNORED for token, _, _, is_learned in window[1:]]
     first = window[0][1]
     begins = [max(0, i - place) for i, (_, _, place, _) in enumerate(window)]
     return {
@@ -60,12 +86,24 @@ def check_row(batch: Batch, row: int, expected: dict[str, list[int]]) -> None:
         assert batch.positions[row].tolist() == expected["positions"]
 
 
-@pytest.mark.parametrize("data", ["text_data", "prompt_data"])
+CASES = [("text_data", "answers"), ("prompt_data", "answers"), ("prompt_data", "last_answer"), ("prompt_data", "all")]
+
+
+@pytest.mark.parametrize(("data", "loss_on"), CASES)
 @pytest.mark.parametrize("sequence_length", [1, 2, 7, 64, 500])
-def test_every_window_equals_the_reference(data: str, sequence_length: int, request: pytest.FixtureRequest) -> None:
+def test_every_window_equals_the_reference(
+    data: str,
+    loss_on: LossOn,
+    sequence_length: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     directory = request.getfixturevalue(data)
-    dataset = TokenDataset.open(directory, "train")
+    monkeypatch.setattr(dataset_module, "_LOOK_BACK", 5)  # shorter than many messages
+    dataset = TokenDataset.open(directory, "train", loss_on=loss_on)
     documents = all_documents(directory, "train")
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    roles = {role: tokenizer.role_id(role) for role in ("system", "user", "assistant", "end")}
     assert dataset.num_documents == len(documents)
     assert dataset.num_tokens == sum(len(tokens) for tokens, _ in documents)
     assert len(dataset.segments) > 1
@@ -75,7 +113,8 @@ def test_every_window_equals_the_reference(data: str, sequence_length: int, requ
         windows = batches.windows(np.arange(3 * step, 3 * step + 3))
         batch = batches.batch(step)
         for row, window in enumerate(windows.tolist()):
-            check_row(batch, row, reference_window(documents, window * sequence_length, sequence_length))
+            start = window * sequence_length
+            check_row(batch, row, reference_window(documents, start, sequence_length, loss_on, roles))
 
 
 def test_types_and_shapes_are_those_promised(text_data: Path) -> None:

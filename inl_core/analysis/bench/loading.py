@@ -44,7 +44,8 @@ def measure_loader(
     settings = recipe.training
     progress("opening the data", 0, rounds)
     with _data(recipe) as (name, directory):
-        dataset = TokenDataset.open(directory, "train", document_mask=recipe.data.document_mask)
+        data = recipe.data
+        dataset = TokenDataset.open(directory, "train", document_mask=data.document_mask, loss_on=data.loss_on)
         length, rows = settings.sequence_length, settings.batch_size
         loader = BatchLoader(dataset, sequence_length=length, batch_size=rows, seed=settings.seed)
         steps, speeds = count(), []
