@@ -160,8 +160,8 @@ def tensors(run: Path) -> dict[str, bytes]:
     """Every tensor of the last checkpoint, weights and optimizer."""
     last = list_checkpoints(run / "checkpoints")[-1]
     assert last.name == f"step-{STEPS:08d}", last
-    files = [last / "model.safetensors", *sorted((last / "training_state").glob("*.safetensors"))]
-    return {f"{file.name}/{name}": value.tobytes() for file in files for name, value in load_file(file).items()}
+    files = {str(path.relative_to(last)): load_file(path) for path in last.rglob("*.safetensors")}
+    return {f"{file}/{name}": value.tobytes() for file, found in files.items() for name, value in found.items()}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

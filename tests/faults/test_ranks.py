@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -18,12 +19,12 @@ from tests.faults.test_kills import PHASES
 pytestmark = pytest.mark.slow
 
 
-def run_both(stage: Stage, faults: dict[int, Fault] | None = None) -> list[Outcome]:
+def run_both(stage: Stage, faults: dict[int, Fault] | None = None, options: Sequence[str] = ()) -> list[Outcome]:
     """Train, or go on, as two processes that know of each other; without a launcher, which would end them both."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    arguments = ["train", "recipe.yaml", "--run-dir", RUN, "--resume-or-start"]
+    arguments = ["train", "recipe.yaml", "--run-dir", RUN, "--resume-or-start", *options]
     ranks = [
         stage.server.start(
             *arguments,
