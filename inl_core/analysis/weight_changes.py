@@ -52,7 +52,10 @@ def starting_weights(loaded: LoadedModel) -> dict[str, Tensor]:
     """
     others = [event["event"] for event in loaded.config["provenance"] if event.get("event") != "train"]
     if others or not loaded.config["provenance"]:
-        raise ArtefactError(f"{loaded.path}: began with weights that no seed draws ({', '.join(others) or 'unknown'})")
+        began = ", ".join(map(str, others)) or "unknown"
+        raise ArtefactError(
+            f"{loaded.path}: began with weights that no seed draws ({began}); --against compares with such"
+        )
     try:
         seed = load_recipe(loaded.path / "recipe.yaml", allow_pipe=False).training.seed
     except InlError as error:

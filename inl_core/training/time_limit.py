@@ -59,7 +59,7 @@ def slurm_seconds_left(environment: Mapping[str, str]) -> float | None:
     with suppress(OSError, subprocess.SubprocessError):
         squeue = shutil.which("squeue", path=environment.get("PATH"))
         command = [squeue or "squeue", "--noheader", "--job", job, "--format", "%L"]
-        left = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        left = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=30, check=True).stdout
         return _seconds(left.strip())
     return None
 
