@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from inl_cli.console import Console
 from inl_core.errors import RecipeError
+from inl_core.files import expand_home
 
 if TYPE_CHECKING:
     from inl_core.inference.loading import LoadedModel
@@ -18,6 +19,10 @@ def open_model(
     """The checkpoint, verified and loaded; `iterations` is checked against what the model can do."""
     if iterations is not None and iterations < 1:
         raise RecipeError(f"iterations {iterations}: must be at least 1")
+    if checkpoint is not None:
+        from inl_core.inference.checkpoint_files import check_exists
+
+        check_exists(expand_home(checkpoint))  # before torch is imported, which takes seconds
     from inl_core.inference.loading import open_checkpoint
     from inl_core.training.distributed import choose_device
 

@@ -133,10 +133,14 @@ def equivalence(
 @errors_to_exit_codes
 def checkpoint(path: CheckedPath, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Read every file of a checkpoint: manifest, checksums, tensors against the configuration, finite numbers."""
-    from inl_core.analysis.checks.checkpoint import check_checkpoint, find_checkpoints
+    from inl_core.inference.checkpoint_files import find_checkpoints
+
+    checkpoints = find_checkpoints(path)  # before torch is imported, which takes seconds
+
+    from inl_core.analysis.checks.checkpoint import check_checkpoint
 
     console, found = Console(json=json, quiet=quiet), []
-    for one in find_checkpoints(path):
+    for one in checkpoints:
         console.info(f"reading {one}")
         found.append(check_checkpoint(one))
 

@@ -17,6 +17,10 @@ RecordArgument = Annotated[
 @errors_to_exit_codes
 def replay(record: RecordArgument, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Take a step that was not finite again, exactly, on a CPU, and name the first tensor that goes bad."""
+    from inl_core.files import open_regular
+
+    open_regular(record).close()  # a mistyped path is told before torch is imported, which takes seconds
+
     from inl_core.analysis.replay import replay as take_again
 
     console = Console(json=json, quiet=quiet)

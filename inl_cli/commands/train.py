@@ -89,7 +89,6 @@ def resume(
     given = [*(overrides or ()), *([f"training.steps={steps}", "training.tokens=null"] if steps else ())]
     with StopSignal(end=os._exit) as stop:  # before torch is imported, which takes seconds
         from inl_core.training.resuming import changed_recipe
-        from inl_core.training.session import Resumption
 
         recipe = changed_recipe(
             run,
@@ -98,6 +97,9 @@ def resume(
             show=lambda change: console.info(f"{change.kind}: {change}"),
             warn=console.warn,
         )
+
+        from inl_core.training.session import Resumption
+
         resumption = Resumption(allowed, must_advance=steps is not None)
         result = run_training(console, recipe, run, resumption=resumption, stop=stop)
     _report(console, result)

@@ -103,6 +103,24 @@ def is_checkpoint(path: Path) -> bool:
     return bool(_STEP_NAME.fullmatch(path.name)) or any(os.path.lexists(path / name) for name in (WEIGHTS, CONFIG))
 
 
+def check_exists(path: Path, runs: Path = Path("runs")) -> None:
+    """Refuse what a user named as a run or a checkpoint, where there is nothing at all; ArtefactError."""
+    if not os.path.lexists(path):
+        hint = f"; did you mean {runs / path}?" if is_directory(runs / path) else ""
+        raise ArtefactError(f"{path}: no such run or checkpoint{hint}")
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or all those of the run at `path`; ArtefactError when there is none."""
+    check_exists(path)
+    if is_checkpoint(path):
+        return [path]
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise ArtefactError(f"{path}: holds no checkpoint")
+    return found
+
+
 def read_config(path: Path) -> CheckpointConfig:
     """The config.json of the checkpoint at `path`; ArtefactError names what is wrong with it."""
     return read_record(path / CONFIG, CheckpointConfig)

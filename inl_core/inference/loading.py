@@ -5,7 +5,6 @@
   named, with the remedy.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from inl_core.inference.checkpoint_files import (
     MANIFEST,
     TOKENIZER,
     CheckpointConfig,
+    check_exists,
     is_checkpoint,
     list_checkpoints,
     read_config,
@@ -70,9 +70,7 @@ def find_checkpoint(
             raise ArtefactError(f"{runs}/: no run with a checkpoint here; name one, or train with `inl train RECIPE`")
         return found
     path = expand_home(path)
-    if not os.path.lexists(path):
-        hint = f"; did you mean {runs / path}?" if is_directory(runs / path) else ""
-        raise ArtefactError(f"{path}: no such run or checkpoint{hint}")
+    check_exists(path, runs)
     if is_checkpoint(path):
         verify_checkpoint(path, purpose="evaluate")
         return path

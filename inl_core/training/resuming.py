@@ -1,6 +1,7 @@
 """What a resume starts from: the run's recipe, and the newest checkpoint that is intact and belongs to it.
 
-Nothing is written here, so a resume that is refused leaves the run as it was.
+- Nothing is written here, so a resume that is refused leaves the run as it was.
+- Torch is imported only where checkpoints are read, so that a mistyped path or key is told at once.
 """
 
 import os
@@ -19,7 +20,6 @@ from inl_core.recipe.differences import (
     refused_changes,
 )
 from inl_core.recipe.load import load_recipe, problem_with_path
-from inl_core.training.checkpoint import newest_valid
 from inl_core.training.metrics import stream_metrics
 from inl_core.training.run_status import START_ANEW, check_is_run_directory, is_taken
 
@@ -105,6 +105,8 @@ def choose_checkpoint(
         _check_none_was_saved(run, recipe)
         warn(f"{run}: it stopped before its first checkpoint; starting again from step 0")
         return None
+    from inl_core.training.checkpoint import newest_valid
+
     checkpoint = newest_valid(parent, lambda text: warn(f"skipped: {text}"))
     step, last = checkpoint_step(checkpoint), recipe.training.num_steps
     if last < step or (must_advance and last == step):
@@ -126,6 +128,10 @@ def _recipe_file(run: Path, warn: Say) -> Path:
             raise ArtefactError(f"{run}: not a run (it has no recipe.yaml); {advice}")
         load_recipe(path, allow_pipe=False)
     except InlError as error:
+        if not list_checkpoints(run / "checkpoints"):
+            raise
+        from inl_core.training.checkpoint import newest_valid
+
         try:
             copy = newest_valid(run / "checkpoints", lambda text: None) / "recipe.yaml"
             load_recipe(copy, allow_pipe=False)

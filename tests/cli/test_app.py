@@ -108,6 +108,26 @@ def test_a_path_that_can_be_none_is_refused_by_name_wherever_a_path_is_taken(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mistyped_path_is_told_before_torch_is_imported_which_takes_seconds() -> None:
+    commands = ["check resume x.yaml", "check equivalence x", "check checkpoint x", "replay x.json", "run-status x"]
+    commands += ["slurm x.yaml --time 1:00:00", "slurm prepare x.yaml --parts 2 --time 1:00:00", "resume x"]
+    script = f"""
+import sys
+from inl_cli.app import app
+for command in {commands!r}:
+    try:
+        app(command.split())
+    except SystemExit as exit:
+        assert exit.code in (2, 4, 12), command
+    assert "torch" not in sys.modules, command
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [*done.stderr.splitlines(), *done.stdout.splitlines()]
+    assert len(said) == len(commands)
+    assert all(" x" in f" {line}" for line in said)
+
+
 def test_version() -> None:
     result = inl("--version")
     assert result.exit_code == 0

@@ -14,8 +14,6 @@ from inl_core.inference.checkpoint_files import (
     TOKENIZER,
     TRAINING_STATE,
     WEIGHTS,
-    is_checkpoint,
-    list_checkpoints,
     read_config,
     verify_checkpoint,
 )
@@ -33,18 +31,6 @@ class CheckpointCheck:
     """(what, in which state) of each part that is right, up to the first that is not."""
     problem: str | None
     """What is wrong; None when nothing is."""
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoint at `path`, or all those of the run at `path`; ArtefactError when there is none."""
-    if not os.path.lexists(path):
-        raise ArtefactError(f"{path}: no such run or checkpoint")
-    if is_checkpoint(path):
-        return [path]
-    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-    if not found:
-        raise ArtefactError(f"{path}: holds no checkpoint")
-    return found
 
 
 def check_checkpoint(path: Path) -> CheckpointCheck:
