@@ -111,6 +111,9 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     console.write("\n")
     rows = [_bits_cells(row["layer"], row) for row in bits["without_layer"]]
     console.table("Bits per byte with one layer's integrator skipped", ("layer", *_BITS_COLUMNS), rows)
+    console.write("\n")
+    rows = [_bits_cells(row["term"], row) for row in bits["without_term"]]
+    console.table("Bits per byte with one term left out of every layer", ("term", *_BITS_COLUMNS), rows)
     console.write(f"\nwritten to {summary['directory']}: {', '.join(summary['files'])}\n")
 
 
@@ -156,7 +159,7 @@ def _cells(layer: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _bits_cells(key: int, row: dict[str, Any]) -> tuple[Any, ...]:
+def _bits_cells(key: int | str, row: dict[str, Any]) -> tuple[Any, ...]:
     from inl_core.analysis.convergence.markdown import signed
 
     error = None if row["standard_error"] is None else f"{row['standard_error']:.4f}"

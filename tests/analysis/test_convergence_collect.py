@@ -14,6 +14,7 @@ from inl_core.analysis.convergence.iterations import (
     measure_stopping,
     score,
     skipped,
+    without,
 )
 from inl_core.analysis.convergence.sample import TokenSample
 from inl_core.corpus.loader import IGNORED, Batch
@@ -22,6 +23,7 @@ from inl_core.inference.loading import LoadedModel, load_model
 from inl_core.inference.texts import open_split
 from inl_core.kernels import apply
 from inl_core.model import IntegratorLanguageModel, Options
+from inl_core.model.dynamics import Dynamics, Gains
 from tests.inference.tiny import tiny_model
 
 FOLLOWED = 5
@@ -164,7 +166,8 @@ def test_the_curve_over_iterations_is_what_eval_says(workplace: Path, preset: st
     # v3 divides its iterations unevenly among the layers, so it computes something else with T in each layer.
     assert (abs(report.by_iterations[counts.index(own)]["change"]) < 1e-6) == (preset == "v4")
     assert len(report.without_layer) == 2
-    assert len(passes) == 1 + len(counts) + 2
+    assert [row["term"] for row in report.without_term] == ["momentum", "equilibrium", "excitation"]
+    assert len(passes) == 1 + len(counts) + 2 + 3
 
 
 @torch.no_grad()
@@ -193,6 +196,30 @@ def test_a_skipped_layer_is_skipped_however_its_iterations_are_computed(layers: 
     torch.testing.assert_close(own, found, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert not torch.allclose(model(ids).hidden, found, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"integrator": {"controller": {"experts": 3, "top_k": 2}}}])
+@pytest.mark.parametrize(("term", "gain"), [("momentum", "alpha"), ("equilibrium", "beta")])
+def test_without_a_term_an_integrator_computes_as_if_its_coefficient_were_zero(
+    monkeypatch: pytest.MonkeyPatch, term: str, gain: str, changes: dict[str, Any]
+) -> None:
+    model, ids = tiny_model("v4", **changes), torch.arange(40)[None] % 12
+    own, plain = Dynamics.gains, model(ids).hidden
+
+    def zeroed(*arguments: Any) -> Gains:
+        found = own(*arguments)
+        return found._replace(**{gain: torch.zeros_like(getattr(found, gain))})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dynamics, "gains", zeroed)
+        wanted = model(ids).hidden
+    assert not torch.allclose(plain, wanted, rtol=1e-3, atol=1e-3)
+    for operations in ("plain", "auto"):
+        apply(model, operations=operations)
+        with without(model, term):
+            torch.testing.assert_close(model(ids).hidden, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids).hidden, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_the_points_of_a_long_curve_are_few_and_hold_the_models_own() -> None:

@@ -85,7 +85,7 @@ def test_the_statistics_equal_a_slow_reference(workplace: Path, name: str) -> No
     assert ("force_momentum" in rows[1], "distance_mu" in rows[0], "alpha" in rows[1]) == (name == "v5",) * 3
     moves = np.diff(states, axis=0)
     turns, paths = (moves[1:] * moves[:-1] < 0).sum(0), np.abs(moves).sum(0)
-    assert statistics.num_turns == pytest.approx((turns * paths).sum() / paths.sum(), rel=1e-4)
+    assert statistics.num_turns(len(steps)) == pytest.approx((turns * paths).sum() / paths.sum(), rel=1e-4)
 
 
 def trace_of_few(model: IntegratorLanguageModel, states: np.ndarray, velocities: np.ndarray) -> list[dict[str, Any]]:

@@ -13,14 +13,19 @@ from inl_core.model import Trajectory
 NUM_TOKENS, DIM, FOLLOWED = 40, 6, 12
 
 
-def verdict_on(path: Tensor, *, change_without: float | None = 0.3, used: int = 3) -> Verdict:
-    """The verdict on states (T+1, N, D); it does not depend on alpha, beta, gate and excitation, which are constant."""
+def verdict_on(
+    path: Tensor, *, change_without: float | None = 0.3, used: int | None = None, beyond: bool = False
+) -> Verdict:
+    """The verdict on states (T+1, N, D), within the `used` iterations (None: all that were followed) or `beyond` them.
+
+    It does not depend on alpha, beta, gate and excitation, which are constant.
+    """
     count = len(path) - 1
     gains = [torch.full_like(path[1:], value) for value in (0.5, 0.1, 0.9)]
     trajectory = Trajectory(path, torch.zeros_like(path), *gains)
-    statistics = LayerStatistics(count, used, epsilon=0.1)
+    statistics = LayerStatistics(count, count if used is None else used, epsilon=0.1)
     statistics.add(trajectory, torch.zeros(DIM), torch.zeros(count, DIM), stride=1.0)
-    return judge(gather(statistics, 1.5, change_without))
+    return judge(gather(statistics, 1.5, change_without, beyond=beyond))
 
 
 def states(shape_of_t) -> Tensor:
@@ -53,7 +58,27 @@ GROWING = states(lambda t: 1.5**t)
     ids=["converging", "damped", "oscillating", "alternating", "drifting", "slowing", "growing"],
 )
 def test_the_word_fits_the_path(path: Tensor, word: str) -> None:
-    assert verdict_on(path).word == word
+    assert verdict_on(path, used=FOLLOWED - 1).word == word  # after one more, the alternating one is at its start
+
+
+@pytest.mark.parametrize(
+    ("path", "used", "within", "beyond"),
+    [(CONVERGING, 3, "drift", "converge"), (OSCILLATING, 5, "drift", "oscillate"), (DRIFTING, 3, "drift", "drift")],
+    ids=["converging", "oscillating", "drifting"],
+)
+def test_the_verdict_is_about_the_iterations_that_the_model_runs(
+    path: Tensor, used: int, within: str, beyond: str
+) -> None:
+    assert verdict_on(path, used=used).word == within
+    assert verdict_on(path, used=used) == verdict_on(path[: used + 1])
+    assert verdict_on(path, used=used, beyond=True).word == beyond
+
+
+def test_what_happens_beyond_the_used_iterations_is_no_fault_of_the_model() -> None:
+    path = CONVERGING.clone()
+    path[9:, 3] = math.inf
+    assert "finite" not in verdict_on(path, used=8).reason
+    assert "finite" in verdict_on(path, used=8, beyond=True).reason
 
 
 def test_a_swing_that_the_used_iterations_bring_back_to_its_start_is_ignored() -> None:
@@ -83,8 +108,8 @@ def test_a_layer_whose_absence_changes_nothing_is_ignored_whatever_it_does(path:
 
 def test_a_layer_that_hardly_moves_the_state_is_ignored() -> None:
     still = states(lambda t: 0.002 * t)
-    assert verdict_on(still).word == "ignored"
-    assert verdict_on(still, change_without=None).word == "ignored"
+    assert verdict_on(still, used=3).word == "ignored"
+    assert verdict_on(still, used=3, change_without=None).word == "ignored"
     assert verdict_on(states(lambda t: 0.02 * t), change_without=None).word == "drift"
 
 

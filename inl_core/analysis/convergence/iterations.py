@@ -1,6 +1,7 @@
 """What iterating is worth: bits per byte at T = 0, 1, 2, ..., without single layers, and under early stopping.
 
-- A stream has no T to choose: bits per byte without single steps, and without single terms of its equation.
+- A stream has no T to choose: bits per byte without single steps.
+- Of every model: bits per byte without single terms of its equation.
 - At T = 0 every integrator is skipped: s_T = s_0 and v_T = v_0, so it moves nothing. In v4 the feed-forward acts only
   through the integrator, as its candidate velocity, and is skipped with it.
 - All figures are measured on the same batches, so that differences are paired; their standard error is over batches.
@@ -15,13 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from inl_core.analysis.convergence.collect import hooked
 from inl_core.corpus.loader import IGNORED, Batch
 from inl_core.errors import ArtefactError
 from inl_core.inference.evaluate import evaluate
 from inl_core.model import Integrator, IntegratorLanguageModel, IntegratorOutput
+from inl_core.model.dynamics import Drive
+from inl_core.model.mixture import MixedDrive
 from inl_core.model.stream import Step
+from inl_core.recipe import ModelConfig
 from inl_core.training.depth import places
 
 MOST_POINTS = 12
@@ -98,13 +103,34 @@ def passed_over(step: Step) -> Iterator[None]:
         handle.remove()
 
 
+def terms(config: ModelConfig) -> tuple[str, ...]:
+    """The terms that `without` can leave out. The candidate is not among them: without it nothing is left."""
+    if config.integrator is None:
+        return config.stream_terms
+    return ("momentum", "equilibrium", *(("excitation",) if config.excites else ()))
+
+
 _VECTORS = {"momentum": "alpha", "transport": "transport", "anchor": "anchor", "equilibrium": "beta"}
+_GROUPS = {"momentum": 0, "equilibrium": 1}  # of a controller's outputs: a, from which alpha comes, and b, for beta
+_NOTHING = -200.0  # of which sigmoid and softplus are exactly 0 in float32, whatever the controller adds to it
 
 
 @contextmanager
 @torch.no_grad()
 def without(model: IntegratorLanguageModel, term: str) -> Iterator[None]:
-    """While open, one term of a stream (ModelConfig.stream_terms) is 0 in all steps, and everything else as it is."""
+    """While open, one of the model's `terms` is 0 in all steps and layers, and everything else as it is."""
+    if model.config.integrator is not None and term in _GROUPS:
+
+        def silence(_: nn.Module, args: tuple) -> tuple:
+            return (_silenced(args[0], _GROUPS[term]), *args[1:])
+
+        handles = [layer.dynamics.register_forward_pre_hook(silence) for layer in model.integrators()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        return
     named = (*model.named_parameters(), ("excitation", model.excitation_amplitude))
     ending = _VECTORS.get(term, term)
     found = [tensor for name, tensor in named if name.split(".")[-1] == ending]
@@ -116,6 +142,15 @@ def without(model: IntegratorLanguageModel, term: str) -> Iterator[None]:
     finally:
         for tensor, value in zip(found, kept, strict=True):
             tensor.copy_(value)
+
+
+def _silenced(drive: Drive | MixedDrive, group: int) -> Drive | MixedDrive:
+    """A drive whose steps have alpha = 0, or beta = 0."""
+    if isinstance(drive, MixedDrive):
+        return drive._replace(drives=[own for each in drive.drives if isinstance(own := _silenced(each, group), Drive)])
+    bias, dim = drive.bias.clone(), len(drive.mu)
+    bias[group * dim : (group + 1) * dim] = _NOTHING
+    return drive._replace(bias=bias)
 
 
 def iteration_counts(num_iterations: int) -> list[int]:
@@ -137,7 +172,7 @@ class IterationReport:
     without_step: list[dict[str, Any]] = field(default_factory=list)
     """Of a stream: step, layer, sub_layer, bits_per_byte, change, standard_error."""
     without_term: list[dict[str, Any]] = field(default_factory=list)
-    """Of a stream: term, bits_per_byte, change, standard_error."""
+    """Without one of the model's `terms`: term, bits_per_byte, change, standard_error."""
 
 
 def measure_iterations(
@@ -155,14 +190,14 @@ def measure_iterations(
         done()
         return {name: key, "bits_per_byte": found.bits_per_byte, **found.change_from(own)}
 
+    without_step, without_term = [], []
+    for term in terms(model.config):
+        with without(model, term):
+            without_term.append(row("term", term, score(model, windows(), token_num_bytes)))
     if integrator is None:
-        without_step, without_term = [], []
         for number, (place, step) in enumerate(zip(places(model.config.num_layers), model.steps(), strict=True), 1):
             with passed_over(step):
                 without_step.append({**place, **row("step", number, score(model, windows(), token_num_bytes))})
-        for term in model.config.stream_terms:
-            with without(model, term):
-                without_term.append(row("term", term, score(model, windows(), token_num_bytes)))
         return IterationReport(own.bits_per_byte, [], [], without_step, without_term)
 
     by_iterations, without_layer = [], []
@@ -178,14 +213,15 @@ def measure_iterations(
     for layer in range(len(model.integrators())):
         with skipped(model, [layer]):
             without_layer.append(row("layer", layer, score(model, windows(), token_num_bytes)))
-    return IterationReport(own.bits_per_byte, by_iterations, without_layer)
+    return IterationReport(own.bits_per_byte, by_iterations, without_layer, [], without_term)
 
 
 def num_passes(model: IntegratorLanguageModel) -> int:
     """How often `measure_iterations` calls `done`."""
+    num_terms = len(terms(model.config))
     if model.config.integrator is None:
-        return 1 + len(model.steps()) + len(model.config.stream_terms)
-    return 1 + len(iteration_counts(model.config.num_iterations)) + len(model.integrators())
+        return 1 + len(model.steps()) + num_terms
+    return 1 + num_terms + len(iteration_counts(model.config.num_iterations)) + len(model.integrators())
 
 
 @dataclass(frozen=True)

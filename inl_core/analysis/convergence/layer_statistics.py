@@ -35,8 +35,10 @@ class PathStatistics:
         self.against: dict[str, ConvergenceMetrics] = {}
         self.token_measures: list[str] = []
         self.distributions = defaultdict(lambda: [Distribution() for _ in range(num_iterations + 1)])
-        # Sums over elements: the number of turns times the length of the path, and the length of the path.
-        self.turning, self.motion = 0.0, 0.0
+        # Sums over elements, by how many iterations are looked at, those that the model runs and all: the number of
+        # turns times the length of the path, and the length of the path.
+        self.turning: dict[int, float] = defaultdict(float)
+        self.motion: dict[int, float] = defaultdict(float)
 
     def add_path(
         self, path: Trajectory, targets: dict[str, Tensor], displaced: Tensor, more: dict[str, Tensor]
@@ -58,20 +60,23 @@ class PathStatistics:
             is_of_step = not (name in _FROM_START or name.startswith("distance_"))
             for t in range(int(is_of_step), self.num_iterations + 1):
                 self.distributions[name][t].add(values[t])
-        self._add_turns(path.states)
+        for count in {min(self.used_iterations, self.num_iterations), self.num_iterations}:
+            self._add_turns(path.states[: count + 1], count)
         return measures
 
-    def _add_turns(self, states: Tensor) -> None:
+    def _add_turns(self, states: Tensor, count: int) -> None:
         moves = states.diff(dim=0)
         turns = (moves[1:] * moves[:-1] < 0).sum(0)  # (N, D)
         paths = torch.nan_to_num(moves.abs().sum(0), nan=0.0, posinf=0.0)
-        self.turning += (turns * paths).sum(dtype=torch.float64).item()
-        self.motion += paths.sum(dtype=torch.float64).item()
+        self.turning[count] += (turns * paths).sum(dtype=torch.float64).item()
+        self.motion[count] += paths.sum(dtype=torch.float64).item()
 
-    @property
-    def num_turns(self) -> float:
-        """How often a dimension of a token turns back, weighted by the length of its path: 0 .. T - 1."""
-        return self.turning / self.motion if self.motion else 0.0
+    def num_turns(self, count: int) -> float:
+        """How often a dimension of a token turns back in `count` iterations, weighted by its path's length: 0 .. T - 1.
+
+        `count` is the iterations that the model runs, or all that were followed.
+        """
+        return self.turning[count] / self.motion[count] if self.motion[count] else 0.0
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an iteration, 0 (the start) to T."""

@@ -10,6 +10,7 @@ from inl_core.documents.convergence import METRICS
 Summary = dict[str, Any]
 
 _WORDS = {"converge": "converge", "oscillate": "oscillate", "drift": "drift", "ignored": "are ignored"}
+_BEYOND = _WORDS | {"ignored": "hardly move"}
 _CAPTIONS = {
     "residual.png": "Movement of the state in each iteration",
     "distance.png": "Distance to mu and to the fixed point",
@@ -36,10 +37,16 @@ def system_name(summary: Summary, layer: Summary) -> str:
 
 def sentences(summary: Summary) -> list[str]:
     """One sentence for each layer, or for the stream."""
-    return [
-        f"{system_name(summary, layer)}: the states {_WORDS[layer['verdict']['word']]} ({layer['verdict']['reason']})"
-        for layer in summary["layers"]
-    ]
+    return [_sentence(system_name(summary, layer), layer) for layer in summary["layers"]]
+
+
+def _sentence(name: str, layer: Summary) -> str:
+    """What the states do in the iterations that the model runs, and what they would do beyond these."""
+    verdict, beyond = layer["verdict"], layer["beyond"]
+    text = f"{name}: the states {_WORDS[verdict['word']]} ({verdict['reason']})"
+    if beyond is None:
+        return text
+    return f"{text}; beyond T, which the model does not run, they would {_BEYOND[beyond['word']]} ({beyond['reason']})"
 
 
 def shown(value: Any) -> str:
@@ -74,15 +81,15 @@ def _verdicts(summary: Summary) -> str:
         "Thresholds, in this order: **ignored** when skipping the layer changes bits per byte by less than "
         f"{limits['ignored_change']:.2%} or the used iterations move the state by less than "
         f"{limits['ignored_displacement']:.0%} of its size; **converge** when the movement at the last iteration "
-        f"followed is at most {limits['converged_movement']:.0%} of its peak; **oscillate** when it still moves and a "
-        f"dimension turned back at least {limits['oscillating_turns']:g} times, weighted by motion; **drift** when it "
-        "still moves in much the same direction, or stops being finite."
+        f"that the model runs is at most {limits['converged_movement']:.0%} of its peak; **oscillate** when it still "
+        f"moves and a dimension turned back at least {limits['oscillating_turns']:g} times, weighted by motion; "
+        "**drift** when it still moves in much the same direction, or stops being finite."
     )
 
 
 def _bits(summary: Summary) -> str:
     found, columns = summary["bits_per_byte"], ("bits_per_byte", "change", "standard_error")
-    curve, layers = (
+    curve, layers, terms = (
         markdown_table(
             (title, *(name.replace("_", " ") for name in columns)),
             [(row[key], *(row[name] for name in columns)) for row in found[rows]],
@@ -90,11 +97,14 @@ def _bits(summary: Summary) -> str:
         for title, key, rows in (
             ("T in every layer (0: all skipped)", "iterations", "by_iterations"),
             ("layer skipped", "layer", "without_layer"),
+            ("term left out", "term", "without_term"),
         )
     )
     return (
         f"## Bits per byte\n\nThe model as it is: {shown(found['bits_per_byte'])}. Changes are paired on the same "
-        f"text; the standard error is over batches.\n\n{curve}\n\n{layers}"
+        f"text; the standard error is over batches.\n\n{curve}\n\n{layers}\n\n{terms}\n\n"
+        "A term that is left out is 0 in every layer: without momentum alpha is 0, without equilibrium beta, without "
+        "excitation A."
     )
 
 

@@ -54,6 +54,9 @@ class LayerReport:
 
     layer: int
     verdict: Verdict
+    """Within the iterations that the model runs."""
+    beyond: Verdict | None
+    """The same of all iterations that were followed; None where these are the same ones."""
     evidence: Evidence
     used_iterations: int
     iterations: list[dict[str, Any]]
@@ -193,7 +196,10 @@ def _layer(index: int, statistics: PathStatistics, bits: IterationReport, thresh
     change = bits.without_layer[index]["change"] if bits.without_layer else None
     evidence = gather(statistics, bits.bits_per_byte, change)
     verdict = judge(evidence, thresholds, unit="iteration" if bits.without_layer else "step")
-    return LayerReport(index, verdict, evidence, statistics.used_iterations, statistics.rows())
+    beyond = None
+    if statistics.num_iterations > statistics.used_iterations:
+        beyond = judge(gather(statistics, bits.bits_per_byte, None, beyond=True), thresholds)
+    return LayerReport(index, verdict, beyond, evidence, statistics.used_iterations, statistics.rows())
 
 
 def default_directory(checkpoint: Path) -> Path:

@@ -5,14 +5,16 @@ The verdict is the first of these that holds:
     ignored     without the layer, bits per byte change by less than `ignored_change` of the model's, or the
                 iterations that the model uses move the state by less than `ignored_displacement` of its size
     drift       a state stopped being finite
-    converge    at the last iteration followed, the typical movement is at most `converged_movement` of its peak
+    converge    at the last iteration, the typical movement is at most `converged_movement` of its peak
     oscillate   it still moves, and a dimension turned back at least `oscillating_turns` times on the way (two turns are
                 one full period), weighted by how much it moves
     drift       it still moves, and goes on in much the same direction
 
 - Movement is the median over tokens of how far a step moves the state, not counting what the excitation adds in that
   step; early stopping looks at the same figure.
-- A damped oscillation that comes to rest within the iterations followed has converged; its reason says that it turned.
+- A damped oscillation that comes to rest has converged; its reason says that it turned.
+- The iterations are those that the model runs. Where more were followed, a second verdict is about all of them: what
+  the states would do, not what the model does.
 """
 
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class Thresholds:
     converged_movement: float = 0.1
     """Of the peak movement."""
     oscillating_turns: float = 2.0
-    """Changes of direction within the iterations followed."""
+    """Changes of direction within the iterations that are judged."""
     ignored_change: float = 0.001
     """Of the model's bits per byte."""
     ignored_displacement: float = 0.01
@@ -42,13 +44,13 @@ class Evidence:
     """What the verdict on one layer looks at."""
 
     movement: list[float]
-    """Median unforced residual of iterations 1, 2, ..."""
+    """Median unforced residual of iterations 1, 2, ... up to the last one that is judged."""
     num_turns: float
     """Changes of direction, weighted by motion."""
     displacement: float
     """Median |s_T - s_0| over median |s_0|, T the used iterations."""
     num_nonfinite: int = 0
-    """Tokens whose state is not finite at the last iteration followed."""
+    """Tokens whose state is not finite at the last iteration that is judged."""
     bits_per_byte: float | None = None
     """Of the whole model."""
     change_without: float | None = None
@@ -63,17 +65,28 @@ class Verdict:
     reason: str
 
 
-def gather(statistics: PathStatistics, bits_per_byte: float | None, change_without: float | None) -> Evidence:
-    """The evidence in the statistics of a layer or stream."""
+def gather(
+    statistics: PathStatistics,
+    bits_per_byte: float | None,
+    change_without: float | None,
+    *,
+    beyond: bool = False,
+) -> Evidence:
+    """The evidence in the statistics of a layer or stream.
+
+    Args:
+        beyond: look at all iterations that were followed, and not at those alone that the model runs.
+    """
     found = statistics.distributions
     size = found["state_rms"][0].percentile(50)
     used = min(statistics.used_iterations, statistics.num_iterations)
+    last = statistics.num_iterations if beyond else used
     moved = found["displacement"][used].percentile(50)
     return Evidence(
-        movement=[found["unforced_residual"][t].percentile(50) for t in range(1, statistics.num_iterations + 1)],
-        num_turns=statistics.num_turns,
+        movement=[found["unforced_residual"][t].percentile(50) for t in range(1, last + 1)],
+        num_turns=statistics.num_turns(last),
         displacement=moved / size if size else 0.0,
-        num_nonfinite=found["state_rms"][-1].num_nonfinite,
+        num_nonfinite=found["state_rms"][last].num_nonfinite,
         bits_per_byte=bits_per_byte,
         change_without=change_without,
     )
@@ -86,11 +99,13 @@ def judge(evidence: Evidence, thresholds: Thresholds = Thresholds(), *, unit: st
         return Verdict("ignored", ignored)
     if evidence.num_nonfinite:
         return Verdict("drift", f"{evidence.num_nonfinite:,} tokens leave the finite numbers")
-    peak, last = max(evidence.movement), evidence.movement[-1]
+    peak, last = max(evidence.movement, default=0.0), evidence.movement[-1] if evidence.movement else 0.0
     share = last / peak if peak else 0.0
     turns, count = evidence.num_turns, len(evidence.movement)
     article = "an" if unit == "iteration" else "a"
-    still = f"after {count} {unit}s it moves {last:.3g} {article} {unit}, {share:.0%} of its peak"
+    still = (
+        f"after {count} {unit}{'' if count == 1 else 's'} it moves {last:.3g} {article} {unit}, {share:.0%} of its peak"
+    )
     if share <= thresholds.converged_movement:
         return Verdict("converge", f"{still}, having turned back {turns:.1f} times")
     if turns >= thresholds.oscillating_turns:
