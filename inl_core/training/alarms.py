@@ -2,7 +2,7 @@
 
     state ignored         a layer's iterations together move the state by less than 1% of its size, or a step of a
                           stream by less than 0.1%: the median of the tokens
-    controller constant   alpha, beta and gate of a layer all differ between tokens by less than 1% of their means
+    controller constant   beta and gate of a layer both differ between tokens by less than 1% of their means
     velocity over depth   the last place's velocity is over 10 times the median of all places
     velocity in training  the mean velocity is over 10 times what it was a tenth into the run
     momentum unused       alpha is below 0.01 (rms) in every step of a stream; so for the transport b
@@ -129,20 +129,21 @@ def _state_ignored(figures: Figures) -> Alarm | None:
 
 
 def _controller_constant(figures: Figures) -> Alarm | None:
+    """Of beta and gate: a dynamic alpha also follows the distance from mu, and so is never a constant."""
     constant = {}
     for place, own in figures.items():
-        gains = [own[name] for name in ("alpha", "beta", "gate") if "variance_tokens" in own.get(name, ())]
+        gains = [own[name] for name in ("beta", "gate", "alpha") if "variance_tokens" in own.get(name, ())]
         if len(gains) < 3:
             continue
-        variations = [math.sqrt(row["variance_tokens"]) / abs(row["mean"]) if row["mean"] else 0.0 for row in gains]
-        if max(variations) < _LEAST_VARIATION:
-            constant[place] = f"{max(variations):.2%}"
+        *controlled, alpha = (math.sqrt(row["variance_tokens"]) / abs(row["mean"] or math.inf) for row in gains)
+        if max(controlled) < _LEAST_VARIATION:
+            constant[place] = f"{max(controlled):.2%}, alpha {alpha:.2%}"
     if not constant:
         return None
     return Alarm(
         "controller constant",
-        f"the controller is constant: from token to token alpha, beta and gate differ by next to nothing, as a share "
-        f"of their means, in {_named(constant)}; look at gradient_norm and at the variance between tokens",
+        f"the controller is constant: from token to token beta and gate differ by next to nothing, as a share of their "
+        f"means, in {_named(constant)}; look at gradient_norm and at the variance between tokens",
     )
 
 

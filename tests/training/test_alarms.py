@@ -41,6 +41,7 @@ COLLAPSED = [
         "state ignored",
     ),
     ("v4", {"controller.output.weight": 0}, STATIC, "controller constant"),
+    ("v4", {"controller.output.weight": 0}, {}, "controller constant"),
     ("v5", {"blocks.1.feed_forward.down.weight": 1e5}, {}, "velocity grows over depth"),
     ("v5", {"alpha": 1e-3}, {}, "momentum unused"),
     ("v5", {"transport": 1e-3}, {}, "transport unused"),
