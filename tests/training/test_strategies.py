@@ -107,16 +107,31 @@ def test_a_model_divided_between_two_ranks_gives_the_run_of_one_process(runs):
         load_model(checkpoint)
 
 
+STOPS_EARLY = {"preset": "v4", "integrator": {"early_stopping": {"convergence_threshold": 0.2}}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "training", "tolerance"),
-    [(V5, {}, 1e-5), (V4, LOSSES, 1e-5), (EXPERTS, {}, 1e-4)],
-    ids=["v5", "v4 with every loss and a moving mu", "experts and budgets"],
+    ("num_ranks", "model", "training", "tolerance"),
+    [
+        (2, V5, {}, 1e-5),
+        (4, V5, {}, 1e-5),
+        (2, STOPS_EARLY, {}, 1e-5),
+        (4, V4, LOSSES, 1e-5),
+        (4, EXPERTS, {}, 1e-4),
+    ],
+    ids=[
+        "v5 on two",
+        "v5 on four",
+        "early stopping on two",
+        "v4 with every loss and a moving mu",
+        "experts and budgets",
+    ],
 )
-def test_four_ranks_give_the_run_of_one_process(runs, model, training, tolerance):
+def test_several_ranks_give_the_run_of_one_process(runs, num_ranks, model, training, tolerance):
     one, several = strategies(model, 50, **training)
     [alone] = runs(1, one).values()
-    for other in runs(4, several).values():
+    for other in runs(num_ranks, several).values():
         assert_alike(alone, other, tolerance)
 
 
