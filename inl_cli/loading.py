@@ -37,6 +37,18 @@ def noted(console: Console) -> Callable[[str], None]:
     return lambda text: (console.warn if text.startswith("skipped") else console.info)(text)
 
 
+def tell_of_shipped(console: Console, recipe: Path) -> None:
+    """Say that a shipped recipe is run, where its name was given and not a file."""
+    import warnings
+
+    from inl_core.recipe.shipped import find_recipe
+
+    with warnings.catch_warnings(action="ignore"):  # reading the recipe has told of other files of that name
+        found = find_recipe(recipe)
+    if found != recipe:
+        console.info(f"{recipe}: the shipped recipe {found}")
+
+
 def check_recipe_or_model(recipe: Path | None, preset: str | None, size: str | None) -> None:
     """Refuse a recipe together with a preset or a size, before anything is loaded."""
     if recipe is not None and (preset or size):

@@ -1,12 +1,13 @@
 """Arguments and options that several commands share, so that they are spelt and explained once."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from inl_core.errors import RecipeError
-from inl_core.files import refuse_remote
+from inl_core.files import refuse_remote, shortened
 
 
 def given_path(text: str) -> Path:
@@ -24,6 +25,14 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
+def given_recipe(text: str) -> Path:
+    """The parser of arguments that are recipes: `tiny` may name a shipped recipe, `./tiny` is a file or a mistake."""
+    path = given_path(text)
+    if os.sep in text and len(path.parts) == 1 and not path.exists():
+        raise typer.BadParameter(f"{shortened(text)}: no such file; a shipped recipe is named without ./")
+    return path
+
+
 def path_option(*names: str, help: str) -> Any:
     """An option whose value is a path."""
     return typer.Option(*names, metavar="PATH", help=help, parser=given_path)
@@ -34,10 +43,18 @@ def path_argument(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help, parser=given_path)
 
 
-RecipeArgument = Annotated[Path, path_argument("RECIPE", "The recipe, a YAML file.")]
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name, as tiny.", parser=given_recipe),
+]
 
 RecipeOrModelArgument = Annotated[
-    Path | None, path_argument("[RECIPE]", "The recipe, a YAML file; or name --preset or --size instead.")
+    Path | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="A YAML file, or a shipped recipe's name; or give --preset or --size instead.",
+        parser=given_recipe,
+    ),
 ]
 
 PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, v5, transformer.")]

@@ -32,6 +32,7 @@ from inl_core.inference.checkpoint_files import (
 from inl_core.inference.loading import fitting_model, read_model_config
 from inl_core.recipe import ExcitationConfig, IntegratorConfig, ModelConfig
 from inl_core.recipe.load import load_recipe
+from inl_core.recipe.shipped import find_recipe
 from inl_core.training.checkpoint import read_progress
 from inl_core.training.metrics import stream_metrics
 from inl_core.training.run_data import data_directory
@@ -64,7 +65,7 @@ def inspect_path(path: Path) -> Overview:
         ArtefactError: it is none of the four kinds.
         RecipeError: the recipe cannot be used.
     """
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") or (not os.path.lexists(path) and find_recipe(path) != path):
         return inspect_recipe(path)
     if not os.path.lexists(path):
         near = [str(place) for place in (Path("runs") / path, Path("data") / path) if is_directory(place)]

@@ -11,7 +11,7 @@ The files, in the order in which data goes through them:
 - `schema.py`: the recipe as a JSON schema, for editors.
 
 Use:
-    recipe = load_recipe("recipes/tiny.yaml", overrides=["training.steps=100"])
+    recipe = load_recipe("tiny", overrides=["training.steps=100"])
     recipe.model.d_model, recipe.training.num_steps
 """
 

@@ -20,6 +20,7 @@ from inl_core.errors import ArtefactError, RecipeError, RecipeWarning
 from inl_core.files import expand_home, read_bytes, shortened
 from inl_core.recipe.problems import MOST_PROBLEMS, dotted, find_problems, section_at, shown, unknown_key
 from inl_core.recipe.recipe import Recipe
+from inl_core.recipe.shipped import find_recipe, shipped_recipes
 from inl_core.recipe.yaml_text import Document, KeyPath, dump_yaml, parse_yaml
 
 _ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -37,11 +38,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, allow_pipe: 
     A key that is not used any more gives a RecipeWarning, unless it stands in the recipe of a run or checkpoint.
 
     Args:
+        path: a YAML file, or the name of a shipped recipe (shipped.py).
         overrides: such as `training.steps=100`; the values are YAML.
         allow_pipe: whether the path may be a FIFO, as for a shell's `<(...)`. The recipe of a run or checkpoint must be
             a file: reading a FIFO in its place would wait for someone to write to it.
     """
-    path = expand_home(path)
+    path = find_recipe(path) if allow_pipe else expand_home(path)
     source = str(path)
     document = parse_yaml(_read_text(path, allow_pipe=allow_pipe), source)
     if document.values is None:
@@ -60,15 +62,6 @@ def recipe_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = ()
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe with all its keys as YAML, which `load_recipe` reads back to an equal recipe."""
     return dump_yaml(recipe.model_dump(mode="json"))
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package, be it installed or a checkout of the repository."""
-    here = Path(__file__).resolve().parent
-    for directory in (here / "shipped", here.parents[1] / "recipes"):
-        if found := sorted(directory.glob("*.yaml")):
-            return {path.stem: path for path in found}
-    return {}
 
 
 def _validated(document: Document, overrides: Sequence[str], source: str, *, is_record: bool = False) -> Recipe:
@@ -107,11 +100,11 @@ def _read_text(path: Path, *, allow_pipe: bool) -> str:
 
 
 def _nearest_file(path: Path) -> str:
-    """A hint: a recipe of nearly this name in the same directory, or else a shipped one of exactly this name."""
+    """A hint: a recipe of nearly this name in the same directory, or else a shipped one, which its name stands for."""
     beside = {item.stem: item for item in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
     near = get_close_matches(path.stem, beside, n=1)
-    found = beside[near[0]] if near else shipped_recipes().get(path.stem)
-    return f"; did you mean '{found}'?" if found else ""
+    found = beside[near[0]] if near else next(iter(get_close_matches(path.stem, shipped_recipes(), n=1)), None)
+    return f"; did you mean '{found}'?" if found else "; `inl recipe list` names the shipped ones"
 
 
 def _with_overrides(values: Any, overrides: Sequence[str]) -> tuple[Any, dict[KeyPath, str]]:

@@ -1,6 +1,6 @@
 """One session of a run, from a recipe to a trainer that is ready to fit: `inl train`, `inl resume` and Python alike.
 
-    recipe = load_recipe("recipes/tiny.yaml")
+    recipe = load_recipe("tiny")
     with open_session(recipe, "runs/mine") as session:
         data = session.open_data()
         trainer = session.build_trainer(data)

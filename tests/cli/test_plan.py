@@ -11,7 +11,8 @@ from typer.testing import CliRunner, Result
 from inl_cli import sizes_page
 from inl_cli.app import app
 from inl_core.corpus.preparation import prepare
-from inl_core.recipe.load import load_recipe, shipped_recipes
+from inl_core.recipe.load import load_recipe
+from inl_core.recipe.shipped import shipped_recipes
 from inl_core.training.run_data import data_directory
 
 ROOT = Path(__file__).parents[2]

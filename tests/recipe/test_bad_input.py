@@ -306,7 +306,7 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
 
 
 def test_a_shipped_recipe_is_named_from_anywhere(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no such file; did you mean '/.*/medium\.yaml'\?"):
+    with pytest.raises(RecipeError, match=r"no such file; did you mean 'medium'\?"):
         load_recipe(tmp_path / "recipes" / "medium.yaml")
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from inl_core.errors import RecipeError
 from inl_core.recipe import Recipe
-from inl_core.recipe.load import dump_recipe, load_recipe, recipe_from_mapping, shipped_recipes
+from inl_core.recipe.load import dump_recipe, load_recipe, recipe_from_mapping
+from inl_core.recipe.shipped import shipped_recipes
 from inl_core.recipe.yaml_text import dump_yaml, parse_yaml
 
 MINIMAL: dict[str, Any] = {"name": "x", "training": {"steps": 10}}

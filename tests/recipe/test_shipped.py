@@ -9,11 +9,13 @@ import pytest
 
 from inl_core.analysis.planning import count_parameters, meta_model, training_flops
 from inl_core.analysis.planning.memory import memory_table, trace_modes
+from inl_core.errors import RecipeError, RecipeWarning
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.differences import recipe_differences
-from inl_core.recipe.load import load_recipe, shipped_recipes
+from inl_core.recipe.load import load_recipe
 from inl_core.recipe.presets import PRESETS
 from inl_core.recipe.schema import recipe_schema, schema_text
+from inl_core.recipe.shipped import copy_shipped, describe_shipped, shipped_recipes
 from inl_core.recipe.sizes import find_size
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -39,7 +41,7 @@ def test_the_shipped_recipes_are_these() -> None:
 def test_each_recipe_starts_with_its_command_and_its_schema_and_runs_without_data_to_bring(name: str) -> None:
     path = RECIPES / f"{name}.yaml"
     lines = path.read_text().splitlines()
-    assert lines[0] == f"# inl train recipes/{name}.yaml"
+    assert lines[0] == f"# inl train {name}"
     assert "# yaml-language-server: $schema=recipe.schema.json" in lines
     recipe = load_recipe(path)
     assert recipe.name == name
@@ -144,3 +146,42 @@ def test_the_schema_explains_every_key_and_closes_every_section() -> None:
     assert all(section["additionalProperties"] is False for section in [schema, *schema["$defs"].values()])
     assert schema["required"] == ["name", "training"]
     json.dumps(schema)
+
+
+def test_a_name_is_a_shipped_recipe_anywhere_and_a_path_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("tiny") == load_recipe(RECIPES / "tiny.yaml")
+    mine = (RECIPES / "tiny.yaml").read_text().replace("name: tiny", "name: mine")
+    (tmp_path / "tiny.yaml").write_text(mine)
+    with pytest.warns(RecipeWarning, match=r"^tiny: the shipped recipe, not the file here; name that one tiny\.yaml$"):
+        assert load_recipe("tiny").name == "tiny"
+    assert load_recipe("tiny.yaml").name == "mine"
+    (tmp_path / "tiny").write_text(mine)
+    with pytest.warns(RecipeWarning, match=r"^tiny: the file here, not the shipped recipe"):
+        assert load_recipe("tiny").name == "mine"
+
+
+def test_a_copy_computes_the_same_and_is_never_written_over_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        assert load_recipe(copy_shipped(name, None)) == load_recipe(RECIPES / f"{name}.yaml")
+    assert copy_shipped("tiny", tmp_path / "other.yaml").read_text().startswith(f"# inl train {tmp_path}/other.yaml\n")
+    (tmp_path / "medium.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match=r"medium\.yaml: exists already"):
+        copy_shipped("medium", tmp_path)
+    assert (tmp_path / "medium.yaml").read_text() == "mine"
+    with pytest.raises(RecipeError, match="tinny: no shipped recipe; did you mean 'tiny'"):
+        copy_shipped("tinny", None)
+
+
+def test_the_list_says_of_each_shipped_recipe_what_it_is() -> None:
+    rows = {row.name: row for row in describe_shipped()}
+    assert set(rows) == set(NAMES)
+    assert next(iter(rows)) == "tiny"
+    assert (rows["tiny"].preset, rows["tiny"].size) == ("v5", "128 x 4")
+    assert rows["tiny-v3"].about.startswith("Generation v3")
+    assert all(row.about and "\n" not in row.about for row in rows.values())

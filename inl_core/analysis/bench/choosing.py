@@ -20,6 +20,7 @@ from inl_core.errors import RecipeError
 from inl_core.recipe import Recipe
 from inl_core.recipe.load import load_recipe, recipe_from_mapping
 from inl_core.recipe.presets import DEFAULT_PRESET, PRESETS
+from inl_core.recipe.shipped import shipped_recipes
 
 LLAMA, UNCACHED = "llama", "uncached"
 _DIMENSIONS = ("d_model", "num_layers", "num_heads", "num_kv_heads", "feedforward_dim", "max_seq_len", "vocab_size")
@@ -74,14 +75,14 @@ def other_candidate(against: str, first: Candidate, overrides: Sequence[str] = (
         return Candidate(LLAMA, "llama", _of_dimensions("transformer", first, rounding, ()))
     if against in PRESETS:
         other = _candidate(against, _of_dimensions(against, first, {}, overrides))
-    elif against.endswith((".yaml", ".yml")) or Path(against).exists():
+    elif against.endswith((".yaml", ".yml")) or Path(against).exists() or against in shipped_recipes():
         training = first.recipe.training
         batch = _batch_overrides(training.batch_size, training.sequence_length)
         recipe = load_recipe(against, [*overrides, *batch])
         vocab_size = recipe.model.vocab_size or first.config.vocab_size or 0
         other = _candidate(recipe.name, _with_vocabulary(recipe, vocab_size))
     else:
-        raise RecipeError(f"--against {against}: neither {', '.join((LLAMA, UNCACHED, *PRESETS))} nor a recipe's file")
+        raise RecipeError(f"--against {against}: neither {', '.join((LLAMA, UNCACHED, *PRESETS))} nor a recipe")
     return replace(other, name=f"{other.name} (2)") if other.name == first.name else other
 
 
