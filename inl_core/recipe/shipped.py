@@ -1,7 +1,7 @@
 """The recipes that come with the package, which a name alone stands for: `inl train tiny`.
 
-- A path always is a path: `./tiny`, `tiny.yaml`, and `tiny` where a file of that name lies here. Only a bare name that is
-  no file is looked up. A file `tiny.yaml` beside it is not what `tiny` names; who has both is told.
+- A path always is a path: `./tiny`, `tiny.yaml`, and `tiny` where a file of that name lies here. Only a bare name that
+  is no file is looked up. A file `tiny.yaml` beside it is not what `tiny` names; who has both is told.
 """
 
 import re
