@@ -26,6 +26,7 @@ from inl_cli.commands import (
     replay,
     report,
     run_status,
+    serve,
     slurm,
     train,
     watch,
@@ -59,6 +60,7 @@ app.command("report")(report.report)
 app.command("compare")(report.compare)
 app.command("replay")(replay.replay)
 app.command("export")(export.export)
+app.command("serve")(serve.serve)
 app.command("import-reference")(import_reference.import_reference)
 
 check_app = typer.Typer(

@@ -13,8 +13,8 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -87,8 +87,40 @@ def stream(
         RecipeError: a prompt is not UTF-8 text or is longer than the model's context.
         NonFiniteError: the model's logits are not finite.
     """
-    rows = _make_rows(tokenizer, prompts, settings, max_seq_len=model.config.max_seq_len)
+    rows = _make_rows(model, tokenizer, prompts, settings)
     return _complete_rows(model, tokenizer, rows, settings)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One caller's prompt in a batch that several callers share."""
+
+    prompt_ids: tuple[int, ...]
+    """As `encode_prompt` makes them."""
+    settings: GenerationSettings
+
+
+def stream_together(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    requests: Sequence[Request],
+    is_wanted: Callable[[int], bool] = lambda index: True,
+) -> Iterator[Piece]:
+    """Complete several requests in one batch; each gets the text that it would get alone, in pieces as from `stream`.
+
+    Args:
+        decoder: of a model in evaluation mode. Its iterations and precision count, not those of the requests.
+        requests: what `GenerationSettings.sampling` gives must be the same for all. Seeds, lengths, stop strings and
+            numbers of samples may differ.
+        is_wanted: whether a request, by its number, is still waited for; asked after each token.
+    """
+    rows: list[_Row] = []
+    for index, request in enumerate(requests):
+        assert request.settings.sampling == requests[0].settings.sampling
+        prompt = tokenizer.decode(request.prompt_ids)
+        own = _rows_of(tokenizer, prompt, list(request.prompt_ids), request.settings, decoder.model, first_sample=0)
+        rows += [replace(row, prompt_index=index) for row in own]
+    yield from _complete_batch(decoder, tokenizer, rows, requests[0].settings, is_wanted)
 
 
 def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[tuple[str, float]]:
@@ -147,7 +179,7 @@ class _Row:
 
 
 def _make_rows(
-    tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationSettings, *, max_seq_len: int
+    model: IntegratorLanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], settings: GenerationSettings
 ) -> list[_Row]:
     """All rows, by prompt and sample."""
     total = len(prompts) * settings.num_samples
@@ -156,33 +188,58 @@ def _make_rows(
     rows, repeats = [], Counter()
     for index, prompt in enumerate(prompts):
         name = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
-        ids = _encode_prompt(tokenizer, prompt, name, max_seq_len)
-        room = max_seq_len - len(ids) + 1  # the last token needs no place: nothing is predicted from it
-        for sample in range(settings.num_samples):
-            row = _Row(
-                prompt=prompt,
-                prompt_ids=ids,
-                prompt_index=index,
-                sample_index=sample,
-                random=_row_random(settings.seed, prompt, repeats[prompt]),
-                text=TextStream(tokenizer, settings.stop, prompt_ids=ids[1:]),  # without bos
-                limit=min(settings.max_new_tokens, room),
-                limit_reason="length" if settings.max_new_tokens <= room else "context",
-            )
-            repeats[prompt] += 1
-            rows.append(row)
+        ids = encode_prompt(tokenizer, prompt, name, max_seq_len=model.config.max_seq_len)
+        own = _rows_of(tokenizer, prompt, ids, settings, model, first_sample=repeats[prompt])
+        rows += [replace(row, prompt_index=index) for row in own]
+        repeats[prompt] += settings.num_samples
     return rows
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: str, name: str, max_seq_len: int) -> list[int]:
+def _rows_of(
+    tokenizer: Tokenizer,
+    prompt: str,
+    ids: list[int],
+    settings: GenerationSettings,
+    model: IntegratorLanguageModel,
+    *,
+    first_sample: int,
+) -> list[_Row]:
+    """The samples of one prompt, whose random numbers are those of its sample `first_sample` and the following ones."""
+    room = model.config.max_seq_len - len(ids) + 1  # the last token needs no place: nothing is predicted from it
+    return [
+        _Row(
+            prompt=prompt,
+            prompt_ids=ids,
+            prompt_index=0,
+            sample_index=sample,
+            random=_row_random(settings.seed, prompt, first_sample + sample),
+            text=TextStream(tokenizer, settings.stop, prompt_ids=ids[1:]),  # without bos
+            limit=min(settings.max_new_tokens, room),
+            limit_reason="length" if settings.max_new_tokens <= room else "context",
+        )
+        for sample in range(settings.num_samples)
+    ]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "the prompt", *, max_seq_len: int) -> list[int]:
+    """The begin token and the prompt's tokens.
+
+    Raises:
+        RecipeError: it is not UTF-8 text, or does not fit the model's context; `name` says which prompt.
+    """
     check_utf8(prompt, name)
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    check_length(ids, name, max_seq_len=max_seq_len)
+    return ids
+
+
+def check_length(ids: Sequence[int], name: str, *, max_seq_len: int) -> None:
+    """RecipeError where the tokens of a prompt do not fit the model's context."""
     if len(ids) > max_seq_len:
         raise RecipeError(
             f"{name}: {len(ids):,} tokens with the beginning-of-text token, the model's context holds {max_seq_len:,}; "
             f"shorten it by {len(ids) - max_seq_len:,} tokens"
         )
-    return ids
 
 
 def _row_random(seed: int, prompt: str, sample: int) -> random.Random:
@@ -212,7 +269,11 @@ def _complete_rows(
 
 
 def _complete_batch(
-    decoder: Decoder, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    rows: list[_Row],
+    settings: GenerationSettings,
+    is_wanted: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Piece]:
     batch = _Batch(decoder, tokenizer, rows, settings)
     while rows:
@@ -223,6 +284,7 @@ def _complete_batch(
             pieces = [rows[index].add(tokens[index], iterations[index], tokenizer.eos_id) for index in going]
             yield from (piece for piece in pieces if piece.text or piece.completion)
             going = [index for index, piece in zip(going, pieces, strict=True) if piece.completion is None]
+        going = [index for index in going if is_wanted(rows[index].prompt_index)]
         batch_rows, rows = len(rows), [rows[index] for index in going]
         if rows:
             batch.advance([row.token_ids[-1] for row in rows], going if len(going) < batch_rows else None)

@@ -65,6 +65,11 @@ class GenerationSettings:
         """Whether the most probable token is taken, and nothing is drawn."""
         return self.temperature < _LEAST_TEMPERATURE
 
+    @property
+    def sampling(self) -> tuple[float | int | None, ...]:
+        """How a token is chosen from the logits; completions for which it is the same can share a batch."""
+        return (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
     def without_effect(self) -> list[str]:
         """One sentence for each setting that a greedy choice ignores."""
         if not self.is_greedy:

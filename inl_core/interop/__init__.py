@@ -1,4 +1,4 @@
-"""Other programs: released weights come in, models leave for transformers, lm-eval's tasks are run.
+"""Other programs: released weights, transformers, lm-eval's tasks, OpenAI's clients.
 
 Only the command line imports this package.
 """

@@ -167,6 +167,7 @@ def test_generation_arguments_are_read_as_lm_eval_means_them() -> None:
     assert (sampled.temperature, sampled.top_p, sampled.top_k, sampled.stop) == (0.5, 0.9, None, ("x",))
 
 
+@pytest.mark.slow
 def test_results_stay_with_the_run_and_tasks_add_up(run: Path, folder: Path) -> None:
     for name in ("mini_choice", "mini_answer"):
         result = inl("eval", run, "--tasks", name, "--task-path", folder)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of one model: `inl serve`."""
