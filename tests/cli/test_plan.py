@@ -246,6 +246,17 @@ def test_a_recipe_is_refused_on_gpus_that_it_does_not_fit(inl: Callable[..., Res
     assert "activations" in tight.stderr
 
 
+def test_the_whole_gradient_counts_where_several_passes_make_a_step(inl: Callable[..., Result], tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path)
+    gpus = ("--gpus", "2", "--gpu-memory", "0.001GB")  # half of all states fits, and little more
+    divided = ("--set", "training.distributed.strategy=fsdp", "--set", "training.batch_tokens=64")
+    one_pass = inl(recipe, *gpus, *divided, "--set", "training.micro_batch_size=1")
+    several = inl(recipe, *gpus, *divided, "--set", "training.batch_tokens=256", "--set", "training.micro_batch_size=1")
+    assert "rest of the gradient" not in one_pass.stderr
+    assert several.exit_code == 2
+    assert "+ the rest of the gradient while micro-batches add up" in several.stderr
+
+
 @pytest.mark.parametrize("size", ["", "80", "0GB", "80 TB", "-1GB", "9" * 400 + "GB"])
 def test_a_memory_that_is_no_size_is_refused(inl: Callable[..., Result], tmp_path: Path, size: str) -> None:
     outcome = inl(recipe_file(tmp_path), "--gpu-memory", size)
