@@ -1,89 +1,24 @@
 """Our model as lm-eval asks it: log-likelihoods of continuations and of whole texts, and answers.
 
-- Requests are scored longest first, in batches padded on the right. Continuations that share all tokens before their
-  last one, such as the letters of a multiple choice, share one row.
+- Log-likelihoods are those of inl_core/inference/scoring.py.
 - A context that is too long loses its beginning, as with lm-eval's own models.
-- Legend: B rows, S tokens, N tokens of a continuation, D d_model, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 
 from inl_core.inference.generate import generate
 from inl_core.inference.loading import LoadedModel
+from inl_core.inference.scoring import score_tokens
 from inl_core.inference.settings import GenerationSettings
 from inl_core.interop.harness.settings import Progress, TaskSettings
 
 _DEFAULT_NEW_TOKENS = 256
 """As lm-eval has it, where a task says nothing."""
-
-
-@dataclass
-class _Row:
-    """Tokens that the model reads once, and the continuations that end with or just after the last of them."""
-
-    ids: tuple[int, ...]
-    wanted: list[tuple[int, list[int]]] = field(default_factory=list)
-    """The number of a request, and its continuation, whose first token is predicted from ids[-len(continuation)]."""
-
-
-class Scorer:
-    """Log-likelihoods of continuations under one model."""
-
-    def __init__(self, loaded: LoadedModel, settings: TaskSettings) -> None:
-        self.model, self.settings = loaded.model.eval(), settings
-        self.device = loaded.model.embedding.table.weight.device
-
-    def __call__(
-        self, pairs: Sequence[tuple[list[int], list[int]]], progress: Callable[[int, int], None]
-    ) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation in nats, and whether each of its tokens is the most probable one.
-
-        Args:
-            pairs: (context, continuation); the context is not empty.
-            progress: is told how many of how many rows are done.
-        """
-        longest, rows = self.model.config.max_seq_len, {}
-        for index, (context, continuation) in enumerate(pairs):
-            if not continuation:
-                continue
-            ids = tuple((context + continuation)[:-1][-longest:])
-            rows.setdefault(ids, _Row(ids)).wanted.append((index, continuation[-longest:]))
-        ordered = sorted(rows.values(), key=lambda row: -len(row.ids))
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for first in range(0, len(ordered), self.settings.batch_size):
-            for index, result in self._score(ordered[first : first + self.settings.batch_size]):
-                found[index] = result
-            progress(min(first + self.settings.batch_size, len(ordered)), len(ordered))
-        return found
-
-    @torch.inference_mode()
-    def _score(self, rows: list[_Row]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        width = max(len(row.ids) for row in rows)
-        # What stands to the right of a text is seen by none of its tokens.
-        padded = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows], device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
-            hidden = self.model(padded, options=self.settings.options).hidden  # (B, S, D)
-            for row, states in zip(rows, hidden, strict=True):
-                most = max(len(continuation) for _, continuation in row.wanted)
-                logits = self.model.logits(states[len(row.ids) - most : len(row.ids)])
-                log_probabilities, best = logits.log_softmax(-1), logits.argmax(-1)
-                for index, continuation in row.wanted:
-                    yield index, _likelihood(log_probabilities[-len(continuation) :], best, continuation)
-
-
-def _likelihood(log_probabilities: Tensor, best: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """The sum over a continuation's tokens, from (N, V) log-probabilities, and whether they are the `best` ones."""
-    wanted = torch.tensor(continuation, device=best.device)
-    total = log_probabilities.gather(1, wanted[:, None]).double().sum()
-    return float(total), bool((best[-len(continuation) :] == wanted).all())
 
 
 class InlLM(TemplateLM):
@@ -92,7 +27,6 @@ class InlLM(TemplateLM):
     def __init__(self, loaded: LoadedModel, settings: TaskSettings, progress: Progress) -> None:
         super().__init__()
         self.loaded, self.settings, self.progress = loaded, settings, progress
-        self.scorer = Scorer(loaded, settings)
 
     @property
     def eot_token_id(self) -> int:
@@ -110,7 +44,7 @@ class InlLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        found = self.scorer([(context, wanted) for _, context, wanted in requests], self._told("continuations"))
+        found = self._score([(context, wanted) for _, context, wanted in requests], "continuations")
         for (key, _, _), result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, result)
         return found
@@ -128,7 +62,7 @@ class InlLM(TemplateLM):
                 pairs.append(make_disjoint_window(window))
                 owners.append(index)
         totals = [0.0] * len(requests)
-        for owner, (total, _) in zip(owners, self.scorer(pairs, self._told("windows")), strict=True):
+        for owner, (total, _) in zip(owners, self._score(pairs, "windows"), strict=True):
             totals[owner] += total
         return totals
 
@@ -147,6 +81,18 @@ class InlLM(TemplateLM):
                 done += len(part)
                 told(done, len(requests))
         return texts
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], what: str) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation in nats, and whether greedy decoding would write it."""
+        scores = score_tokens(
+            self.loaded.model,
+            pairs,
+            batch_size=self.settings.batch_size,
+            options=self.settings.options,
+            bf16=self.settings.bf16,
+            progress=self._told(what),
+        )
+        return [(score.total, score.is_greedy) for score in scores]
 
     def _fitting(self, prompt: str, new_tokens: int) -> str:
         """The end of a prompt that leaves room for its answer."""
