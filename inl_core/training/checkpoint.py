@@ -59,6 +59,9 @@ class TrainState(BaseModel):
     world_size: Annotated[int, Field(gt=0, lt=2**31)] = 1
     skipped: Count = 0
     """Steps that were skipped because their loss or gradient was not finite."""
+    save_seconds: Annotated[float, Field(ge=0)] = 0.0
+    """What the save before this one took, of whichever session: a session that has not saved yet must know how long
+    before its time limit to begin. 0 where nobody knows."""
     rng: dict[str, list[Byte]] = {}
     """States of torch's generators, as bytes: `cpu` and `cuda` of rank 0, and `cpu/3` of rank 3 where that differs.
     None of our code draws from them, but a user's own code might."""
@@ -67,7 +70,7 @@ class TrainState(BaseModel):
 def read_progress(path: Path) -> TrainState:
     """The record in the progress.json of the checkpoint at `path`; ArtefactError when it is not a complete one."""
     state = read_record(path / PROGRESS, TrainState)
-    later = {"skipped"}  # which older versions did not write
+    later = {"skipped", "save_seconds"}  # which older versions did not write
     missing = TrainState.model_fields.keys() - state.model_fields_set - later
     if missing:
         raise ArtefactError(f"{path / PROGRESS}: damaged: {min(missing)}: Field required")

@@ -76,8 +76,9 @@ class Saver:
         # The memory of a copy is kept for the next one: to get it anew takes several times as long as to fill it.
         self._stager = StateDictStager(pin_memory=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self.longest = 0.0
-        """Seconds that the longest save of this process took; rank 0 alone knows it."""
+        self.latest = self.longest = 0.0
+        """Seconds that the newest save took, and the longest of this process, or what a resumed run's state says of
+        the one before; of what this process saved rank 0 alone knows it."""
         self._pending: _Pending | None = None
 
     def try_before_first_step(self, state: TrainState) -> None:
@@ -105,7 +106,7 @@ class Saver:
         """
         self.finish()
         self._refuse_nonfinite(state.step)
-        state.rng = capture_rng(self.world)
+        state.rng, state.save_seconds = capture_rng(self.world), self.latest
         future = self._thread.submit(self._write, self._snapshot(state)) if self._writes else None
         self._pending = _Pending(state.step, future)
 
@@ -175,7 +176,7 @@ class Saver:
         run, start = self.run.path, time.perf_counter()
         try:
             saved = write_snapshot(run / TRIAL, self._snapshot(state), self._writers)
-            self.longest = seconds = time.perf_counter() - start
+            self.latest = self.longest = seconds = time.perf_counter() - start
             self._writers.on_main(lambda: verify_checkpoint(saved))
             before = {name: own_part(tensor).clone() for name, tensor in self.model.state_dict().items()}
             load_checkpoint(saved, self.model, self.optimizers)
@@ -228,7 +229,7 @@ class Saver:
             )
         else:
             pending.is_saved = True
-            self.longest = max(self.longest, seconds)
+            self.latest, self.longest = seconds, max(self.longest, seconds)
             self.observer.on_checkpoint(path, seconds)
             self._retain(pending.step)
         return pending.is_saved

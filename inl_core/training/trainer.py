@@ -38,7 +38,7 @@ from inl_core.training.run_status import PREEMPTED, write_preempted
 from inl_core.training.saving import Saver
 from inl_core.training.schedules import is_due
 from inl_core.training.step import Stepper
-from inl_core.training.time_limit import find_limit
+from inl_core.training.time_limit import TimeLimit, find_limit
 from inl_core.training.validation import Validation
 
 
@@ -87,6 +87,7 @@ class Trainer:
         restore_rng(self.state.rng, self.world.rank)
         self.stepper.num_skipped = self.state.skipped
         self.saver.saved_step = self.state.step
+        self.saver.latest = self.saver.longest = self.state.save_seconds
 
     def fit(self, stop: StopSignal | None = None) -> Evaluation | None:
         """Train to the recipe's last step, and score the validation split; None when that holds no target token.
@@ -108,6 +109,8 @@ class Trainer:
         try:
             with closing(self.saver):
                 self._begin()
+                if stop.limit is not None:
+                    self._check_time(stop.limit)
                 with stop.deferred(), closing(self.stepper):
                     evaluation = self._train(stop)
         except NonFiniteError as error:
@@ -133,6 +136,18 @@ class Trainer:
         tokens = self.validation.sequence_length * self.validation.batch_size
         self.parallel.run(lambda model: self.validation.score(model, tokens))
 
+    def _check_time(self, limit: TimeLimit) -> None:
+        """Warn of a time limit that leaves no time for training, since a job queue would start the run for ever."""
+        limit.needed = self._seconds_to_leave()
+        if self.state.step < self.settings.num_steps and limit.is_near():
+            self.observer.on_warning(
+                f"{limit.name}: all of the time goes into starting and saving, so only one step is taken; allow more"
+            )
+
+    def _seconds_to_leave(self) -> float:
+        """What the step at work when the time is up takes, the one that notices it, and a save of unsure length."""
+        return 2 * (self._longest_step or 0.0) + 2 * self.saver.longest
+
     def _train(self, stop: StopSignal) -> Evaluation | None:
         """The steps, with what is due between them, and the final evaluation."""
         while self.state.step < self.settings.num_steps:
@@ -151,8 +166,8 @@ class Trainer:
         self.state.skipped = self.stepper.num_skipped
         # The first step also warms up, or compiles, and says nothing of those to come.
         self._longest_step = 0.0 if self._longest_step is None else max(self._longest_step, result.seconds)
-        if stop.limit is not None:  # the step at work when the time is up, the one that notices it, and a save
-            stop.limit.needed = 2 * self._longest_step + 2 * self.saver.longest
+        if stop.limit is not None:
+            stop.limit.needed = self._seconds_to_leave()
         self.log.add_step(self.state, result)
         return result.is_stopping
 

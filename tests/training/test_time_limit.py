@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -95,6 +96,27 @@ def test_what_saving_and_a_step_take_is_kept_free(make_recipe, make_trainer):
         trainer.fit(stop)
     assert stop.limit is not None
     assert stop.limit.needed > 2000
+
+
+def test_a_session_that_has_not_saved_yet_keeps_free_what_the_last_save_of_the_run_took(make_recipe, make_trainer):
+    first, _ = make_trainer(make_recipe(training={"steps": 2}), "run")
+    before_each_step(first, lambda done, stop: setattr(first.saver, "latest", 1000.0))
+    first.fit()
+    later, _ = make_trainer(make_recipe(training={"steps": 3, "max_hours": 1}), "run")
+    later.resume(newest_valid(later.run.checkpoints, pytest.fail))
+    needed = []
+    before_each_step(later, lambda done, stop: stop.limit and needed.append(stop.limit.needed))
+    later.fit()
+    assert needed == [2000]
+
+
+@pytest.mark.parametrize(("hours", "is_warned"), [(1e-6, True), (1, False)])
+def test_a_limit_that_leaves_no_time_for_training_is_warned_of(make_recipe, make_trainer, hours, is_warned):
+    trainer, listener = make_trainer(make_recipe(training={"steps": 2, "max_hours": hours}))
+    with suppress(Interrupted):
+        trainer.fit()
+    said = f"{MAX_HOURS}: all of the time goes into starting and saving"
+    assert any(text.startswith(said) for text in listener.messages) == is_warned
 
 
 def test_the_first_signal_after_a_limit_still_lets_the_run_save():

@@ -165,7 +165,8 @@ def _compare(straight: Path, parts: Path, last: str) -> Iterator[Comparison]:
         return
     for name in names[0]:
         yield compare_tensors(name, straight / last / name, parts / last / name)
-    first, second = (read_progress(run / last).model_dump(exclude={"seconds"}) for run in (straight, parts))
+    times = {"seconds", "save_seconds"}
+    first, second = (read_progress(run / last).model_dump(exclude=times) for run in (straight, parts))
     wrong = next((f"{key} differs" for key in first if first[key] != second[key]), None)
     yield Comparison("progress", len(first), wrong)
 
