@@ -91,6 +91,7 @@ def test_the_exported_model_computes_what_the_checkpoint_does(tmp_path: Path, na
 
     own = load_model(checkpoint).model
     exported = AutoModelForCausalLM.from_pretrained(output).eval()
+    assert (exported.config.bos_token_id, exported.generation_config.eos_token_id) == (0, 1)
     assert_same_function(own, exported)
     ids = random_ids(2, 12)
     texts, loss = exported.generate(ids, max_new_tokens=6, do_sample=False), exported(ids, labels=ids).loss

@@ -35,20 +35,24 @@ class InlConfig(PreTrainedConfig):
     model_type = "inl"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - a dataclass field if it had a type
 
-    inl: dict[str, Any] | None = None
-    vocab_size: int = 32_000
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        given = dict(self.inl or {})
-        self.vocab_size = given.pop("vocab_size", None) or self.vocab_size
+    def __init__(
+        self,
+        inl: dict[str, Any] | None = None,
+        vocab_size: int = 32_000,
+        *,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = dict(inl or {})
+        self.vocab_size = given.pop("vocab_size", None) or vocab_size
         model = ModelConfig.model_validate(given)
-        self.inl = model.model_dump(mode="json") | {"vocab_size": None}
+        self.inl, self.use_cache = model.model_dump(mode="json") | {"vocab_size": None}, use_cache
+        ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         derived = _names_elsewhere(model)
-        super().__post_init__(**{key: value for key, value in kwargs.items() if key not in derived})
+        super().__init__(**ids, **{key: value for key, value in kwargs.items() if key not in derived})
         for key, value in derived.items():
             setattr(self, key, value)
         module = Path(REMOTE_CODE).stem
