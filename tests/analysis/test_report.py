@@ -16,6 +16,7 @@ from inl_core.analysis.report.build import compare_runs, report_runs
 from inl_core.analysis.report.history import MOST_RECORDS
 from inl_core.analysis.report.page import to_page
 from inl_core.analysis.report.parts import Finding, Part, Report, Section
+from inl_core.analysis.report.tasks import results_path
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.model.flops import training_flops
 from tests.analysis.report_runs import SPEED, write_history, write_run
@@ -70,6 +71,22 @@ def test_a_run_that_got_worse_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", scores={2: 3.0, 4: 2.0, 6: 2.5})
     sentence = report_runs([run]).findings[0].sentence
     assert "2.5000 bits per byte of held-out text, which is 0.5000 worse than its best, at step 4." in sentence
+
+
+def test_scores_on_tasks_are_shown_beside_each_other(runs: list[Path]) -> None:
+    assert not any(part.key == "tasks" for part in compare_runs(runs).parts)
+    metric = {"name": "acc", "filter": "none", "value": 0.25, "stderr": 0.1}
+    for step in (2, 10):
+        tasks = {"quiz": {"version": "1", "num_fewshot": 0, "examples": step, "lm_eval": "0.4", "metrics": [metric]}}
+        path = results_path(runs[1], f"step-{step:08d}")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"checkpoint": "c", "step": step, "tasks": tasks}))
+    (row,) = records(compare_runs(runs), "tasks")
+    assert (row["run"], row["step"], row["task"], row["score"], row["examples"]) == ("b", 10, "quiz", 0.25, 10)
+    assert "On tasks b scores quiz acc 0.25 at step 10." in [one.sentence for one in report_runs(runs).findings]
+    path.write_text("{}")
+    with pytest.raises(ArtefactError, match="run it again"):
+        report_runs(runs)
 
 
 def test_long_runs_are_thinned_to_means(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from inl_core.analysis.report.history import history_section
 from inl_core.analysis.report.parts import Finding, Report, Section
 from inl_core.analysis.report.recipes import recipe_findings, recipe_section
 from inl_core.analysis.report.runs import RunRecord, open_runs
+from inl_core.analysis.report.tasks import task_findings, task_sections
 from inl_core.analysis.report.training import training_findings, training_section
 
 
@@ -32,4 +33,4 @@ def _of_files(runs: Sequence[RunRecord]) -> tuple[list[Finding], list[Section]]:
     if len(runs) > 1:
         findings += recipe_findings(runs)
         sections.append(recipe_section(runs))
-    return findings, sections
+    return [*findings, *task_findings(runs)], [*sections, *task_sections(runs)]

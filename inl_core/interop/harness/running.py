@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from inl_core.analysis.report.tasks import results_path
 from inl_core.errors import RecipeError
 from inl_core.files import is_directory, read_json, write_whole
 from inl_core.inference.loading import LoadedModel
@@ -108,7 +109,7 @@ def save_results(loaded: LoadedModel, results: TaskResults) -> Path | None:
     """
     if loaded.path.parent.name != "checkpoints":
         return None
-    path = loaded.path.parent.parent / "reports" / f"tasks-{loaded.path.name}.json"
+    path = results_path(loaded.path.parent.parent, loaded.path.name)
     path.parent.mkdir(exist_ok=True)
     before = read_json(path).get("tasks") if path.exists() else None
     tasks = before if isinstance(before, dict) else {}
