@@ -115,6 +115,8 @@ def _data_arguments(data: DataSettings) -> list[str]:
     tokenizer, plain = data.tokenizer, DataSettings()
     if tokenizer.sample_bytes != plain.tokenizer.sample_bytes:
         raise RecipeError("data.tokenizer.sample_bytes: not an option of `inl prepare-data`; remove it from the recipe")
+    if data.is_directory_alone:
+        raise RecipeError(f"data.directory {data.directory}: is prepared already, as the recipe names no data.sources")
     for source in data.sources:
         if source.startswith("-"):
             raise RecipeError(f"data.sources: {source!r} cannot be read by a job; name files or directories")

@@ -87,7 +87,8 @@ def inspect_recipe(path: Path) -> Overview:
     settings = recipe.training
     num_windows = (manifest.splits["train"].tokens - 1) // settings.sequence_length if manifest else None
     plan = plan_recipe(recipe, vocab_size=vocab_size, num_windows=num_windows)
-    data: Facts = {"sources": list(recipe.data.sources), "directory": directory, "prepared": manifest is not None}
+    sources = recipe.data.sources or (manifest.settings["sources"] if manifest else ())
+    data: Facts = {"sources": list(sources), "directory": directory, "prepared": manifest is not None}
     if manifest:
         data |= {"train_tokens": manifest.splits["train"].tokens, "documents": manifest.splits["train"].documents}
     figures = {key: value for key, value in asdict(plan).items() if key != "parameters"}

@@ -20,6 +20,9 @@ from inl_core.recipe.data import DataSettings
 MANIFEST, TOKENIZER, QUARANTINE, WORK = "manifest.json", "tokenizer.json", "quarantine.jsonl", ".prepare"
 SPLITS = ("train", "validation")
 
+_AS_IT_IS = (
+    "name it as data.directory without data.sources to use it as it is, or prepare the text anew in another directory"
+)
 _MANIFEST_LIMIT = 1 << 30
 """Bytes. A manifest names every source file, of which there may be millions."""
 
@@ -177,7 +180,8 @@ def load_manifest(directory: str | os.PathLike[str]) -> Manifest:
     if not os.path.lexists(path):
         if (directory / WORK).exists():
             raise ArtefactError(f"{directory}: preparation was not finished; run the same prepare-data again")
-        raise ArtefactError(f"{directory}: no data set here (no {MANIFEST}); make one with inl prepare-data")
+        make = f"make one with inl prepare-data ... --output {directory}"
+        raise ArtefactError(f"{directory}: no data set here (no {MANIFEST}); {make}")
     try:
         manifest = read_record(path, Manifest, limit=_MANIFEST_LIMIT)
     except ArtefactError as error:
@@ -205,7 +209,8 @@ def verify(
 
     Args:
         deep: read every shard, also those that were found whole before (shard_check.py).
-        settings: these must be the ones that the data set was prepared with.
+        settings: these must be the ones that the data set was prepared with. Settings without sources accept every data
+            set, also one whose sources have changed since.
         note: is told when so much has to be read that it takes long.
 
     Raises:
@@ -220,10 +225,12 @@ def verify(
     check_ids(directory, manifest, tokenizer)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     check_shards(directory, manifest, shards, anew=deep, note=note)
+    if settings is not None and settings.is_directory_alone:
+        return manifest
     if settings is not None and (problem := difference(manifest.settings, settings_key(settings, prepared=manifest))):
-        raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {prepare_again(directory)}")
+        raise ArtefactError(f"{directory}: prepared with other settings: {problem}; {_AS_IT_IS}")
     if problem := _stale_source(directory, manifest):
-        raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {prepare_again(directory)}")
+        raise ArtefactError(f"{directory}: stale: {problem} since it was prepared; {_AS_IT_IS}")
     return manifest
 
 

@@ -27,7 +27,8 @@ class DataSettings(Section):
     """Text sources, the tokenizer and the split."""
 
     sources: tuple[Source, ...] = ("builtin:python",)
-    """Files, directories, globs, `-` (stdin) or builtin:python; prepared when `directory` does not hold them yet."""
+    """Files, directories, globs, `-` (stdin) or builtin:python; prepared when `directory` does not hold them yet.
+    Empty, or left out beside `directory`: the data set there as it is, with the tokenizer it was made with."""
     directory: FilePath | None = None
     """Where the prepared data set is; null is data/NAME, with a name made from the sources and the tokenizer."""
     tokenizer: TokenizerSettings = TokenizerSettings()
@@ -44,7 +45,18 @@ class DataSettings(Section):
     """Within a window, attention does not cross from one document to another, and positions start anew in each."""
 
     @model_validator(mode="after")
-    def _has_sources(self) -> Self:
-        if not self.sources:
-            raise ValueError("sources is empty: name a file, a directory, a glob or builtin:python")
+    def _has_text(self) -> Self:
+        if self.directory is not None and "sources" not in self.model_fields_set:
+            # Where only the directory is named, the sources are those of its data set.
+            object.__setattr__(self, "sources", ())
+        if not self.sources and self.directory is None:
+            raise ValueError(
+                "sources is empty: name a file, a directory, a glob or builtin:python, or a prepared data set as "
+                "data.directory"
+            )
         return self
+
+    @property
+    def is_directory_alone(self) -> bool:
+        """Whether the data is a prepared data set, taken as it is."""
+        return not self.sources

@@ -9,6 +9,7 @@ from typing import Any, Self
 from inl_core.corpus.dataset import TokenDataset
 from inl_core.corpus.manifest import WORK, Manifest, default_directory, settings_from, verify
 from inl_core.corpus.preparation import prepare
+from inl_core.corpus.reading.paths import shown
 from inl_core.corpus.shard_check import believe, found_whole
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
@@ -78,7 +79,7 @@ def open_data(
     directory = world.on_main(lambda: _find_or_prepare(recipe, prepare, run, note))
     # The other ranks take rank 0's word for it: where nothing can be remembered, each would read every shard again.
     believe(directory, world.on_main(lambda: found_whole(directory)))
-    verify(directory, note=note)
+    verify(directory, settings=recipe.data if recipe.data.is_directory_alone else None, note=note)
     return RunData.load(directory, recipe)
 
 
@@ -87,13 +88,17 @@ def _find_or_prepare(recipe: Recipe, prepare: Prepare, run: Path | None, note: N
     of_run = find_data_of_run(run, directory) if run is not None else None
     if run is not None and of_run is not None and _describes_same_data(recipe, run):
         # Where no checkpoint tells what the data was, it must be what the recipe describes.
-        settings = settings_from(recipe.data, of_run.base) if of_run.base else None
+        is_described = of_run.base is not None or recipe.data.is_directory_alone
+        settings = settings_from(recipe.data, of_run.base or Path()) if is_described else None
         verify(of_run.directory, settings=settings, note=note)
         return of_run.directory
     # A preparation that was killed at its very end leaves a manifest beside its working files.
     is_finished = not (directory / WORK).exists() or not os.access(directory, os.W_OK)
-    if (directory / "manifest.json").is_file() and is_finished:
-        verify(directory, settings=recipe.data, note=note)
+    if recipe.data.is_directory_alone or ((directory / "manifest.json").is_file() and is_finished):
+        manifest = verify(directory, settings=recipe.data, note=note)
+        if recipe.data.is_directory_alone:
+            made_of = ", ".join(manifest.settings["sources"])
+            note(f"{directory}: taken as it was prepared, from {shown(made_of)}, vocabulary {manifest.vocab_size:,}")
     else:
         prepare(recipe.data, directory)
     return directory

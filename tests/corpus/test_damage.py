@@ -18,6 +18,7 @@ from inl_core.corpus.preparation import prepare
 from inl_core.corpus.preparation.chunks import token_lists
 from inl_core.corpus.shard_check import VERIFIED
 from inl_core.errors import ArtefactError
+from inl_core.recipe import DataSettings
 from tests import damage
 from tests.corpus.texts import settings
 
@@ -353,6 +354,8 @@ def test_changed_sources_make_a_data_set_stale(tmp_path: Path) -> None:
         verify(tmp_path / "out")
     with pytest.raises(ArtefactError, match="stale"):
         prepare(chosen, tmp_path / "out")
+    alone = DataSettings(directory=tmp_path / "out")
+    assert verify(tmp_path / "out", settings=alone) == prepare(alone, tmp_path / "out") == manifest
     (source / "3.txt").write_text("text 3")
     (source / "new.txt").write_text("text")
     with pytest.raises(ArtefactError, match=r"new\.txt is new"):

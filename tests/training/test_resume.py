@@ -9,13 +9,14 @@ import torch
 from inl_core.corpus.preparation import prepare
 from inl_core.errors import ArtefactError, Interrupted
 from inl_core.inference.checkpoint_files import list_checkpoints
+from inl_core.recipe import DataSettings
 from inl_core.recipe.load import load_recipe
 from inl_core.training.checkpoint import newest_valid
 from inl_core.training.distributed import World
 from inl_core.training.metrics import read_metrics
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import open_data
-from inl_core.training.session import empty_model
+from inl_core.training.session import Resumption, empty_model, open_session
 from inl_core.training.trainer import Trainer
 from tests.training.conftest import Listener, before_each_step
 
@@ -197,3 +198,26 @@ def test_a_data_set_in_the_place_of_a_runs_own_is_refused(make_recipe, data_dire
     monkeypatch.chdir(tmp_path)  # no checkpoint says what the content was
     with pytest.raises(ArtefactError, match=r"set: prepared with other settings: validation_fraction"):
         open_data(recipe, world, run=project / "runs/first")
+
+
+def test_a_data_set_named_by_its_directory_alone_trains_and_is_found_from_another_directory(
+    make_recipe, data_directory, tmp_path, monkeypatch
+):
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copytree(data_directory / "set", project / "set")
+    monkeypatch.chdir(project)
+    whole = make_recipe(training={"steps": 2})
+    alone = whole.model_copy(update={"data": DataSettings(directory=Path("set"))})
+    results = []
+    for recipe, run in ((whole, "runs/whole"), (alone, "runs/alone")):
+        with open_session(recipe, run) as session:
+            data = session.open_data()
+            results.append((data.train.fingerprint, session.build_trainer(data).fit().loss))
+    assert results[0] == results[1]
+    monkeypatch.chdir(tmp_path)
+    longer = alone.model_copy(update={"training": alone.training.model_copy(update={"steps": 3})})
+    with open_session(longer, project / "runs/alone", resumption=Resumption()) as session:
+        assert session.open_data().train.fingerprint == results[0][0]
+    with open_session(alone, "other") as session, pytest.raises(ArtefactError, match=r"^set: no data set here"):
+        session.open_data()

@@ -169,7 +169,8 @@ def recipe_of_model(
 def find_vocabulary(recipe: Recipe) -> Vocabulary:
     """The recipe's own vocabulary size, else that of the prepared data, else that of the tokenizer to be trained."""
     directory = data_directory(recipe)
-    manifest = load_manifest(directory) if (directory / MANIFEST).is_file() else None
+    is_there = recipe.data.is_directory_alone or (directory / MANIFEST).is_file()
+    manifest = load_manifest(directory) if is_there else None
     tokens = manifest.splits["train"].tokens if manifest else 0
     num_windows = max(1, (tokens - 1) // recipe.training.sequence_length) if manifest else None
     if recipe.model.vocab_size:

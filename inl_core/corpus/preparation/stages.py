@@ -87,6 +87,8 @@ def prepare(
             another data set (without `overwrite`) or parts of one, or another process is preparing it (without `wait`).
     """
     directory = expand_home(directory)
+    if settings.is_directory_alone:
+        return verify(directory, settings=settings)
     workspace.check_directory(directory)
     report = progress or (lambda event: None)
     is_finished = (directory / MANIFEST).exists() and not overwrite
