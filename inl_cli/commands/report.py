@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, path_argument, path_option
+from inl_cli.loading import open_default_or_text, open_model
+from inl_cli.options import DeviceOption, JsonOption, QuietOption, TextOption, path_argument, path_option
 from inl_core.errors import RecipeError
 from inl_core.files import expand_home
 
@@ -22,6 +25,11 @@ def report(
         Path | None,
         path_option("--output", "-o", help="The HTML file; default reports/report.html in the first run's directory."),
     ] = None,
+    text: TextOption = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "--tokens", min=1, help="Measure each checkpoint on the first N tokens.")
+    ] = 8192,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -30,10 +38,24 @@ def report(
     inl report runs/tiny --output tiny.html
     """
     from inl_core.analysis.report.build import report_runs
+    from inl_core.analysis.report.examination import Examined, examine
+    from inl_core.analysis.report.runs import RunRecord
+    from inl_core.inference.checkpoint_files import list_checkpoints
 
     console, runs = Console(json=json, quiet=quiet), [expand_home(run) for run in runs]
     _check_output(output)
-    found = report_runs(runs)
+
+    def examine_run(run: RunRecord) -> Examined | None:
+        if not list_checkpoints(run.path / "checkpoints"):
+            console.info(f"{run.path}: has no checkpoint yet, so only its files are shown")
+            return None
+        loaded = open_model(console, run.path, device)
+        source = open_default_or_text(console, loaded, text)
+        with console.progress() as progress:
+            progress.start(f"measuring {run.name}", "passes")
+            return examine(run.name, loaded, source, max_tokens=max_tokens, progress=progress.update)
+
+    found = report_runs(runs, examine_run=examine_run)
     _hand_over(console, found, output or runs[0] / "reports" / "report.html")
 
 

@@ -1,14 +1,20 @@
-"""Runs of tiny models whose metrics are made up, for the tests of reports."""
+"""Runs of tiny models whose metrics are made up, for the tests of reports; and a browser to look at them."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from inl_core.training.records import write_record
 from inl_core.training.run import RunFiles
 from tests.inference.tiny import recipe, tokenizer
 
 SPEED = 1000.0
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
 def write_run(
@@ -35,3 +41,12 @@ def write_history(run: Path, values: dict[int, list[float]], quantity: str = "mu
             for n, mean in enumerate(means)
         ]
         write_record(run, step, rows)
+
+
+def browse(path: Path, profile: Path) -> tuple[str, str]:
+    """The document that a headless Chromium makes of a page, and what it logs."""
+    assert CHROMIUM
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    options += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", "--enable-logging=stderr", "--dump-dom"]
+    found = subprocess.run([CHROMIUM, *options, path.as_uri()], capture_output=True, encoding="utf-8", timeout=120)
+    return found.stdout, found.stderr

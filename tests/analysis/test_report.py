@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,8 @@ from inl_core.analysis.report.parts import Finding, Part, Report, Section
 from inl_core.analysis.report.tasks import results_path
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.model.flops import training_flops
-from tests.analysis.report_runs import SPEED, write_history, write_run
+from tests.analysis.report_runs import SPEED, browse, needs_chromium, write_history, write_run
 from tests.inference.tiny import config, tokenizer
-
-CHROMIUM = shutil.which("chromium")
 
 
 def records(report: Report, key: str) -> list[dict[str, Any]]:
@@ -184,7 +180,7 @@ def test_a_comparison_needs_two_runs(runs: list[Path]) -> None:
     assert (result.exit_code, "needs two runs or more" in result.stderr) == (2, True)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@needs_chromium
 def test_a_browser_draws_every_chart_without_an_error(runs: list[Path], tmp_path: Path) -> None:
     write_history(runs[0], {1: [0.0, 0.0], 3: [0.5, 0.25]}, drift=0.1)
     report = report_runs(runs)
@@ -194,12 +190,3 @@ def test_a_browser_draws_every_chart_without_an_error(runs: list[Path], tmp_path
     assert 'data-drawn="yes"' in document, log
     assert len(re.findall(r'<svg[^>]*class="marks"', document)) == sum(len(part.specs) for part in report.parts)
     assert "CONSOLE" not in log, log
-
-
-def browse(path: Path, profile: Path) -> tuple[str, str]:
-    """The document that a headless Chromium makes of a page, and what it logs."""
-    assert CHROMIUM
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    options += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", "--enable-logging=stderr", "--dump-dom"]
-    found = subprocess.run([CHROMIUM, *options, path.as_uri()], capture_output=True, encoding="utf-8", timeout=120)
-    return found.stdout, found.stderr

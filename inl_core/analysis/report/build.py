@@ -1,8 +1,9 @@
 """From runs to a report: which sections there are, and in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from inl_core.analysis.report.examination import Examined
 from inl_core.analysis.report.history import history_section
 from inl_core.analysis.report.parts import Finding, Report, Section
 from inl_core.analysis.report.recipes import recipe_findings, recipe_section
@@ -17,14 +18,23 @@ def compare_runs(paths: Sequence[Path]) -> Report:
     return Report(f"{len(paths)} runs compared", findings, sections)
 
 
-def report_runs(paths: Sequence[Path]) -> Report:
-    """Everything there is to say of one or several runs; raises as `open_runs` does."""
+def report_runs(
+    paths: Sequence[Path], *, examine_run: Callable[[RunRecord], Examined | None] = lambda run: None
+) -> Report:
+    """Everything there is to say of one or several runs; raises as `open_runs` does.
+
+    Args:
+        examine_run: what to say of the run's newest checkpoint; None where there is nothing.
+    """
     runs = open_runs(paths)
     findings, sections = _of_files(runs)
     for run in runs:
         if found := history_section(run):
             sections.append(found[0])
             findings += found[1]
+        if examined := examine_run(run):
+            sections.append(examined.section)
+            findings += examined.findings
     return Report(", ".join(run.name for run in runs), findings, sections)
 
 

@@ -115,3 +115,119 @@ def fan(places: Sequence[str], title: str) -> Spec:
             },
         ],
     }
+
+
+def labelled_map(x: str, y: str, num_rows: int, figures: dict[str, str]) -> Spec:
+    """Colour and a percentage for every pair of two names, of the figure that the reader chooses."""
+    value = {"field": "value", "type": "quantitative", "title": None}
+    return {
+        "height": 24 * num_rows,
+        "params": [chosen("figure", "show ", list(figures), list(figures.values()))],
+        "transform": [{"calculate": "datum[figure]", "as": "value"}, {"filter": "isValid(datum.value)"}],
+        "encoding": {
+            "x": category(x, "", axis={"orient": "top", "labelAngle": 0, "labelLimit": 90}),
+            "y": category(y, ""),
+            "tooltip": tooltip(x, y, *figures),
+        },
+        "layer": [
+            {"mark": "rect", "encoding": {"color": {**value, "legend": None}}},
+            {"mark": {"type": "rect", "color": "var(--paper)", "height": 15, "width": 38, "opacity": 0.8}},
+            {"mark": {"type": "text", "color": "var(--ink)"}, "encoding": {"text": {**value, "format": ".0%"}}},
+        ],
+    }
+
+
+def with_error(group: str, num_rows: int) -> Spec:
+    """A dot and a bar of two standard errors on each side for the change of each group; a line marks no change."""
+    return {
+        "height": 24 * num_rows,
+        "transform": [
+            {"calculate": "datum.change - 2 * datum.standard_error", "as": "low"},
+            {"calculate": "datum.change + 2 * datum.standard_error", "as": "high"},
+        ],
+        "encoding": {
+            "y": category(group, ""),
+            "tooltip": tooltip(group, "bits_per_byte", "change", "standard_error"),
+        },
+        "layer": [
+            {"mark": {"type": "rule", "strokeDash": [4, 4]}, "encoding": {"x": {"datum": 0}, "y": None}},
+            {
+                "mark": {"type": "rule", "color": "var(--c0)", "strokeWidth": 2},
+                "encoding": {"x": number("low", "bits per byte more"), "x2": {"field": "high"}},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 70, "color": "var(--c0)", "opacity": 1},
+                "encoding": {"x": number("change", "bits per byte more")},
+            },
+        ],
+    }
+
+
+def grouped_map(group: str, num_rows: int, figures: Sequence[str]) -> Spec:
+    """Colour by a group of tokens (a column) and a place (a row), of the figure that the reader chooses."""
+    spec = heat_map(figures, ())
+    spec["height"] = 22 * num_rows
+    spec["encoding"]["x"] = category(group, "", axis={"labelAngle": -35, "labelLimit": 90})
+    spec["encoding"]["tooltip"] = tooltip(group, "place", "tokens", *figures)
+    return spec
+
+
+def path_plane(systems: Sequence[str]) -> Spec:
+    """Lines of named tokens in a plane, with a dot where each begins and an arrow at each step's end."""
+    # On screen a direction depends on how many pixels the plane has each way, which only the page knows.
+    across = "(datum.first - datum.x0) / (datum.x1 - datum.x2) * width"
+    up = "(datum.second - datum.y0) / (datum.y1 - datum.y2) * height"
+    axes = {
+        "x": {"field": "first", "type": "quantitative", "title": "first principal component", "scale": {"nice": False}},
+        "y": {
+            "field": "second",
+            "type": "quantitative",
+            "title": "second principal component",
+            "scale": {"nice": False},
+        },
+    }
+    color = {"field": "token", "type": "nominal", "title": None, "sort": None, "legend": None}
+    shown = tooltip("token", "place", "first", "second")
+    order = {"sort": [{"field": "step", "order": "ascending"}], "groupby": ["token"]}
+    return {
+        "height": 420,
+        "params": [chosen("shown", "in ", systems)],
+        "transform": [
+            {"filter": "datum.system === shown"},
+            {
+                "joinaggregate": [
+                    {"op": op, "field": field, "as": name}
+                    for op, field, name in (
+                        ("max", "first", "x1"),
+                        ("min", "first", "x2"),
+                        ("max", "second", "y1"),
+                        ("min", "second", "y2"),
+                        ("max", "step", "last"),
+                    )
+                ]
+            },
+            {
+                "window": [{"op": "lag", "field": "first", "as": "x0"}, {"op": "lag", "field": "second", "as": "y0"}],
+                **order,
+            },
+            {"calculate": f"atan2({across}, {up}) * 180 / PI", "as": "angle"},
+        ],
+        "encoding": {**axes, "color": color, "tooltip": shown},
+        "layer": [
+            {
+                "mark": {"type": "line", "strokeWidth": 1.5},
+                "encoding": {"order": {"field": "step"}, "strokeDash": color},
+            },
+            {"transform": [{"filter": "datum.step === 0"}], "mark": {"type": "circle", "size": 40, "opacity": 1}},
+            {
+                "transform": [{"filter": "datum.step > 0"}],
+                "mark": {"type": "point", "shape": "triangle-up", "filled": True, "size": 60, "opacity": 1},
+                "encoding": {"angle": {"field": "angle", "type": "quantitative", "scale": None}},
+            },
+            {
+                "transform": [{"filter": "datum.step === datum.last"}],
+                "mark": {"type": "text", "align": "left", "dx": 6, "fontSize": 11},
+                "encoding": {"text": {"field": "token"}},
+            },
+        ],
+    }

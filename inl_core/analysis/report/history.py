@@ -97,7 +97,7 @@ def _shares(run: RunRecord, rows: Rows, present: set[str]) -> list[Part]:
         )
         columns = ("step", "place", *names.values())
         key = f"{run.name}-{next(iter(names)).split('_')[0]}-shares"
-        parts.append(Part(key, f"{title[0].upper()}{title[1:]}", see, columns, cells, (heat_map(columns[2:], places),)))
+        parts.append(Part(key, f"Shares: {title}", see, columns, cells, (heat_map(columns[2:], places),)))
     return parts
 
 

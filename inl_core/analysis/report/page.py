@@ -35,6 +35,7 @@ def to_page(report: Report) -> str:
 
     environment = Environment(loader=FileSystemLoader(_ASSETS), undefined=StrictUndefined, autoescape=True)
     specs = {part.key: part.specs for part in report.parts}
+    readings = {part.key: part.reading for part in report.parts if part.reading}
     return environment.get_template("page.html.jinja").render(
         report=report,
         style=_asset("page.css"),
@@ -42,6 +43,7 @@ def to_page(report: Report) -> str:
         script=_asset("page.js"),
         numbers=_for_script(report.summary()),
         specs=_for_script(specs),
+        readings=_for_script(readings),
     )
 
 

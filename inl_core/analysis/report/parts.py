@@ -24,6 +24,8 @@ class Part:
     rows: list[tuple[Any, ...]]
     specs: tuple[Spec, ...] = ()
     """The charts of these numbers; none for a part that is its table alone."""
+    reading: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of a text whose tokens are the rows: measure -> place -> the column by which the page colours the tokens."""
 
     def records(self) -> list[dict[str, Any]]:
         """The rows as mappings."""

@@ -22,9 +22,8 @@ _SCORE = "validation_bits_per_byte"
 
 def training_section(runs: Sequence[RunRecord]) -> Section:
     """The table of the runs, and their curves."""
-    parts = [_runs_part(runs), _loss_part(runs)]
-    parts += [part for part in (_score_part(runs), _budget_part(runs)) if part.rows]
-    return Section("Training", parts)
+    parts = (_runs_part(runs), _loss_part(runs), _score_part(runs), _budget_part(runs))
+    return Section("Training", [part for part in parts if part.rows])
 
 
 def training_findings(runs: Sequence[RunRecord]) -> Iterator[Finding]:

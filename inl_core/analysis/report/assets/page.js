@@ -2,7 +2,7 @@
 // Charts and tables from the numbers in the page. Colours are CSS variables, so that a change of theme needs no redraw.
 (function () {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const report = read("numbers"), specs = read("specs"), parts = {};
+  const report = read("numbers"), specs = read("specs"), readings = read("readings"), parts = {};
   for (const section of report.sections) for (const part of section.parts) parts[part.key] = part;
 
   const ink = "var(--ink)", soft = "var(--soft)", line = "var(--line)";
@@ -59,6 +59,61 @@
     details.append(table);
   }
 
+  // A text whose tokens are coloured by one column: the share of ink grows with the value, so it reads without colours.
+  function read_text(place) {
+    const part = parts[place.dataset.part], reading = readings[place.dataset.part];
+    const column = (name) => part.columns.indexOf(name);
+    const menu = (label, names) => {
+      const select = document.createElement("select"), frame = document.createElement("label");
+      for (const name of names) select.add(new Option(name));
+      frame.append(`${label} `, select);
+      return [frame, select];
+    };
+    const [measureFrame, measure] = menu("colour by", Object.keys(reading));
+    const [whereFrame, where] = menu("at", []);
+    const controls = document.createElement("div"), body = document.createElement("div"), told = document.createElement("p");
+    controls.className = "controls";
+    body.className = "tokens";
+    told.className = "told";
+    controls.append(measureFrame, whereFrame);
+    const spans = part.rows.map((row) => {
+      const span = document.createElement("span");
+      span.textContent = row[0].replaceAll("\n", "\u21b5\n");
+      const tell = () => { told.textContent = describe(row); };
+      span.addEventListener("pointerenter", tell);
+      span.addEventListener("click", tell);
+      body.append(span);
+      return span;
+    });
+    function describe(row) {
+      const name = reading[measure.value][where.value || ""], words = [`${JSON.stringify(row[0])}, next ${JSON.stringify(row[1])}`];
+      words.push(`loss ${shown(row[2])} nats`);
+      if (name !== "loss") words.push(`${name}: ${shown(row[column(name)])}`);
+      return words.join("; ");
+    }
+    function colour() {
+      const at = column(reading[measure.value][where.value || ""]);
+      const values = part.rows.map((row) => row[at]), sorted = values.filter((value) => value !== null).sort((a, b) => a - b);
+      const low = sorted[Math.floor(0.02 * (sorted.length - 1))], high = sorted[Math.ceil(0.98 * (sorted.length - 1))];
+      spans.forEach((span, index) => {
+        const share = values[index] === null ? 0 : Math.min(1, Math.max(0, (values[index] - low) / (high - low || 1)));
+        span.style.background = `color-mix(in srgb, var(--c1) ${Math.round(70 * share)}%, transparent)`;
+      });
+      told.textContent = `from ${shown(low)} (no colour) to ${shown(high)} (full colour)`;
+    }
+    function choose() {
+      const names = Object.keys(reading[measure.value]).filter((name) => name);
+      where.replaceChildren(...names.map((name) => new Option(name)));
+      whereFrame.hidden = !names.length;
+      colour();
+    }
+    measure.addEventListener("change", choose);
+    where.addEventListener("change", colour);
+    place.append(controls, told, body);
+    choose();
+  }
+
+  for (const place of document.querySelectorAll(".reading")) read_text(place);
   for (const details of document.querySelectorAll("details")) {
     if (details.open) fill(details);
     details.addEventListener("toggle", () => details.open && fill(details));

@@ -1,0 +1,195 @@
+"""The convergence report as parts: verdicts, motion, stability, and what iterations, layers and steps are worth.
+
+Every number is one of summary.json's, which docs/convergence-report.md defines. What lies beyond the iterations that
+the model runs is marked as that.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from inl_core.analysis.convergence.markdown import sentences, system_name
+from inl_core.analysis.convergence.stability import KINDS
+from inl_core.analysis.report.charts import chosen, number, tooltip, with_error
+from inl_core.analysis.report.parts import Finding, Part, Spec
+from inl_core.training.depth import place_name
+
+Summary = dict[str, Any]
+
+_SHADE: Spec = {
+    "mark": {"type": "rect", "color": "var(--soft)", "opacity": 0.12},
+    "transform": [
+        {"filter": "datum.beyond"},
+        {
+            "aggregate": [
+                {"op": "min", "field": "iteration", "as": "least"},
+                {"op": "max", "field": "iteration", "as": "to"},
+            ]
+        },
+        {"calculate": "datum.least - 0.5", "as": "from"},
+    ],
+    "encoding": {"x": {"field": "from", "type": "quantitative"}, "x2": {"field": "to"}},
+}
+
+_MOTION = ("residual", "state_rms", "velocity_rms", "distance_mu", "distance_fixed_point", "distance_end")
+_BEYOND = "Hollow marks and the shaded part lie beyond the iterations that the model runs."
+
+
+def convergence_parts(name: str, summary: Summary) -> list[Part]:
+    """All parts of one checkpoint; `name` begins their keys."""
+    bits = summary["bits_per_byte"]
+    found = [_verdicts(name, summary), _motion(name, summary)]
+    if not summary["terms"]:
+        found += [_stability(name, summary), _by_iterations(name, bits)]
+    return [*found, _worth(name, summary)]
+
+
+def convergence_findings(name: str, summary: Summary) -> Iterator[Finding]:
+    """The verdict on each layer, or on the stream; which iterations and layers could be left out."""
+    for sentence in sentences(summary):
+        yield Finding(f"{name}, {sentence}.", f"{name}-verdicts")
+    bits = summary["bits_per_byte"]
+    limit = summary["thresholds"]["ignored_change"] * (bits["bits_per_byte"] or 0)
+    idle = [_worth_name(row) for row in _worth_rows(bits) if row["change"] is not None and abs(row["change"]) < limit]
+    if idle:
+        one = "it" if len(idle) == 1 else "any one of them"
+        what = f"could be left out: without {one} bits per byte change by less than 0.1%"
+        yield Finding(f"{name}: {', '.join(idle)} {what}.", f"{name}-worth")
+    if best := _best_iterations(summary):
+        yield Finding(f"{name}: {best}", f"{name}-by-iterations")
+
+
+def _best_iterations(summary: Summary) -> str | None:
+    rows = [row for row in summary["bits_per_byte"]["by_iterations"] if row["bits_per_byte"] is not None]
+    if not rows:
+        return None
+    best, own = min(rows, key=lambda row: row["bits_per_byte"]), summary["num_iterations"]
+    if best["iterations"] == own:
+        return f"bits per byte are lowest at T = {own}, with which it was trained."
+    return f"bits per byte are lowest with T = {best['iterations']} ({best['change']:+.4f}), not at the trained {own}."
+
+
+def _verdicts(name: str, summary: Summary) -> Part:
+    rows = []
+    for layer in summary["layers"]:
+        verdict, beyond = layer["verdict"], layer["beyond"]
+        reached = (beyond["word"], beyond["reason"]) if beyond else (None, None)
+        rows.append((system_name(summary, layer), verdict["word"], verdict["reason"], *reached))
+    columns = ("system", "within_T", "because", "beyond_T", "because_beyond")
+    see = "What the states do in the iterations that the model runs, and apart from that what they would do beyond."
+    return Part(f"{name}-verdicts", "Converge, oscillate, drift, or ignored", see, columns, rows)
+
+
+def _motion(name: str, summary: Summary) -> Part:
+    first = summary["layers"][0]["iterations"]
+    measures = [measure for measure in _MOTION if any(measure in row for row in first)]
+    columns = ("system", "iteration", "place", "beyond", *measures)
+    rows = []
+    for layer in summary["layers"]:
+        for row in layer["iterations"]:
+            place = place_name(row) if "sub_layer" in row else f"iteration {row['iteration']}"
+            medians = (row.get(measure, {}).get("p50") for measure in measures)
+            rows.append((system_name(summary, layer), row["iteration"], place, not row["used"], *medians))
+    see = (
+        "How far each step moves the state, the size of state and velocity, and how far the state is from its targets; "
+    )
+    see += "medians over tokens, rms over dimensions. "
+    see += "Distance end is to where the state itself ends." if summary["terms"] else _BEYOND
+    labels = [measure.replace("_", " ") for measure in measures]
+    spec = _steps(
+        "system", measures, labels, "step" if summary["terms"] else "iteration", shaded=any(row[3] for row in rows)
+    )
+    return Part(f"{name}-motion", "How the states move", see, columns, rows, (spec,))
+
+
+def _stability(name: str, summary: Summary) -> Part:
+    columns = ("system", "iteration", "place", "beyond", "spectral_radius", *KINDS, "alpha", "beta", "gate")
+    rows = []
+    for layer in summary["layers"]:
+        for row in layer["iterations"][1:]:
+            stability = row["stability"]
+            shares = (stability["spectral_radius"]["p50"], *(stability[kind] for kind in KINDS))
+            gains = (row[gain]["mean"] for gain in ("alpha", "beta", "gate"))
+            place = f"iteration {row['iteration']}"
+            rows.append((system_name(summary, layer), row["iteration"], place, not row["used"], *shares, *gains))
+    see = "The step with its coefficients frozen: a spectral radius below 1 brings the state to rest, the slower the "
+    see += f"closer to 1; the shares say how many dimensions of tokens move in which way. {_BEYOND}"
+    figures = ["spectral_radius", *KINDS, "alpha", "beta", "gate"]
+    spec = _steps("system", figures, [figure.replace("_", " ") for figure in figures], "iteration")
+    return Part(f"{name}-stability", "Stability of the frozen steps", see, columns, rows, (spec,))
+
+
+def _by_iterations(name: str, bits: Summary) -> Part:
+    own = next((row["iterations"] for row in bits["by_iterations"] if row["change"] == 0), None)
+    columns = ("system", "iteration", "beyond", "bits_per_byte", "change", "standard_error")
+    rows = [
+        (
+            "all layers",
+            row["iterations"],
+            own is not None and row["iterations"] > own,
+            *(row[key] for key in columns[3:]),
+        )
+        for row in bits["by_iterations"]
+    ]
+    see = (
+        "Bits per byte with T iterations in every layer; 0 skips every integrator. Lowest at the trained T means that "
+    )
+    see += f"the iterations are used like layers, and not as a relaxation. {_BEYOND}"
+    spec = _steps(
+        "system", ["bits_per_byte", "change"], ["bits per byte", "change"], "iterations in every layer", least=1
+    )
+    return Part(f"{name}-by-iterations", "Bits per byte by T", see, columns, rows, (spec,))
+
+
+def _worth(name: str, summary: Summary) -> Part:
+    rows = [
+        (_worth_name(row), row["bits_per_byte"], row["change"], row["standard_error"])
+        for row in _worth_rows(summary["bits_per_byte"])
+    ]
+    what = "step of the stream passed over" if summary["terms"] else "layer's integrator skipped"
+    see = f"Bits per byte more with one {what}; a bar is two standard errors. What costs nothing could be left out."
+    columns = ("without", "bits_per_byte", "change", "standard_error")
+    title = "What each step is worth" if summary["terms"] else "What each layer's integrator is worth"
+    return Part(f"{name}-worth", title, see, columns, rows, (with_error("without", len(rows)),))
+
+
+def _worth_rows(bits: Summary) -> list[Summary]:
+    return bits["without_step"] or bits["without_layer"]
+
+
+def _worth_name(row: Summary) -> str:
+    return place_name(row) if "sub_layer" in row else f"layer {row['layer']}"
+
+
+def _steps(
+    group: str, figures: list[str], labels: list[str], title: str, *, least: int = 0, shaded: bool = True
+) -> Spec:
+    """Lines over iterations; what lies beyond those that the model runs, if any do, is hollow and `shaded`."""
+    base = {"x": {"field": "iteration", "type": "quantitative", "title": title, "axis": {"tickMinStep": 1}}}
+    color = {"field": group, "type": "nominal", "title": None, "sort": None}
+    return {
+        "height": 240,
+        "params": [chosen("figure", "show ", figures, labels)],
+        "transform": [
+            {"calculate": "datum[figure]", "as": "value"},
+            {"filter": f"isValid(datum.value) && datum.iteration >= {least}"},
+        ],
+        "layer": [
+            *([_SHADE] if shaded else []),
+            {
+                "mark": {"type": "line"},
+                "encoding": {**base, "y": number("value", ""), "color": color, "strokeDash": color},
+            },
+            {
+                "mark": {"type": "point", "size": 50, "opacity": 1},
+                "encoding": {
+                    **base,
+                    "y": number("value", ""),
+                    "color": color,
+                    "shape": color,
+                    "fillOpacity": {"condition": {"test": "datum.beyond", "value": 0}, "value": 1},
+                    "fill": color,
+                    "tooltip": tooltip(group, "iteration", "beyond", *figures),
+                },
+            },
+        ],
+    }
