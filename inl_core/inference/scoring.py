@@ -1,7 +1,8 @@
 """The log-probability that a model gives to each token of a text, alone or after a context; many texts in one batch.
 
 - Texts are scored longest first, in batches padded on the right. Continuations that share all tokens before their last
-  one, such as the letters of a multiple choice, share one row of a batch.
+  one, such as the letters of a multiple choice, share one row of a batch. Longer ones of a long context share the pass
+  over it (shared_contexts.py).
 - The model sees C tokens at once. Where context and continuation together are longer, the context loses its beginning.
   A continuation that alone is longer than C is scored in windows: its first C tokens in one, then C / 2 in each, with
   the C / 2 before them as their context.
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from inl_core.errors import NonFiniteError, RecipeError
 from inl_core.inference.loading import LoadedModel
+from inl_core.inference.shared_contexts import batches, hidden_states, shared_contexts
 from inl_core.model import IntegratorLanguageModel, Options
 
 _ROWS_AT_ONCE = 512
@@ -95,22 +97,41 @@ def score_tokens(
         RecipeError: a context is empty, or an id is not in the vocabulary.
         NonFiniteError: the model's logits are not finite.
     """
-    rows = _divide(pairs, model)
-    ordered = sorted(rows.items(), key=lambda row: -len(row[0]))
+    _check(pairs, model)
+    longest, options = model.config.max_seq_len, options or Options()
+    groups = shared_contexts(pairs, longest, batch_size)
+    shared = {index for group in groups for index, _ in group.members}
+    rows = sorted(_divide(pairs, longest, shared).items(), key=lambda row: -len(row[0]))
+    parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    passes = [
+        (sum(len(group.members) for group in batch), batch, hidden_states) for batch in batches(groups, batch_size)
+    ]
+    passes += [(len(part), part, _hidden_states) for part in parts]
     scores = [(np.zeros(len(wanted)), np.ones(len(wanted), dtype=bool)) for _, wanted in pairs]
-    was_training, device = model.training, model.embedding.table.weight.device
+    was_training, device, done = model.training, model.embedding.table.weight.device, 0
     model.eval()
     try:
-        for first in range(0, len(ordered), batch_size):
-            batch = ordered[first : first + batch_size]
+        for count, batch, run in passes:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                for (index, begin), log_probabilities, best in _score(model, batch, device, options or Options()):
+                for (index, begin), tokens, states in run(model, batch, options):
+                    log_probabilities, best = _likelihood(model, states, tokens)
                     scores[index][0][begin : begin + len(best)] = log_probabilities
                     scores[index][1][begin : begin + len(best)] = best
-            progress(min(first + batch_size, len(ordered)), len(ordered))
+            done += count
+            progress(done, len(shared) + len(rows))
     finally:
         model.train(was_training)
     return [TokenScores(tuple(ids), *found) for (_, ids), found in zip(pairs, scores, strict=True)]
+
+
+def _check(pairs: Sequence[tuple[Ids, Ids]], model: IntegratorLanguageModel) -> None:
+    size = model.config.vocab_size or 0
+    for index, (context, continuation) in enumerate(pairs):
+        if not context:
+            raise RecipeError(f"pair {index}: an empty context; begin with bos, as documents do in training")
+        wrong = next((token for token in (*context, *continuation) if not 0 <= token < size), None)
+        if wrong is not None:
+            raise RecipeError(f"pair {index}: token {wrong} is not in the model's vocabulary of {size:,}")
 
 
 _Row = tuple[tuple[int, ...], list[tuple[tuple[int, int], Ids]]]
@@ -118,16 +139,12 @@ _Row = tuple[tuple[int, ...], list[tuple[tuple[int, int], Ids]]]
 tokens, the last of which is the one that comes after the row."""
 
 
-def _divide(pairs: Sequence[tuple[Ids, Ids]], model: IntegratorLanguageModel) -> dict[tuple[int, ...], list]:
-    longest, size, rows = model.config.max_seq_len, model.config.vocab_size or 0, {}
+def _divide(pairs: Sequence[tuple[Ids, Ids]], longest: int, shared: set[int]) -> dict[tuple[int, ...], list]:
+    """The rows of all pairs but those that are `shared`."""
+    rows: dict[tuple[int, ...], list] = {}
     for index, (context, continuation) in enumerate(pairs):
         ids, start = (*context, *continuation), len(context)
-        if not start:
-            raise RecipeError(f"pair {index}: an empty context; begin with bos, as documents do in training")
-        wrong = next((token for token in ids if not 0 <= token < size), None)
-        if wrong is not None:
-            raise RecipeError(f"pair {index}: token {wrong} is not in the model's vocabulary of {size:,}")
-        while start < len(ids):
+        while start < len(ids) and index not in shared:
             is_first = start == len(context)
             end = min(len(ids), start + (longest if is_first else max(1, longest // 2)))
             row = ids[max(0, end - 1 - longest) : end - 1]
@@ -136,26 +153,29 @@ def _divide(pairs: Sequence[tuple[Ids, Ids]], model: IntegratorLanguageModel) ->
     return rows
 
 
-def _score(
-    model: IntegratorLanguageModel, rows: list[_Row], device: torch.device, options: Options
-) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """(where it belongs, log-probabilities (N,), whether each is the best (N,)) of what is scored in the rows."""
-    width = max(len(ids) for ids, _ in rows)
+def _hidden_states(
+    model: IntegratorLanguageModel, rows: list[_Row], options: Options
+) -> Iterator[tuple[tuple[int, int], Ids, Tensor]]:
+    """(where it belongs, N tokens, the states (N, D) from which they are predicted) of what is scored in the rows."""
+    width, device = max(len(ids) for ids, _ in rows), model.embedding.table.weight.device
     # What stands to the right of a text is seen by none of its tokens.
     padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _ in rows], device=device)
     hidden = model(padded, options=options).hidden  # (B, S, D)
     for (ids, wanted), states in zip(rows, hidden, strict=True):
         for place, tokens in wanted:
             # Several continuations of one row mostly are one token each, whose logits are quickly computed again.
-            ends = states[len(ids) - len(tokens) : len(ids)].split(_ROWS_AT_ONCE)
-            targets = torch.tensor(tokens, device=device).split(_ROWS_AT_ONCE)
-            found = [_likelihood(model.logits(end), target) for end, target in zip(ends, targets, strict=True)]
-            yield place, np.concatenate([part for part, _ in found]), np.concatenate([best for _, best in found])
+            yield place, tokens, states[len(ids) - len(tokens) : len(ids)]
 
 
-def _likelihood(logits: Tensor, wanted: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities (N,) of the wanted tokens from (N, V) logits, and whether they are the most probable ones."""
-    found = logits.float().log_softmax(-1).gather(1, wanted[:, None]).squeeze(1).double()
-    if not found.isfinite().all():
+def _likelihood(model: IntegratorLanguageModel, states: Tensor, tokens: Ids) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities (N,) of the tokens after the states (N, D), and whether each is the most probable one."""
+    found, best = [], []
+    targets = torch.tensor(tokens, device=states.device).split(_ROWS_AT_ONCE)
+    for part, wanted in zip(states.split(_ROWS_AT_ONCE), targets, strict=True):
+        logits = model.logits(part)
+        found.append(logits.log_softmax(-1).gather(1, wanted[:, None]).squeeze(1).double())
+        best.append(logits.argmax(-1) == wanted)
+    log_probabilities = torch.cat(found)
+    if not log_probabilities.isfinite().all():
         raise NonFiniteError("the model's logits are not finite; use an earlier checkpoint")
-    return found.cpu().numpy(), (logits.argmax(-1) == wanted).cpu().numpy()
+    return log_probabilities.cpu().numpy(), torch.cat(best).cpu().numpy()

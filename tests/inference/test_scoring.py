@@ -1,6 +1,7 @@
 """Log-probabilities of tokens, against a slow count of one prefix after the other in float64."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,33 @@ def test_batched_scores_are_those_of_one_prefix_after_the_other(preset: str) -> 
             ids = [*context, *wanted]
             places = range(len(context), len(ids))
             assert_scores(found, [slow_scores(model, ids[:place], ids[place]) for place in places])
+
+
+@pytest.mark.parametrize("preset", ["v4", "v5"])
+def test_a_context_that_several_continuations_share_is_read_once(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny_model(preset), 0
+    forward = model.forward
+
+    def counted(ids: torch.Tensor, **arguments: Any) -> Any:
+        nonlocal read
+        read += ids.numel()
+        return forward(ids, **arguments)
+
+    contexts = [[BOS, *IDS[:30]], [BOS, *IDS[5:25]], [BOS, *IDS[:54]]]
+    answers = [IDS[30:31], IDS[40:45], IDS[60:62], IDS[70:78], IDS[3:4]]
+    pairs = [(context, answer) for context in contexts for answer in answers]
+    expected = []
+    for context, answer in pairs:
+        ids = [*context, *answer]
+        expected.append([slow_scores(model, ids[:place], ids[place]) for place in range(len(context), len(ids))])
+    monkeypatch.setattr(model, "forward", counted)
+    for batch_size in (2, 10, 99):
+        for found, wanted in zip(score_tokens(model, pairs, batch_size=batch_size), expected, strict=True):
+            assert_scores(found, wanted)
+    read = 0
+    score_tokens(model, pairs, batch_size=99)
+    # Three contexts of at most 55 tokens, and the tokens before the last of at most 8; alone it would be 5 x 105 and more.
+    assert read == 3 * 55 + 15 * 7
 
 
 def test_a_text_beyond_the_context_is_scored_whole_with_what_fits_before_each_token() -> None:
