@@ -18,7 +18,7 @@ FileArgument = Annotated[Path, path_argument("FILE.safetensors", "The reference 
 OutputOption = Annotated[Path, path_option("--output", help="The checkpoint's directory; it must be new or empty.")]
 IterationsOption = Annotated[
     str,
-    typer.Option(metavar="T", help="Integrator iterations: one number, or one for each layer (2,3,...), bottom up."),
+    typer.Option(metavar="T", help="Integrator iterations: the model's T, or one for each layer (2,3,...), bottom up."),
 ]
 HeadsOption = Annotated[int | None, typer.Option(help="Query heads; may be left out where the file has rotary tables.")]
 KeyValueHeadsOption = Annotated[
@@ -26,6 +26,12 @@ KeyValueHeadsOption = Annotated[
 ]
 ContextOption = Annotated[
     int | None, typer.Option(help="Context in tokens; default the file's tables of positions, else 1024.")
+]
+GroupOption = Annotated[
+    int | None, typer.Option(help="Dimensions that share an offset of mu; default 64, or what the file allows alone.")
+]
+ThetaOption = Annotated[
+    float | None, typer.Option(help="Base of the rotary frequencies; default that of the file's tables, else 10000.")
 ]
 TokenizerOption = Annotated[
     Path | None,
@@ -41,6 +47,8 @@ def import_reference(
     num_heads: HeadsOption = None,
     num_kv_heads: KeyValueHeadsOption = None,
     max_seq_len: ContextOption = None,
+    group_size: GroupOption = None,
+    rope_theta: ThetaOption = None,
     tokenizer: TokenizerOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -58,6 +66,8 @@ def import_reference(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         max_seq_len=max_seq_len,
+        group_size=group_size,
+        rope_theta=rope_theta,
         tokenizer=tokenizer,
     )
     for warning in imported.warnings:

@@ -115,14 +115,17 @@ class Tokenizer:
             ) from None
         return cls(backend, origin=str(path))
 
-    def padded(self, vocab_size: int) -> "Tokenizer":
-        """The same tokenizer with unused special tokens up to `vocab_size` ids, for an embedding with more rows.
+    def padded(self, vocab_size: int, names: Sequence[str] = ()) -> "Tokenizer":
+        """The same tokenizer with more special tokens, up to `vocab_size` ids, for an embedding with more rows.
+
+        Args:
+            names: of the first of them; the others are called unused.
 
         Text never becomes special tokens and they are never generated, so every text keeps its ids. There must be an
         ordinary token for each id so far (not `has_gaps`), as the library would give free ids to the new tokens.
         """
         backend = tokenizers.Tokenizer.from_str(self.to_json())
-        names = [f"<|unused_{id}|>" for id in range(self.vocab_size, vocab_size)]
+        names = [*names, *(f"<|unused_{id}|>" for id in range(self.vocab_size + len(names), vocab_size))]
         backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
         return Tokenizer(backend)
 

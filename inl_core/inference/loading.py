@@ -141,12 +141,22 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
         ArtefactError: a file is missing or damaged, or one does not fit the others.
     """
     config = read_config(path)
-    model_config = read_model_config(path, config)
-    tokenizer = load_tokenizer(path, config, model_config)
-    model = load_weights(path, model_config, device)
+    tokenizer = load_tokenizer(path, config, read_model_config(path, config))
+    model = load_model_alone(path, device)
+    return LoadedModel(model, tokenizer, path, config.model_dump(), read_manifest(path).step)
+
+
+def load_model_alone(path: Path, device: torch.device | str = "cpu") -> IntegratorLanguageModel:
+    """The model of a verified checkpoint, which may have no tokenizer, in evaluation mode.
+
+    Raises:
+        ArtefactError: a file is missing or damaged, or one does not fit the others.
+    """
+    config = read_config(path)
+    model = load_weights(path, read_model_config(path, config), device)
     trained = config.provenance[-1] if config.provenance else {}
     apply(model, operations="plain" if trained.get("operations") == "plain" else "auto")
-    return LoadedModel(model, tokenizer, path, config.model_dump(), read_manifest(path).step)
+    return model
 
 
 def load_tokenizer(path: Path, config: CheckpointConfig, model_config: ModelConfig) -> Tokenizer:

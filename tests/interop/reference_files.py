@@ -92,8 +92,10 @@ def write_file(path: Path, tensors: Tensors) -> Path:
     return path
 
 
-def reference_logits(file: Tensors, ids: Tensor, *, iterations: list[int], eps: float) -> Tensor:
-    """Logits (S, V) of ids (S,) in float64; `eps` is the norms'."""
+def reference_logits(
+    file: Tensors, ids: Tensor, *, iterations: list[int], eps: float, group_size: int = 64, base: float = 10_000.0
+) -> Tensor:
+    """Logits (S, V) of ids (S,) in float64; `eps` is the norms', `base` that of the rotary frequencies."""
     tensors = {name: tensor.double() for name, tensor in file.items() if tensor.is_floating_point()}
     released = "layers.0.attention.q_proj.weight" in tensors
     place = "inl.inl" if "layers.0.inl.inl.mu_global" in tensors else "inl"
@@ -109,7 +111,10 @@ def reference_logits(file: Tensors, ids: Tensor, *, iterations: list[int], eps: 
         bias = tensors.get(name + ".bias")
         return x @ tensors[name + ".weight"].T + (0 if bias is None else bias)
 
-    x = linear(tensors["token_embedding.embed_low.weight"][ids], "token_embedding.project_up")  # (S, D)
+    if "token_embedding.weight" in tensors:
+        x = tensors["token_embedding.weight"][ids]
+    else:
+        x = linear(tensors["token_embedding.embed_low.weight"][ids], "token_embedding.project_up")  # (S, D)
     dim = x.shape[1]
     if not released:
         x = x + sinusoids(len(ids), dim)
@@ -121,10 +126,11 @@ def reference_logits(file: Tensors, ids: Tensor, *, iterations: list[int], eps: 
         else:
             fused = seen @ tensors[at + "attention.in_proj_weight"].T + tensors[at + "attention.in_proj_bias"]
             parts = [fused[:, :dim], fused[:, dim : 2 * dim], fused[:, 2 * dim :]]
-        h = linear(attend(*parts, rotary=released), at + "attention.out_proj")
+        h = linear(attend(*parts, base=base if released else None), at + "attention.out_proj")
         x = x + h
 
-        mu = tensors[f"{at}{place}.mu_global"] + tensors[f"{at}{place}.mu_local_offsets"].repeat_interleave(64)[:dim]
+        mu = tensors[f"{at}{place}.mu_global"] + tensors[f"{at}{place}.mu_local_offsets"].repeat_interleave(group_size)
+        mu = mu[:dim]
         state = norm(x, at + "norm1")
         velocity = torch.zeros_like(state)
         for _ in range(steps):
@@ -148,7 +154,7 @@ def reference_logits(file: Tensors, ids: Tensor, *, iterations: list[int], eps: 
     return norm(x, "final_norm") @ tensors["lm_head.weight"].T
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, *, rotary: bool) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, *, base: float | None) -> Tensor:
     """Causal attention of (S, D) queries over (S, K F) keys and values, one head at a time."""
     length, dim = queries.shape
     size = dim // HEADS
@@ -158,17 +164,17 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, *, rotary: bool) -> Te
     for head in range(HEADS):
         own, other = slice(head * size, (head + 1) * size), (head // shared_by) * size
         query, key, value = queries[:, own], keys[:, other : other + size], values[:, other : other + size]
-        if rotary:
-            query, key = rotate_half(query), rotate_half(key)
+        if base is not None:
+            query, key = rotate_half(query, base), rotate_half(key, base)
         scores = (query @ key.T / math.sqrt(size)).masked_fill(hidden, -math.inf)
         outputs.append(scores.softmax(-1) @ value)
     return torch.cat(outputs, dim=-1)
 
 
-def rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor, base: float) -> Tensor:
     """x cos + [-x_2, x_1] sin for the halves x_1, x_2 of (S, F); tables in float32 precision, as models store them."""
     length, size = x.shape
-    angle = torch.arange(length).double()[:, None] * 10_000.0 ** (-torch.arange(0, size, 2).double() / size)
+    angle = torch.arange(length).double()[:, None] * base ** (-torch.arange(0, size, 2).double() / size)
     cos, sin = (table.float().double().repeat(1, 2) for table in (angle.cos(), angle.sin()))
     first, second = x[:, : size // 2], x[:, size // 2 :]
     return x * cos + torch.cat([-second, first], dim=-1) * sin

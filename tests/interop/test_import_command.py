@@ -167,7 +167,7 @@ BAD_TENSORS: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (changed(LAST + "inl.inl.mu_local_offsets", lambda t: t[:1]), "mu_local_offsets has the shape [1]"),
     (changed(LAST + "inl.inl.controller.2.bias", poisoned), "controller.2.bias holds values that are not finite"),
     (changed("lm_head.weight", lambda t: t.to(torch.int8)), "lm_head.weight is int8, quantised"),
-    (changed(INV_FREQ, lambda t: t * 0.5), f"{INV_FREQ} is not a table of base 10,000"),
+    (changed(INV_FREQ, lambda t: t * 0.5), f"{INV_FREQ} is not a table of base"),
     (changed(INV_FREQ, lambda t: t[:5]), f"{INV_FREQ} is for heads of 10"),
     (lambda tensors: {"weight": torch.zeros(2)}, "it is not a language model of a reference generation"),
 ]

@@ -101,7 +101,12 @@ def test_every_used_tensor_changes_the_logits(generation: str) -> None:
     tensors = random_tensors(generation)
     layout = read_layout(Path("file"), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     config = build_config(
-        layout, num_heads=HEADS, num_kv_heads=layout.key_value_dim * HEADS // 128, iterations=(2, 2, 2), max_seq_len=32
+        layout,
+        num_heads=HEADS,
+        num_kv_heads=layout.key_value_dim * HEADS // 128,
+        iterations=(2, 2, 2),
+        max_seq_len=32,
+        rope_theta=1e4,
     )
 
     def outcome(stored: dict[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inl_core.interop.reference.layout import GROUP_SIZE, ROTARY_BASE, Layout
+from inl_core.interop.reference.layout import FULL_EMBEDDING, Layout
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.model import ControllerConfig, ExcitationConfig, IntegratorConfig, MuConfig
 
@@ -41,7 +41,13 @@ _EARLIER: dict[str, Any] = {
 
 
 def build_config(
-    layout: Layout, *, num_heads: int, num_kv_heads: int, iterations: tuple[int, ...], max_seq_len: int
+    layout: Layout,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    iterations: tuple[int, ...],
+    max_seq_len: int,
+    rope_theta: float,
 ) -> ModelConfig:
     """The configuration of the file's model; `iterations` has one entry for each layer."""
     is_uniform = len(set(iterations)) == 1
@@ -54,7 +60,7 @@ def build_config(
         candidate="none",
         carry_velocity=False,
         readout="state",
-        mu=MuConfig(form="per_dim" if layout.d_model % GROUP_SIZE else "hierarchical", group_size=GROUP_SIZE),
+        mu=_mu(layout),
         excitation=ExcitationConfig(amplitude=0.0, sparsity=0.1),
         controller=ControllerConfig(
             width=layout.controller_width, shared=False, modulation="channel", activation="relu"
@@ -70,7 +76,7 @@ def build_config(
             "feedforward_hidden": layout.hidden_dim,
             "max_seq_len": max_seq_len,
             "vocab_size": layout.vocab_size,
-            "rope_theta": ROTARY_BASE,
+            "rope_theta": rope_theta,
             "embedding_rank": layout.rank,
             "embedding_norm": False,
             "embedding_scale": "none",
@@ -80,10 +86,19 @@ def build_config(
     )
 
 
+def _mu(layout: Layout) -> MuConfig:
+    if layout.d_model % layout.group_size:
+        return MuConfig(form="per_dim")
+    return MuConfig(form="hierarchical", group_size=layout.group_size)
+
+
 def convert(layout: Layout, read: Read) -> Iterator[tuple[str, Tensor]]:
     """Our model's parameters, one by one; `read` returns a tensor of the file by its name."""
-    yield "embedding.table.weight", read("token_embedding.embed_low.weight")
-    yield "embedding.project_up.weight", read("token_embedding.project_up.weight")
+    if layout.rank is None:
+        yield "embedding.table.weight", read(FULL_EMBEDDING)
+    else:
+        yield "embedding.table.weight", read("token_embedding.embed_low.weight")
+        yield "embedding.project_up.weight", read("token_embedding.project_up.weight")
     yield "head.weight", read("lm_head.weight")
     yield from _copies(layout, read, {"norm_final": "final_norm"})
     for layer in range(layout.num_layers):
@@ -106,8 +121,8 @@ def _integrator(layout: Layout, read: Read, source: str, target: str) -> Iterato
     """mu and the controller, whose first matrix (C, 3D) is W_h, W_x and W_v side by side."""
     dim = layout.d_model
     mu_global, offsets = read(source + "mu_global").reshape(1), read(source + "mu_local_offsets")
-    if dim % GROUP_SIZE:  # our groups are all of one size, but the last one here has fewer dimensions
-        yield target + "equilibrium.mu", mu_global + offsets.repeat_interleave(GROUP_SIZE)[:dim]
+    if dim % layout.group_size:  # our groups are all of one size, but the last one here has fewer dimensions
+        yield target + "equilibrium.mu", mu_global + offsets.repeat_interleave(layout.group_size)[:dim]
     else:
         yield target + "equilibrium.mu_global", mu_global
         yield target + "equilibrium.mu_offsets", offsets
@@ -131,6 +146,6 @@ def _released(layout: Layout, read: Read, source: str, target: str) -> Iterator[
 def _earlier(layout: Layout, read: Read, source: str, target: str) -> Iterator[tuple[str, Tensor]]:
     """Attention and GELU, with biases."""
     for part in ("weight", "bias"):
-        yield f"{target}attention.query_key_value.{part}", read(f"{source}attention.in_proj_{part}")
+        yield f"{target}attention.query_key_value.{part}", read(f"{source}attention.{layout.fused}{part}")
     modules = {"attention.output": "attention.out_proj", "feed_forward.up": "ff.0", "feed_forward.down": "ff.3"}
     yield from _copies(layout, read, {target + ours: source + theirs for ours, theirs in modules.items()})

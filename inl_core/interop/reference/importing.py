@@ -24,14 +24,19 @@ from inl_core.files import is_directory, refuse_filled
 from inl_core.inference.checkpoint_files import file_digest
 from inl_core.inference.loading import check_tables
 from inl_core.inference.tensor_files import open_tensors, read_shapes, read_tensor
+from inl_core.interop.reference.budget import find_allocator, layer_iterations
 from inl_core.interop.reference.conversion import build_config, convert
-from inl_core.interop.reference.layout import ROTARY_BASE, Generation, Layout, read_layout
+from inl_core.interop.reference.layout import GROUP_SIZE, ROTARY_BASE, Generation, Layout, read_layout
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.problems import dotted, find_problems
 from inl_core.training.checkpoint_writing import save_weights
 
 DEFAULT_MAX_SEQ_LEN = 1024
+_TABLE_ROUNDING = 0.02
+"""Relative error of a rotary table, which may have been stored in bfloat16."""
+CHAT_TOKENS = ("<USER>", "<ASSISTANT>", "<SYSTEM>", "<ERROR>")
+"""What the released models have after GPT-2's tokens, as ids 50257 to 50260."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,20 @@ def import_reference(
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
     max_seq_len: int | None = None,
+    group_size: int | None = None,
+    rope_theta: float | None = None,
     tokenizer: Path | None = None,
 ) -> Imported:
     """Write the model of `file` as a checkpoint at `output`.
 
     Args:
-        iterations: T, one number or one for each layer.
+        iterations: T, one number or one for each layer. From one number and the state of the reference's budget
+            allocator, where the file has it, each layer's number is computed (budget.py).
         num_heads: query heads; None takes the head size of the file's rotary tables.
         num_kv_heads: key-value heads; follows from the other two, and is checked when given.
         max_seq_len: context in tokens; None takes the length of the file's tables of positions, else 1,024.
+        group_size: dimensions that share an offset of mu; None takes the reference's 64, or what the file allows.
+        rope_theta: base of the rotary frequencies; None takes that of the file's tables, else 10,000.
         tokenizer: a tokenizer.json; without one the checkpoint cannot be given text.
 
     Raises:
@@ -74,29 +84,31 @@ def import_reference(
         ArtefactError: the file or the tokenizer is missing, damaged or not what it should be.
     """
     refuse_filled(output)
-    for name, value in (("num-heads", num_heads), ("num-kv-heads", num_kv_heads), ("max-seq-len", max_seq_len)):
-        if value is not None and value < 1:
+    options = {"num-heads": num_heads, "num-kv-heads": num_kv_heads, "max-seq-len": max_seq_len}
+    for name, value in (options | {"group-size": group_size, "rope-theta": rope_theta}).items():
+        if value is not None and not 1 <= value < float("inf"):
             raise RecipeError(f"--{name} {value}: must be at least 1")
     if not os.path.lexists(file):
         raise ArtefactError(f"{file}: no such file")
     if is_directory(file):
         raise ArtefactError(f"{file}: is a directory; name the .safetensors file in it")
     with open_tensors(file) as tensors:
-        layout = read_layout(file, read_shapes(tensors))
-        _check_rotary_base(file, layout, tensors)
+        layout = read_layout(file, read_shapes(tensors), group_size)
+        rope_theta = _rotary_base(file, layout, tensors, rope_theta)
         heads, kv_heads = choose_heads(file, layout, num_heads=num_heads, num_kv_heads=num_kv_heads)
         with _within_bounds(file, is_asked=max_seq_len is not None):
             config = build_config(
                 layout,
                 num_heads=heads,
                 num_kv_heads=kv_heads,
-                iterations=spread_iterations(iterations, layout.num_layers),
+                iterations=_iterations_of_layers(file, iterations, layout, tensors),
+                rope_theta=rope_theta,
                 max_seq_len=max_seq_len or layout.max_seq_len or DEFAULT_MAX_SEQ_LEN,
             )
         own_tokenizer, remarks = load_tokenizer(tokenizer, layout.vocab_size)
         digest = file_digest(file)
         model, used = load_reference(file, layout, config, tensors)
-    warnings = (*_unchecked(layout, config, max_seq_len), *remarks)
+    warnings = (*_unchecked(layout, config, iterations, max_seq_len), *remarks)
     imported = Imported(output, file, digest, layout.generation, config, used, layout.skipped, warnings)
     save_weights(output, model, _files(imported, own_tokenizer))
     return imported
@@ -161,6 +173,24 @@ def spread_iterations(iterations: tuple[int, ...], num_layers: int) -> tuple[int
     return iterations * num_layers if len(iterations) == 1 else iterations
 
 
+def _iterations_of_layers(file: Path, given: tuple[int, ...], layout: Layout, tensors: Any) -> tuple[int, ...]:
+    """What was given for each layer, or what the file's budget allocator makes of one number."""
+    spread = spread_iterations(given, layout.num_layers)
+    allocator = find_allocator(layout.skipped)
+    if allocator is None or len(given) != 1:
+        return spread
+
+    def read(name: str) -> Tensor | None:
+        if allocator + name not in layout.skipped:
+            return None
+        found = _read_finite(file, allocator + name, tensors).reshape(-1)
+        if len(found) not in (1, layout.num_layers):
+            raise ArtefactError(f"{file}: {allocator}{name} has {len(found)} values for {layout.num_layers} layers")
+        return found.expand(layout.num_layers)
+
+    return layer_iterations(given[0], layout.num_layers, read)
+
+
 def load_tokenizer(path: Path | None, vocab_size: int) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer, filled up with unused tokens to the embedding's number of rows, and warnings about it."""
     if path is None:
@@ -174,13 +204,18 @@ def load_tokenizer(path: Path | None, vocab_size: int) -> tuple[Tokenizer | None
             f"{path}: has {tokenizer.vocab_size:,} tokens where the model's embedding has {vocab_size:,} rows; "
             "name the tokenizer the model was trained with"
         )
-    padded = None if tokenizer.has_gaps else tokenizer.padded(vocab_size)
+    # The released embedding has exactly these rows more than GPT-2's tokenizer has tokens.
+    names: tuple[str, ...] = (
+        CHAT_TOKENS if unused == len(CHAT_TOKENS) and not tokenizer.special_ids.keys() & set(CHAT_TOKENS) else ()
+    )
+    padded = None if tokenizer.has_gaps else tokenizer.padded(vocab_size, names)
     if padded is None or padded.vocab_size != vocab_size:
         raise ArtefactError(
             f"{path}: its ids have gaps, so it cannot be extended to the embedding's {vocab_size:,} rows; "
             "name a tokenizer without gaps"
         )
-    return padded, [f"{path}: {unused:,} unused tokens were added to match the embedding's {vocab_size:,} rows"]
+    what = ", ".join(names) if names else "unused tokens"
+    return padded, [f"{path}: {unused:,} tokens were added to match the embedding's {vocab_size:,} rows: {what}"]
 
 
 def load_reference(
@@ -223,27 +258,53 @@ def _read_finite(file: Path, name: str, tensors: Any) -> Tensor:
     return tensor
 
 
-def _check_rotary_base(file: Path, layout: Layout, tensors: Any) -> None:
-    """Refuse rotary tables of another base: the reference's code can be given one, and ours would ignore it."""
-    for name in layout.skipped:
-        if not name.endswith(".rope.inv_freq"):
-            continue
-        frequencies = read_tensor(file, name, tensors).double().reshape(-1)
-        powers = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
-        # 2%: the table may have been stored in bfloat16
-        if not torch.allclose(frequencies, ROTARY_BASE**-powers, rtol=0.02, atol=0):
+def _rotary_base(file: Path, layout: Layout, tensors: Any, given: float | None) -> float:
+    """The base of the file's rotary tables, which must all have one; without tables, what was given, or the usual one.
+
+    Raises:
+        ArtefactError: a table is none of powers of one base.
+        RecipeError: another base was given than the tables have.
+    """
+    tables = [name for name in layout.skipped if name.endswith(".rope.inv_freq")]
+    if not tables:
+        return given or ROTARY_BASE
+    found = {name: read_tensor(file, name, tensors).double().reshape(-1) for name in tables}
+    count = len(found[tables[0]])
+    # The smallest frequency is base^-((n - 1) / n), so it tells the base best.
+    last = float(found[tables[0]][-1])
+    measured = last ** (-count / (count - 1)) if count > 1 and 0 < last < 1 else given or ROTARY_BASE
+    likely = [value for value in (given, ROTARY_BASE, float(f"{measured:.2g}")) if value and _is_near(value, measured)]
+    base = [*likely, measured][0]
+    for name, frequencies in found.items():
+        powers = base ** (-torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies))
+        if not torch.allclose(frequencies, powers, rtol=_TABLE_ROUNDING, atol=0):
             raise ArtefactError(
-                f"{file}: {name} is not a table of base {ROTARY_BASE:,.0f}, the reference's; not supported"
+                f"{file}: {name} is not a table of base {base:g}, as rotary frequencies are; not supported"
             )
+    if given and base != given:
+        raise RecipeError(f"--rope-theta {given:g}: the tables in {file} are of base {base:g}; leave the option out")
+    return base
 
 
-def _unchecked(layout: Layout, config: ModelConfig, max_seq_len: int | None) -> list[str]:
+def _is_near(value: float, measured: float) -> bool:
+    return abs(value - measured) <= _TABLE_ROUNDING * measured
+
+
+def _unchecked(layout: Layout, config: ModelConfig, iterations: tuple[int, ...], max_seq_len: int | None) -> list[str]:
     """Warnings about what the file does not hold and was therefore not checked."""
     assert config.integrator
     each = config.integrator.iterations_per_layer or (config.integrator.num_iterations,)
+    counts = f"iterations ({', '.join(map(str, each))})"
+    is_allocated = find_allocator(layout.skipped) is not None and len(iterations) == 1
     given = [] if layout.head_dim else [f"heads ({config.num_heads})"]
-    given.append(f"iterations ({', '.join(map(str, each))})")
+    given.append(f"iterations ({iterations[0]} on average)" if is_allocated else counts)
     found = [f"{' and '.join(given)} are as given: the file does not hold them, and a wrong number shows no error"]
+    if is_allocated:
+        found.append(f"{counts} of the layers follow from that average and the budget allocator in the file")
+    if layout.group_size != GROUP_SIZE:
+        found.append(
+            f"groups of {layout.group_size} dimensions share an offset of mu: it fits the file, and others may"
+        )
     if max_seq_len is None and layout.max_seq_len is None:
         found.append(
             f"context of {config.max_seq_len:,} tokens: the file does not hold its length; --max-seq-len sets it"
