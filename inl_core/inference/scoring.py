@@ -11,6 +11,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -103,17 +104,16 @@ def score_tokens(
     shared = {index for group in groups for index, _ in group.members}
     rows = sorted(_divide(pairs, longest, shared).items(), key=lambda row: -len(row[0]))
     parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    passes = [
-        (sum(len(group.members) for group in batch), batch, hidden_states) for batch in batches(groups, batch_size)
-    ]
-    passes += [(len(part), part, _hidden_states) for part in parts]
+    passes = [(len(part), partial(_hidden_states, model, part, options)) for part in parts]
+    for batch in batches(groups, batch_size):
+        passes.append((sum(len(group.members) for group in batch), partial(hidden_states, model, batch, options)))
     scores = [(np.zeros(len(wanted)), np.ones(len(wanted), dtype=bool)) for _, wanted in pairs]
     was_training, device, done = model.training, model.embedding.table.weight.device, 0
     model.eval()
     try:
-        for count, batch, run in passes:
+        for count, run in passes:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                for (index, begin), tokens, states in run(model, batch, options):
+                for (index, begin), tokens, states in run():
                     log_probabilities, best = _likelihood(model, states, tokens)
                     scores[index][0][begin : begin + len(best)] = log_probabilities
                     scores[index][1][begin : begin + len(best)] = best

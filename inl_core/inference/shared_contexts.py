@@ -2,8 +2,8 @@
 
     groups = shared_contexts(pairs, longest, most)
 
-- The contexts of a batch are run in one pass, padded on the left, and their keys and values kept in a cache. Then each row
-  of it is repeated for its continuations, which are run in a second pass, padded on the right.
+- The contexts of a batch are run in one pass, padded on the left, and their keys and values kept in a cache. Each row
+  of it is then repeated for its continuations, which are run in a second pass, padded on the right.
 - Legend: G contexts, B continuations, D d_model, V vocabulary.
 """
 
@@ -44,7 +44,7 @@ def shared_contexts(pairs: Sequence[tuple[Ids, Ids]], longest: int, most: int) -
     for context, members in found.items():
         rows = {tuple(continuation[:-1]) for _, continuation in members}
         saved = (len(rows) - 1) * len(context)
-        if saved * _WORTH_IT >= len(rows) * len(context) + sum(map(len, rows)):
+        if most > 1 and saved * _WORTH_IT >= len(rows) * len(context) + sum(map(len, rows)):
             groups += [Group(context, members[first : first + most]) for first in range(0, len(members), most)]
     return sorted(groups, key=lambda group: -len(group.context))
 

@@ -68,12 +68,12 @@ def test_a_context_that_several_continuations_share_is_read_once(preset: str, mo
         ids = [*context, *answer]
         expected.append([slow_scores(model, ids[:place], ids[place]) for place in range(len(context), len(ids))])
     monkeypatch.setattr(model, "forward", counted)
-    for batch_size in (2, 10, 99):
+    for batch_size in (1, 2, 10, 99):
         for found, wanted in zip(score_tokens(model, pairs, batch_size=batch_size), expected, strict=True):
             assert_scores(found, wanted)
     read = 0
     score_tokens(model, pairs, batch_size=99)
-    # Three contexts of at most 55 tokens, and the tokens before the last of at most 8; alone it would be 5 x 105 and more.
+    # Three contexts of at most 55 tokens, and of 15 answers at most 7 tokens before the last one.
     assert read == 3 * 55 + 15 * 7
 
 
