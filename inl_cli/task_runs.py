@@ -1,41 +1,20 @@
 """`inl eval --tasks`: run lm-eval's tasks, show what they came to, and keep it in the run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inl_cli.console import Console
 
 if TYPE_CHECKING:
     from inl_core.inference.loading import LoadedModel
+    from inl_core.interop.harness import TaskSettings
 
 
-def run_tasks(
-    console: Console,
-    loaded: "LoadedModel",
-    names: Sequence[str],
-    *,
-    task_path: Path | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: int,
-    iterations: int | None,
-    early_stopping: bool,
-    bf16: bool,
-) -> None:
-    """Run the tasks and print the result; the arguments are the command's options."""
-    from inl_core.interop.harness import TaskSettings, save_results
+def run_tasks(console: Console, loaded: "LoadedModel", names: Sequence[str], settings: "TaskSettings") -> None:
+    """Run the tasks, print the result, and keep it in the run unless only a part of the examples was scored."""
     from inl_core.interop.harness import run_tasks as run
-    from inl_core.model import Options
+    from inl_core.interop.harness import save_results
 
-    settings = TaskSettings(
-        task_path=task_path,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        options=Options(num_iterations=iterations, early_stopping=early_stopping),
-        bf16=bf16,
-    )
     with console.progress() as progress:
         started = ""
 
@@ -47,13 +26,13 @@ def run_tasks(
             progress.update(done, total)
 
         results = run(loaded, names, settings, progress=told)
-    file = save_results(loaded, results) if limit is None else None
+    file = save_results(loaded, results) if settings.limit is None else None
     data = {
         "checkpoint": loaded.path,
         "step": loaded.step,
         "lm_eval": results.lm_eval,
         "tasks": results.tasks,
-        "limit": limit,
+        "limit": settings.limit,
         "seconds": results.seconds,
         "file": file,
     }

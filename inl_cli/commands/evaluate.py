@@ -28,6 +28,8 @@ from inl_core.errors import NonFiniteError, RecipeError
 
 if TYPE_CHECKING:
     from inl_core.corpus.loader import Batch
+    from inl_core.inference.texts import Text
+    from inl_core.model import Options
 
 WindowOption = Annotated[
     int | None, typer.Option(help="Tokens the model sees at once; default what it was trained on.")
@@ -74,56 +76,75 @@ def evaluate(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Score text: loss, perplexity, bits per byte, accuracy and the integrator iterations used."""
+    """Score text: loss, perplexity, bits per byte, accuracy, iterations; or, with --tasks, benchmarks of lm-eval."""
     console = Console(json=json, quiet=quiet)
     check_source(data, text)
     names = _task_names(
         tasks, others=(data, text, window, stride, max_tokens), settings=(task_path, num_fewshot, limit)
     )
     loaded = open_model(console, checkpoint, device, iterations=iterations)
-    if names:
-        from inl_core.training.precision import is_bf16
 
-        run_tasks(
-            console,
-            loaded,
-            names,
-            task_path=task_path,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            iterations=iterations,
-            early_stopping=not no_early_stopping,
-            bf16=is_bf16(precision, loaded.model.embedding.table.weight.device),
-        )
+    from inl_core.model import Options
+    from inl_core.training.precision import is_bf16
+
+    options = Options(num_iterations=iterations, early_stopping=not no_early_stopping)
+    bf16 = is_bf16(precision, loaded.model.embedding.table.weight.device)
+    if names:
+        from inl_core.interop.harness import TaskSettings
+
+        run_tasks(console, loaded, names, TaskSettings(task_path, num_fewshot, limit, batch_size, options, bf16))
         return
     source = open_source(console, loaded, data, text, split)
+    result = _score(
+        console,
+        source,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        options=options,
+        bf16=bf16,
+    )
+    console.result(result, lambda: _show(console, result))
 
+
+def _score(
+    console: Console,
+    source: "Text",
+    *,
+    window: int | None,
+    stride: int | None,
+    batch_size: int,
+    max_tokens: int | None,
+    options: "Options",
+    bf16: bool,
+) -> dict[str, Any]:
+    """What the model scores on the text, and what it is."""
     import torch
 
     from inl_core.inference import evaluate as evaluation
     from inl_core.inference.texts import default_window
-    from inl_core.training.precision import is_bf16
 
+    loaded = source.loaded
     window = default_window(loaded) if window is None else window
     batches = source.windows(window=window, stride=stride, batch_size=batch_size, max_tokens=max_tokens)
     counts = source.byte_counts(max_tokens)
-    where = loaded.model.embedding.table.weight.device
+    iterations = options.num_iterations if isinstance(options.num_iterations, int) else None
     scores = evaluation.evaluate(
         loaded.model,
         _counted(console, batches, min(source.num_targets, max_tokens or source.num_targets)),
         counts.token_num_bytes,
         num_bytes=counts.num_bytes,
         num_iterations=iterations,
-        early_stopping=not no_early_stopping,
-        autocast=torch.autocast(where.type, torch.bfloat16, enabled=is_bf16(precision, where)),
+        early_stopping=options.early_stopping,
+        autocast=torch.autocast(loaded.model.embedding.table.weight.device.type, torch.bfloat16, enabled=bf16),
     )
     if not math.isfinite(scores.loss):
         raise NonFiniteError(
             f"{loaded.path}: its loss on {source.name} is {scores.loss:g}; the model overflows there, so use an "
             "earlier checkpoint"
         )
-    result = {
+    return {
         "checkpoint": loaded.path,
         "step": loaded.step,
         "text": source.name,
@@ -132,7 +153,6 @@ def evaluate(
         "max_iterations": evaluation.most_iterations(loaded.model, iterations),
         **asdict(scores),
     }
-    console.result(result, lambda: _show(console, result))
 
 
 def _task_names(tasks: str | None, *, others: tuple[object, ...], settings: tuple[object, ...]) -> list[str]:

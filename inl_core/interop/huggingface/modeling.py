@@ -195,31 +195,43 @@ class InlForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None and not isinstance(past_key_values, InlCache):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values is a {kind}: use inl_core.interop.huggingface.InlCache, or leave it out")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        padding = left_padding(attention_mask, past, past + input_ids.shape[1])
-        if past_key_values is not None and past and past_key_values.own is not None:
-            check_same_padding(padding, past_key_values.own.padding, input_ids.shape[0])
-        self._check_context(past + input_ids.shape[1], padding)
-        documents = None if past else document_ids(input_ids, padding, position_ids, attention_mask)
-        wants_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if wants_cache and past_key_values is None and (documents is None or padding is not None):
-            past_key_values = InlCache()
-
-        positions = None if position_ids is None else position_ids.expand(input_ids.shape)
-        if past_key_values is not None:
-            cache, documents = past_key_values.prepared(self.model, input_ids, padding), None
-        else:
-            cache = None
-            if positions is None and padding is not None:
-                positions = (torch.arange(input_ids.shape[1], device=padding.device) - padding[:, None]).clamp(min=0)
-        output = self.model(input_ids, positions=positions, document_ids=documents, cache=cache, options=self.options)
+        hidden, cache = self._run(input_ids, attention_mask, position_ids, past_key_values, use_cache)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.logits(output.hidden[:, keep])
+        logits = self.model.logits(hidden[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
         return result if return_dict is not False else result.to_tuple()
+
+    def _run(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: InlCache | None,
+        use_cache: bool | None,
+    ) -> tuple[Tensor, InlCache | None]:
+        """Hidden states (B, S, D), and the cache that holds these tokens, too; the arguments are those of `forward`."""
+        past = 0 if cache is None else cache.get_seq_length()
+        length = past + ids.shape[1]
+        padding = left_padding(mask, past, length)
+        if cache is not None and cache.own is not None:
+            check_same_padding(padding, cache.own.padding, len(ids))
+        self._check_context(length, padding)
+        positions = None if positions is None else positions.expand(ids.shape)
+        documents = None if past else document_ids(ids, padding, positions, mask)
+        wants_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if wants_cache and cache is None and (documents is None or padding is not None):
+            cache = InlCache()
+        if cache is not None:
+            own, documents = cache.prepared(self.model, ids, padding), None
+        else:
+            own = None
+            if positions is None and padding is not None:
+                positions = (torch.arange(ids.shape[1], device=ids.device) - padding[:, None]).clamp(min=0)
+        output = self.model(ids, positions=positions, document_ids=documents, cache=own, options=self.options)
+        return output.hidden, cache
 
     def _check_context(self, length: int, padding: Tensor | None) -> None:
         """Refuse a text that is longer than the tables of positions."""
