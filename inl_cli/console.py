@@ -150,6 +150,8 @@ def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:
             for name, value in kwargs.items():
                 if isinstance(value, Path):
                     kwargs[name] = expand_home(value)
+                elif isinstance(value, list):
+                    kwargs[name] = [expand_home(item) if isinstance(item, Path) else item for item in value]
             with _own_warnings_shown():
                 return command(*args, **kwargs)
         except InlError as error:

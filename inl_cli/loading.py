@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from inl_cli.console import Console
+from inl_cli.early import check_checkpoint, check_data, check_text
 from inl_core.errors import RecipeError
-from inl_core.files import expand_home
 
 if TYPE_CHECKING:
     from inl_core.inference.loading import LoadedModel
@@ -19,10 +19,7 @@ def open_model(
     """The checkpoint, verified and loaded; `iterations` is checked against what the model can do."""
     if iterations is not None and iterations < 1:
         raise RecipeError(f"iterations {iterations}: must be at least 1")
-    if checkpoint is not None:
-        from inl_core.inference.checkpoint_files import check_exists
-
-        check_exists(expand_home(checkpoint))  # before torch is imported, which takes seconds
+    check_checkpoint(checkpoint)
     from inl_core.inference.loading import open_checkpoint
     from inl_core.training.distributed import choose_device
 
@@ -59,9 +56,11 @@ def check_recipe_or_model(recipe: Path | None, preset: str | None, size: str | N
 
 
 def check_source(data: Path | None, text: str | None) -> None:
-    """Refuse a data set and a text together, before anything is loaded."""
+    """Refuse a data set and a text together, and one that is not there, before anything is loaded."""
     if data and text is not None:
         raise RecipeError("--data and --text: give one of them")
+    check_data(data)
+    check_text(text)
 
 
 def open_default_or_text(console: Console, loaded: "LoadedModel", text: str | None) -> "Text":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes, to_plain
+from inl_cli.early import check_recipe
 from inl_cli.loading import check_recipe_or_model
 from inl_cli.options import (
     DeviceOption,
@@ -127,6 +128,7 @@ def bench(
     settings |= {"batch_size": batch_size, "sequence_length": sequence_length}
     settings |= {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "mode": mode, "parts": not no_parts}
     _check(task, recipe, preset, _given(model), against, against_overrides)
+    check_recipe(recipe)
     from inl_core.analysis.bench.choosing import Choice
 
     choice = Choice(recipe, preset, _given(model), own, batch_size, sequence_length)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_checkpoint
 from inl_cli.loading import check_source, open_model, open_source
 from inl_cli.options import (
     CheckpointArgument,
@@ -63,6 +64,7 @@ def convergence_report(
     check_source(data, text)
     if output and output.exists() and not output.is_dir():
         raise RecipeError(f"{output}: is a file; --output names a directory")
+    check_checkpoint(checkpoint)
     from inl_core.analysis.convergence.report import (
         default_directory,
         report_convergence,

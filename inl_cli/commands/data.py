@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_file, check_text
 from inl_cli.options import JsonOption, QuietOption, path_option
 from inl_core.errors import Interrupted, RecipeError
 
@@ -69,11 +70,15 @@ def prepare_data(
     quiet: QuietOption = False,
 ) -> None:
     """Turn text into a tokenizer and verified token shards; a stopped run goes on when started again."""
+    console = Console(json=json, quiet=quiet)
+    if (is_new := output is None or not (output / "manifest.json").exists()) and part is None and not finish:
+        for source in sources:
+            check_text(source)
+    check_file(tokenizer if is_new else None, "missing")
     from inl_core.corpus import preparation
     from inl_core.corpus.manifest import default_directory
     from inl_core.corpus.reading.paths import portable
 
-    console = Console(json=json, quiet=quiet)
     settings = _settings(
         sources=tuple(map(portable, sources)),
         tokenizer={"vocab_size": vocab_size, "file": tokenizer},

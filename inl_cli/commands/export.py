@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_checkpoint
 from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, path_option
 from inl_core.errors import RecipeError
 from inl_core.files import refuse_filled
@@ -31,6 +32,7 @@ def export(
     """Write a checkpoint as a directory that transformers loads, and prove that the logits are the same."""
     console = Console(json=json, quiet=quiet)
     refuse_filled(output)
+    check_checkpoint(checkpoint)
 
     from importlib.util import find_spec
 

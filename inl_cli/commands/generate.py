@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_checkpoint
 from inl_cli.loading import open_model
 from inl_cli.options import (
     CheckpointArgument,
@@ -85,6 +86,7 @@ def generate(
 ) -> None:
     """Continue text: each prompt is printed with what the model makes of it, as it comes."""
     console = Console(json=json, quiet=quiet)
+    check_checkpoint(checkpoint)
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

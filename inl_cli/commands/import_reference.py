@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_file
 from inl_cli.options import JsonOption, QuietOption, path_argument, path_option
 from inl_core.errors import RecipeError
 
@@ -56,6 +57,8 @@ def import_reference(
     """Turn the released reference model's weights, or its predecessor's, into a checkpoint."""
     console = Console(json=json, quiet=quiet)
     each = _parse(iterations)
+    check_file(file, "no such file")
+    check_file(tokenizer, "missing")
 
     from inl_core.interop import reference
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.loading import open_default_or_text, open_model
+from inl_cli.early import check_checkpoint, check_place
+from inl_cli.loading import check_source, open_default_or_text, open_model
 from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, path_argument, path_option
 from inl_cli.parameters_view import show_parameters
 from inl_cli.progress import amount
@@ -44,9 +45,10 @@ CsvOption = Annotated[bool, typer.Option("--csv", help="Print the layers' statis
 @errors_to_exit_codes
 def inspect(path: PathArgument, json: JsonOption = False, quiet: QuietOption = False) -> None:
     """Show the key facts of a recipe, a data set, a run or a checkpoint."""
+    console = Console(json=json, quiet=quiet)
+    check_place(path)
     from inl_core.analysis.inspection import inspect_path
 
-    console = Console(json=json, quiet=quiet)
     overview = inspect_path(path)
     head = {"kind": overview.kind, "path": overview.path, "problem": overview.problem}
     console.result(head | overview.sections, lambda: _show_overview(console, overview))
@@ -68,6 +70,8 @@ def inspect_params(
     if csv and json:
         raise RecipeError("--csv and --json: give one of them")
     console = Console(json=json, quiet=quiet)
+    check_source(None, text)
+    check_checkpoint(against)
     loaded = open_model(console, checkpoint)
 
     from inl_core.analysis.parameters import report_parameters

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_recipe
 from inl_cli.loading import check_recipe_or_model
 from inl_cli.options import JsonOption, PresetOption, QuietOption, RecipeOrModelArgument, SetOption, SizeOption
 from inl_core.errors import RecipeError
@@ -110,6 +111,7 @@ def _choose(
             "inl plan needs a recipe or a model: inl plan recipes/tiny.yaml, or inl plan --preset v3 --size 13B"
         )
     check_recipe_or_model(recipe, preset, size)
+    check_recipe(recipe)
 
     from inl_core.analysis.planning import recipe_of_model
     from inl_core.recipe.load import load_recipe

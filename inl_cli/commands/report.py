@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_runs, check_text
 from inl_cli.loading import open_default_or_text, open_model
 from inl_cli.options import DeviceOption, JsonOption, QuietOption, TextOption, path_argument, path_option
 from inl_core.errors import RecipeError
-from inl_core.files import expand_home
 
 if TYPE_CHECKING:
     from inl_core.analysis.report.parts import Report
@@ -37,13 +37,14 @@ def report(
 
     inl report runs/tiny --output tiny.html
     """
+    console = Console(json=json, quiet=quiet)
+    _check_output(output)
+    check_runs(runs)
+    check_text(text)
     from inl_core.analysis.report.build import report_runs
     from inl_core.analysis.report.examination import Examined, examine
     from inl_core.analysis.report.runs import RunRecord
     from inl_core.inference.checkpoint_files import list_checkpoints
-
-    console, runs = Console(json=json, quiet=quiet), [expand_home(run) for run in runs]
-    _check_output(output)
 
     def examine_run(run: RunRecord) -> Examined | None:
         if not list_checkpoints(run.path / "checkpoints"):
@@ -72,11 +73,12 @@ def compare(
     """
     if len(runs) < 2:
         raise RecipeError(f"{runs[0]}: a comparison needs two runs or more; `inl report {runs[0]}` shows one")
-    from inl_core.analysis.report.build import compare_runs
-
     console = Console(json=json, quiet=quiet)
     _check_output(output)
-    _hand_over(console, compare_runs([expand_home(run) for run in runs]), output)
+    check_runs(runs)
+    from inl_core.analysis.report.build import compare_runs
+
+    _hand_over(console, compare_runs(runs), output)
 
 
 def _check_output(output: Path | None) -> None:

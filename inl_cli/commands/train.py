@@ -9,6 +9,7 @@ import typer
 
 from inl_cli.commands.data import prepare_with_progress
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_training
 from inl_cli.loading import tell_of_shipped
 from inl_cli.memory import explains_memory
 from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, path_argument, path_option
@@ -64,6 +65,8 @@ def train(
 
         given, resumption = load_recipe(recipe, overrides or ()), None
         tell_of_shipped(console, recipe)
+        if not resume_or_start:
+            check_training(given, branch_from)
         result = _find_ending(console, given, run_dir, allowed) if resume_or_start and run_dir else None
         if result is None:
             if resume_or_start:

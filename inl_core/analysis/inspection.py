@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, RootModel
 from inl_core.analysis.planning import count_parameters, meta_model, plan_recipe
 from inl_core.corpus.manifest import MANIFEST, QUARANTINE, WORK, Manifest, load_manifest, verify
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.files import is_directory, open_regular, parse_json_object, read_record
+from inl_core.files import open_regular, parse_json_object, read_record
 from inl_core.inference.checkpoint_files import (
     PROGRESS,
     Scalar,
@@ -68,8 +68,7 @@ def inspect_path(path: Path) -> Overview:
     if path.suffix in (".yaml", ".yml") or (not os.path.lexists(path) and find_recipe(path) != path):
         return inspect_recipe(path)
     if not os.path.lexists(path):
-        near = [str(place) for place in (Path("runs") / path, Path("data") / path) if is_directory(place)]
-        raise ArtefactError(f"{path}: no such file or directory" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ArtefactError(f"{path}: no such file or directory")
     if path.is_dir() and is_checkpoint(path):
         return inspect_checkpoint(path)
     for inspect_kind, names in ((inspect_run, _RUN_FILES), (inspect_data, (MANIFEST, WORK))):

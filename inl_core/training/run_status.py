@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from inl_core.errors import ArtefactError, InlError, RecipeError
-from inl_core.files import read_json, shortened, write_whole
+from inl_core.files import is_directory, read_json, shortened, write_whole
 from inl_core.inference.checkpoint_files import (
     CONFIG,
     WEIGHTS,
@@ -126,6 +126,14 @@ def newest_whole_checkpoint(run: Path) -> Path | None:
 def holds_run(path: Path) -> bool:
     """Whether a directory is recognised as a run's, by its recipe or by a checkpoint."""
     return (path / "recipe.yaml").is_file() or bool(list_checkpoints(path / "checkpoints"))
+
+
+def check_holds_run(path: Path) -> None:
+    """ArtefactError where a user named a run and there is none."""
+    if not is_directory(path) or not holds_run(path):
+        near = Path("runs") / path
+        hint = f"; did you mean {near}?" if near.is_dir() else "; a run is a directory such as runs/tiny"
+        raise ArtefactError(f"{path}: {'is no run' if path.exists() else 'no such directory'}{hint}")
 
 
 def is_taken(path: Path) -> bool:

@@ -19,7 +19,7 @@ from inl_core.model.flops import training_flops
 from inl_core.recipe import ModelConfig, Recipe
 from inl_core.recipe.load import load_recipe
 from inl_core.training.metrics import read_metrics
-from inl_core.training.run_status import RunStatus, holds_run, read_status
+from inl_core.training.run_status import RunStatus, check_holds_run, read_status
 
 Row = dict[str, Any]
 
@@ -74,10 +74,7 @@ def open_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 def open_run(path: Path) -> RunRecord:
     """Read one run; raises as `open_runs` does."""
-    if not path.is_dir() or not holds_run(path):
-        near = Path("runs") / path
-        hint = f"; did you mean {near}?" if near.is_dir() else "; a run is a directory such as runs/tiny"
-        raise ArtefactError(f"{path}: {'is no run' if path.exists() else 'no such directory'}{hint}")
+    check_holds_run(path)
     status = read_status(path)
     recipe = status.recipe or load_recipe(path / "recipe.yaml", allow_pipe=False)  # which says what is wrong with it
     config = _model_of(path, recipe)

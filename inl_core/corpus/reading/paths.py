@@ -40,6 +40,27 @@ def local_path(source: str) -> Path:
     return expand_home(source)
 
 
+def refuse_missing(path: Path) -> None:
+    """RecipeError where there is nothing at a path that is no pattern; it names the nearest name that is there."""
+    if os.path.exists(path):  # noqa: PTH110  False, not an error, for a name that is too long
+        return
+    if os.path.islink(path):  # noqa: PTH114
+        raise RecipeError(f"{shown(path)}: a link to {shown(path.readlink())}, which is not there")
+    if not any(character in str(path) for character in "*?["):
+        raise RecipeError(f"{shown(path)}: no such file or directory{_nearest(path)}")
+
+
+def _nearest(path: Path) -> str:
+    import difflib
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean {shown(path.with_name(close[0]))}?" if close else ""
+
+
 def absolute_source(source: str) -> str:
     """The absolute path of a source, links resolved, in the form of `portable`."""
     return portable(os.path.realpath(local_path(source)))

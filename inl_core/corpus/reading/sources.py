@@ -20,7 +20,7 @@ from inl_core.corpus.reading.compression import import_zstandard
 from inl_core.corpus.reading.formats import FORMAT_NAMES, format_of_content, format_of_name
 from inl_core.corpus.reading.jsonl import read_jsonl
 from inl_core.corpus.reading.parquet import read_parquet
-from inl_core.corpus.reading.paths import leads_up, local_path, matches, portable, shown, walk
+from inl_core.corpus.reading.paths import leads_up, local_path, matches, portable, refuse_missing, shown, walk
 from inl_core.corpus.reading.rows import Item, Note
 from inl_core.corpus.reading.text import read_text
 from inl_core.errors import ArtefactError, RecipeError
@@ -160,28 +160,13 @@ def _stdin_file(copy: Path, note: Note) -> SourceFile:
 
 def _path_files(source: str, note: Note, exclude: Path | None) -> list[SourceFile]:
     path, name = local_path(source), shown(local_path(source))
-    if os.path.exists(path):  # noqa: PTH110  False, not an error, for a name that is too long
-        found = [path]
-    elif os.path.islink(path):  # noqa: PTH114
-        raise RecipeError(f"{name}: a link to {shown(path.readlink())}, which is not there")
-    elif any(character in str(path) for character in "*?["):
+    refuse_missing(path)
+    found = [path]
+    if not os.path.exists(path):  # noqa: PTH110  a pattern
         found = [Path(match) for match in matches(str(path))]
         if not found:
             raise RecipeError(f"{name}: the pattern matches no file")
-    else:
-        raise RecipeError(f"{name}: no such file or directory{_nearest(path)}")
     return _Collection(source, name, note, exclude).collect(found)
-
-
-def _nearest(path: Path) -> str:
-    import difflib
-
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean {shown(path.with_name(close[0]))}?" if close else ""
 
 
 @dataclass
