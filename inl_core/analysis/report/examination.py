@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from inl_core.analysis.convergence.report import report_convergence
 from inl_core.analysis.report.convergence import convergence_findings, convergence_parts
 from inl_core.analysis.report.forces import ablation_part, forces_part, term_findings
+from inl_core.analysis.report.jacobians import measure_reactions
 from inl_core.analysis.report.parts import Finding, Part, Section
 from inl_core.analysis.report.paths import paths_part
 from inl_core.analysis.report.probe import Probe, probe
+from inl_core.analysis.report.reactions import reaction_findings, reaction_parts
 from inl_core.analysis.report.tokens import grouped_parts, text_part, token_names
 from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
@@ -45,6 +47,9 @@ def examine(
         summary = report.summary()
         findings = [*term_findings(name, found, summary), *convergence_findings(name, summary)]
         parts += [forces_part(name, found), ablation_part(name, summary), *convergence_parts(name, summary)]
+        reactions = measure_reactions(loaded.model, text)
+        findings += reaction_findings(name, reactions)
+        parts += reaction_parts(name, reactions)
         parts.append(paths_part(name, found, token_names(loaded.tokenizer, found.token_ids.tolist())))
     return Examined(Section(f"{name}: what the model does", [*parts, *_of_tokens(name, loaded, found)], note), findings)
 
