@@ -15,16 +15,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from inl_core.documents.arguments import check_name, validated
 from inl_core.documents.building import materialise
 from inl_core.documents.generation import continue_ids
 from inl_core.documents.layer import trajectory_dict
+from inl_core.documents.released_names import one_of, released_overrides
 from inl_core.inference.settings import GenerationSettings
 from inl_core.model import IntegratorLanguageModel as Model
 from inl_core.model import IntegratorOutput, KVCache, ModelOutput, Options
 from inl_core.recipe import ModelConfig
+from inl_core.recipe.fitting import fitting_heads
 from inl_core.recipe.presets import GROUPED_QUERIES, PRESETS, merge
 from inl_core.recipe.sizes import ALIASES, QUERIES_PER_KEY, SIZES, find_size
 
@@ -62,6 +65,8 @@ class IntegratorLanguageModel(nn.Module):
         overrides: further keys of a recipe's model section, {"integrator": {"dt": 0.2}}, laid over everything else.
         seed: of the initial weights; torch's global generator is neither read nor moved.
         device: where to build; "meta" gives shapes without memory. None is torch's default device.
+        released: arguments by the released code's names: adaptive_convergence_threshold, hierarchical_group_size,
+            excitation_sparsity, use_shared_controllers, rope_base, use_adaptive_budget, budget_strategy, dropout (0).
 
     Raises:
         ValueError: an argument or override that cannot be used, with the nearest valid name.
@@ -93,8 +98,10 @@ class IntegratorLanguageModel(nn.Module):
         overrides: dict[str, Any] | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
+        **released: Any,
     ) -> None:
         super().__init__()
+        of_released, convergence_threshold = released_overrides(released, convergence_threshold)
         dimensions = _present(
             d_model=d_model,
             num_layers=num_layers,
@@ -114,7 +121,7 @@ class IntegratorLanguageModel(nn.Module):
         )
         values |= _present(integrator=integrator)
         with torch.device("meta"):
-            self.model = Model(validated(ModelConfig, merge(values, overrides or {}), _ARGUMENTS))
+            self.model = Model(validated(ModelConfig, merge(merge(values, of_released), overrides or {}), _ARGUMENTS))
         materialise(self, lambda: self.model.initialise(seed), device)
         self._measured: list[Tensor] = []
         if self.default_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing:
@@ -137,6 +144,15 @@ class IntegratorLanguageModel(nn.Module):
             raise ValueError(f"excitation_amplitude {value}: must be a finite number of at least 0")
         self.model.excitation_amplitude.fill_(value)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embedding.table.weight.device
+
+    def get_num_params(self) -> int:
+        """The number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def get_learned_mu(self) -> Tensor | None:
         """mu of every layer, (L, D), with its gradient; None without an integrator."""
         found = [integrator.equilibrium() for integrator in self.model.integrators()]
@@ -144,12 +160,14 @@ class IntegratorLanguageModel(nn.Module):
 
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | None = None,
         *,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool = False,
         cache: KVCache | None = None,
         return_aux: bool = False,
-    ) -> tuple[Tensor, dict[str, Any] | None] | tuple[Tensor, dict[str, Any] | None, KVCache]:
+    ) -> tuple[Any, ...]:
         """(logits (B, S, V) in float32, aux), and the cache as a third value with `use_cache`.
 
         aux is None without `return_aux`, else, for L layers:
@@ -162,14 +180,17 @@ class IntegratorLanguageModel(nn.Module):
         takes it at its start. In between, the backward pass may compute blocks again and must find mu unchanged.
 
         Args:
-            ids: (B, S).
+            ids: (B, S), or `input_ids`, as transformers calls them.
+            labels: (B, S), with which the loss comes before the logits, as in transformers: the mean cross-entropy of
+                each token's logits with the label of the next token, where that is not -100.
             use_cache: keep keys and values for the tokens that follow; no gradient is computed then. Without `cache` a
                 new one is made for max_seq_len tokens; `model.model.new_cache(B, slots)` makes a shorter one.
             cache: the cache of an earlier call, which `ids` continue (implies use_cache). It is changed in place.
 
         Raises:
-            ValueError: more tokens than max_seq_len.
+            ValueError: more tokens than max_seq_len, or not one of ids and input_ids.
         """
+        ids = one_of(ids, input_ids)
         use_cache = use_cache or cache is not None
         length = (cache.length if cache else 0) + ids.shape[1]
         if length > self.config.max_seq_len:
@@ -178,17 +199,14 @@ class IntegratorLanguageModel(nn.Module):
             cache = self.model.new_cache(ids.shape[0], self.config.max_seq_len)
         self._adapt_mu()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not use_cache):
-            output = self.model(ids, cache=cache, options=self._options(ids, return_aux))
+            output = self.model(ids, cache=cache, options=Options(keep_trajectory=return_aux))
             logits = self.model.logits(output.hidden)
             aux = self._aux(output) if return_aux else None
         self._measure(output.layers)
-        return (logits, aux, cache) if cache is not None else (logits, aux)
-
-    def _options(self, ids: Tensor, return_aux: bool) -> Options:
-        # On the meta device a learned budget has no values to read, so each layer runs T iterations there.
-        integrator = self.config.integrator
-        num_iterations = integrator.num_iterations if ids.is_meta and integrator else None
-        return Options(num_iterations=num_iterations, keep_trajectory=return_aux)
+        found = (logits, aux) if cache is None else (logits, aux, cache)
+        if labels is None:
+            return found
+        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), *found
 
     def _aux(self, output: ModelOutput) -> dict[str, Any]:
         paths = [trajectory_dict(layer.trajectory) for layer in output.layers if layer.trajectory]
@@ -213,12 +231,15 @@ class IntegratorLanguageModel(nn.Module):
 
     def generate(
         self,
-        ids: Tensor,
+        ids: Tensor | None = None,
         max_new_tokens: int = 100,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         *,
+        input_ids: Tensor | None = None,
+        do_sample: bool = True,
+        min_p: float | None = None,
         use_cache: bool = True,
         repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
@@ -229,9 +250,12 @@ class IntegratorLanguageModel(nn.Module):
         The model runs in eval mode, so tokens stop iterating early where it is configured, and returns to its mode.
 
         Args:
+            ids: (B, S), or `input_ids`, as transformers calls them.
             temperature: divides the logits; 0 is greedy.
             top_k: only the k most probable tokens.
             top_p: only the most probable tokens that together reach this probability.
+            do_sample: False is greedy, whatever the temperature.
+            min_p: only tokens at least this fraction as probable as the most probable one.
             use_cache: False computes the whole text again for every token: the same ids, slowly.
             eos_token_id: ends a row, which is filled with it until the others end.
             seed: of the draws; a row's draws depend on it and the row's number alone.
@@ -242,13 +266,14 @@ class IntegratorLanguageModel(nn.Module):
         """
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            temperature=temperature if do_sample else 0.0,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             repetition_penalty=repetition_penalty,
             seed=seed,
         )
-        return continue_ids(self.model, ids, settings, use_cache=use_cache, eos=eos_token_id)
+        return continue_ids(self.model, one_of(ids, input_ids), settings, use_cache=use_cache, eos=eos_token_id)
 
 
 class OptimizedIntegratorLanguageModel(IntegratorLanguageModel):
@@ -273,7 +298,7 @@ def _with_dimensions(preset: str, values: dict[str, Any]) -> dict[str, Any]:
         return values
     small = find_size("small").keys(preset)
     values = {"d_model": small["d_model"], "num_layers": small["num_layers"], **values}
-    values.setdefault("num_heads", max(1, values["d_model"] // _HEAD_DIM))
+    values.setdefault("num_heads", fitting_heads(values["d_model"], max(1, values["d_model"] // _HEAD_DIM)))
     if preset in GROUPED_QUERIES and values["num_heads"] % QUERIES_PER_KEY == 0:
         values.setdefault("num_kv_heads", values["num_heads"] // QUERIES_PER_KEY)
     return values

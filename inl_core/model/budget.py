@@ -72,6 +72,9 @@ class Budget(nn.Module):
 
     def forward(self) -> list[LayerBudget]:
         """The budget of each layer; one copy to the host for all."""
+        values = self.allocation if self.strategy == "dynamic" else self.weight
+        if values.is_meta:  # there is nothing to read
+            return [LayerBudget(self.num_iterations, None)] * len(values)
         if self.strategy == "dynamic":
             return [LayerBudget(count, None) for count in self._allocated()]
         shares = self.shares()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
 from inl_core.recipe.base import FilePath, Iterations, Length, NonNegative, Positive, Section, Vocabulary, Width
+from inl_core.recipe.fitting import fit_to_width
 from inl_core.recipe.presets import DEFAULT_PRESET, PRESETS, merge
 from inl_core.recipe.problems import did_you_mean, shown
 from inl_core.recipe.sizes import ALIASES, SIZES, find_size
@@ -33,7 +34,8 @@ class MuConfig(Section):
     form: Literal["per_dim", "hierarchical", "fixed"] = "per_dim"
     """per_dim: D values for each layer; hierarchical: one value and an offset for each group; fixed: not learned."""
     group_size: Width = 64
-    """Dimensions in a group, which share one offset (hierarchical only)."""
+    """Dimensions in a group, which share one offset (hierarchical only). Where 64 does not divide d_model and none is
+    given, the largest below it that does."""
     init: Annotated[float, Field(ge=-1e30, le=1e30)] = 0.0
     """Where mu starts."""
     adaptation_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -197,7 +199,7 @@ class ModelConfig(Section):
     num_layers: Layers = 4
     """L, number of blocks."""
     num_heads: Width = 4
-    """Query heads; must divide d_model."""
+    """Query heads; must divide d_model. Where 4 does not fit and none is given, the most below it that do."""
     num_kv_heads: Width | None = None
     """Key and value heads (grouped-query attention); null means num_heads."""
     feedforward_dim: Width | None = None
@@ -262,7 +264,8 @@ class ModelConfig(Section):
             if size not in names:
                 raise ValueError(f"size {shown(size)} is not one of {', '.join(names)}{did_you_mean(size, names)}")
             preset = merge(preset, find_size(size).keys(name))
-        return merge(preset, values)
+        merged = merge(preset, values)
+        return fit_to_width(merged, merged.get("d_model", cls.model_fields["d_model"].default))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
