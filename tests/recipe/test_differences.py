@@ -11,7 +11,7 @@ from inl_core.recipe.problems import section_at
 from inl_core.recipe.recipe import Recipe
 
 VALUES = {"name": "x", "training": {"steps": 10}}
-V4 = {**VALUES, "model": {"preset": "v4"}}
+V4 = {**VALUES, "model": {"preset": "v4"}, "data": {"sources": ["builtin:python"]}}
 
 
 @pytest.mark.parametrize(
