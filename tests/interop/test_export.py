@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
-from inl_core.inference.checkpoint_files import MANIFEST, OPTIMIZER
-from inl_core.inference.loading import load_model
+from inl_core.inference.checkpoint_files import MANIFEST, OPTIMIZER, read_config
+from inl_core.inference.loading import load_model, load_weights, read_model_config
 from inl_core.interop.huggingface import export as exporting
 from inl_core.interop.huggingface.llama import why_not_llama
 from inl_core.model import IntegratorLanguageModel
 from tests.inference.test_commands import assert_refused
 from tests.inference.tiny import TEXT, config, reseal, tokenizer, write_checkpoint
+from tests.interop.reference_files import random_tensors, write_file
 
 MODELS: dict[str, dict[str, Any]] = {
     "v1": {"preset": "v1"},
@@ -189,6 +190,23 @@ def test_a_divided_checkpoint_is_exported_without_its_optimizer(tmp_path: Path) 
         assert result.exit_code == 0, result.output
     files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_imported_weights_leave_again_without_a_tokenizer(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "model.safetensors", random_tensors("released"))
+    made = inl("import-reference", file, "--output", tmp_path / "in", "--num-heads", 4, "--iterations", "1,3,2")
+    assert made.exit_code == 0, made.output
+    result = inl("export", tmp_path / "in", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "has no tokenizer, so the directory has none" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["config.json", "generation_config.json", "model.safetensors", "modeling_inl.py"]
+    )
+    config = read_model_config(tmp_path / "in", read_config(tmp_path / "in"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert exported.config.model == config
+    ids = random_ids(1, 9)
+    torch.testing.assert_close(exported(ids).logits[0], alone(load_weights(tmp_path / "in", config), ids[0]))
 
 
 def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
