@@ -32,12 +32,14 @@ from inl_cli.commands import (
     watch,
 )
 from inl_cli.console import EXIT_FAILURE, show_error
+from inl_cli.groups import WholeSentences
 from inl_cli.streams import prepare_streams
 from inl_core.files import describe_os_error
 from inl_core.launcher import place_or_alone
 
 app = typer.Typer(
     name="inl",
+    cls=WholeSentences,
     help="Train, evaluate, generate with and inspect INL-LLM language models.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -64,7 +66,10 @@ app.command("serve")(serve.serve)
 app.command("import-reference")(import_reference.import_reference)
 
 check_app = typer.Typer(
-    help="Prove things on one's own recipes and checkpoints.", no_args_is_help=True, rich_markup_mode=None
+    cls=WholeSentences,
+    help="Prove things on one's own recipes and checkpoints.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 check_app.command("resume")(check.resume)
 check_app.command("equivalence")(check.equivalence)
@@ -72,7 +77,9 @@ check_app.command("checkpoint")(check.checkpoint)
 check_app.command("session", hidden=True)(check.session)
 app.add_typer(check_app, name="check")
 
-recipe_app = typer.Typer(help="List, copy and show recipes.", no_args_is_help=True, rich_markup_mode=None)
+recipe_app = typer.Typer(
+    cls=WholeSentences, help="List, copy and show recipes.", no_args_is_help=True, rich_markup_mode=None
+)
 recipe_app.command("list")(recipe.list_shipped)
 recipe_app.command("copy")(recipe.copy)
 recipe_app.command("show")(recipe.show)

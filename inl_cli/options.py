@@ -1,11 +1,13 @@
 """Arguments and options that several commands share, so that they are spelt and explained once."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from inl_cli.completion import complete_preset, complete_recipe, complete_run, complete_set, complete_size
 from inl_core.errors import RecipeError
 from inl_core.files import refuse_remote, shortened
 
@@ -38,14 +40,19 @@ def path_option(*names: str, help: str) -> Any:
     return typer.Option(*names, metavar="PATH", help=help, parser=given_path)
 
 
-def path_argument(metavar: str, help: str) -> Any:
-    """An argument that is a path."""
-    return typer.Argument(metavar=metavar, help=help, parser=given_path)
+def path_argument(metavar: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:
+    """An argument that is a path; `complete` gives what the shell offers for its beginning."""
+    return typer.Argument(metavar=metavar, help=help, parser=given_path, autocompletion=complete)
 
 
 RecipeArgument = Annotated[
     Path,
-    typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name, as tiny.", parser=given_recipe),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or a shipped recipe's name, as tiny.",
+        parser=given_recipe,
+        autocompletion=complete_recipe,
+    ),
 ]
 
 RecipeOrModelArgument = Annotated[
@@ -54,18 +61,32 @@ RecipeOrModelArgument = Annotated[
         metavar="[RECIPE]",
         help="A YAML file, or a shipped recipe's name; or give --preset or --size instead.",
         parser=given_recipe,
+        autocompletion=complete_recipe,
     ),
 ]
 
-PresetOption = Annotated[str | None, typer.Option("--preset", help="A generation: v1, v2, v3, v4, v5, transformer.")]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="A generation: v1, v2, v3, v4, v5, transformer.", autocompletion=complete_preset),
+]
 
 SizeOption = Annotated[
-    str | None, typer.Option("--size", help="A size of the documents: small, medium, large, xlarge, 3B, 7B, 13B, ...")
+    str | None,
+    typer.Option(
+        "--size",
+        help="A size of the documents: small, medium, large, xlarge, 3B, 7B, 13B, ...",
+        autocompletion=complete_size,
+    ),
 ]
 
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.steps=100; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key, e.g. training.steps=100; may be repeated.",
+        autocompletion=complete_set,
+    ),
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -74,7 +95,9 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No information or pr
 
 CheckpointArgument = Annotated[
     Path | None,
-    path_argument("[CHECKPOINT]", "A checkpoint or a run; default the newest run's newest intact checkpoint."),
+    path_argument(
+        "[CHECKPOINT]", "A checkpoint or a run; default the newest run's newest intact checkpoint.", complete_run
+    ),
 ]
 
 DeviceOption = Annotated[

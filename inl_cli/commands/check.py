@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from inl_cli.commands.data import prepare_with_progress
+from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.loading import open_default_or_text, open_model
 from inl_cli.memory import explains_memory
@@ -48,7 +49,9 @@ ToleranceOption = Annotated[
     float | None, typer.Option(min=0, help="Largest difference; default 1e-4 in single precision, 1e-9 in double.")
 ]
 NoCompileOption = Annotated[bool, typer.Option("--no-compile", help="Leave out the compiled ways: tens of seconds.")]
-CheckedPath = Annotated[Path, path_argument("PATH", "A checkpoint, or a run, of which all checkpoints are checked.")]
+CheckedPath = Annotated[
+    Path, path_argument("PATH", "A checkpoint, or a run, of which all checkpoints are checked.", complete_run)
+]
 
 
 @errors_to_exit_codes
@@ -159,7 +162,7 @@ def checkpoint(path: CheckedPath, json: JsonOption = False, quiet: QuietOption =
 @explains_memory
 def session(
     recipe: RecipeArgument,
-    run: Annotated[Path, path_argument("RUN", "The run's directory.")],
+    run: Annotated[Path, path_argument("RUN", "The run's directory.", complete_run)],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
     stop_after: Annotated[
         int | None, typer.Option(help="Send itself a signal when this step's row is written.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_checkpoint, check_place
 from inl_cli.loading import check_source, open_default_or_text, open_model
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _LONGEST_TABLE = 12
 
 PathArgument = Annotated[
-    Path, path_argument("PATH", "A recipe, or the directory of a data set, a run or a checkpoint.")
+    Path, path_argument("PATH", "A recipe, or the directory of a data set, a run or a checkpoint.", complete_run)
 ]
 MeasuredTextOption = Annotated[
     str | None,

@@ -6,10 +6,13 @@ from typing import Annotated
 
 import typer
 
+from inl_cli.completion import complete_recipe
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, path_argument
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe, as tiny.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="A shipped recipe, as tiny.", autocompletion=complete_recipe)
+]
 TargetArgument = Annotated[
     Path | None, path_argument("[PATH]", "The new file, or a directory for it; default NAME.yaml here.")
 ]

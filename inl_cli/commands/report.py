@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_runs, check_text
 from inl_cli.loading import open_default_or_text, open_model
@@ -14,7 +15,9 @@ from inl_core.errors import RecipeError
 if TYPE_CHECKING:
     from inl_core.analysis.report.parts import Report
 
-RunsArgument = Annotated[list[Path], path_argument("RUN...", "One or several runs, e.g. runs/tiny runs/tiny-v4.")]
+RunsArgument = Annotated[
+    list[Path], path_argument("RUN...", "One or several runs, e.g. runs/tiny runs/tiny-v4.", complete_run)
+]
 _LONGEST_TABLE = 24
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import JsonOption, QuietOption, path_argument
 
@@ -13,7 +14,7 @@ EXIT_CODES = {"done": 0, "preempted": 75, "resumable": 10, "running": 11, "empty
 
 @errors_to_exit_codes
 def run_status(
-    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.")],
+    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.", complete_run)],
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

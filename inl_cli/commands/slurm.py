@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.groups import WholeSentences
 from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, path_option
 
 TimeOption = Annotated[
@@ -70,7 +70,7 @@ MountOption = Annotated[
 OutputOption = Annotated[Path | None, path_option("--output", help="Write the script here; default: print it.")]
 
 
-class TrainsByDefault(TyperGroup):
+class TrainsByDefault(WholeSentences):
     """`inl slurm RECIPE` is `inl slurm train RECIPE`."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inl_cli.commands.data import prepare_with_progress
+from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_training
 from inl_cli.loading import tell_of_shipped
@@ -80,7 +81,7 @@ def train(
 
 @errors_to_exit_codes
 def resume(
-    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.")],
+    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.", complete_run)],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Train up to this step instead.")] = None,
     overrides: SetOption = None,
     allow_change: AllowOption = None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import JsonOption, QuietOption, path_argument
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @errors_to_exit_codes
 def watch(
-    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.")],
+    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.", complete_run)],
     every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often to look again.")] = 2.0,
     json: JsonOption = False,
     quiet: QuietOption = False,
