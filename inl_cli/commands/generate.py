@@ -56,6 +56,9 @@ CompileOption = Annotated[
         help="Decode with generated kernels: faster, after tens of seconds of compiling; for long or many texts.",
     ),
 ]
+NoBosOption = Annotated[
+    bool, typer.Option("--no-bos", help="Do not begin the prompt with the token that begins a document in training.")
+]
 ShowIterationsOption = Annotated[
     bool, typer.Option("--show-iterations", help="Colour each token by the mean integrator iterations it took.")
 ]
@@ -77,6 +80,7 @@ def generate(
     stop: StopOption = None,
     iterations: IterationsOption = None,
     no_early_stopping: NoEarlyStoppingOption = False,
+    no_bos: NoBosOption = False,
     show_iterations: ShowIterationsOption = False,
     compile: CompileOption = False,
     device: DeviceOption = "auto",
@@ -99,6 +103,7 @@ def generate(
         num_samples=num_samples,
         num_iterations=iterations,
         early_stopping=not no_early_stopping,
+        bos=not no_bos,
         compiled=compile,
     )
     prompts = _prompts(console, prompt, prompt_file)

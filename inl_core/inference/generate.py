@@ -188,7 +188,7 @@ def _make_rows(
     rows, repeats = [], Counter()
     for index, prompt in enumerate(prompts):
         name = f"prompt {index + 1}" if len(prompts) > 1 else "the prompt"
-        ids = encode_prompt(tokenizer, prompt, name, max_seq_len=model.config.max_seq_len)
+        ids = encode_prompt(tokenizer, prompt, name, max_seq_len=model.config.max_seq_len, bos=settings.bos)
         own = _rows_of(tokenizer, prompt, ids, settings, model, first_sample=repeats[prompt])
         rows += [replace(row, prompt_index=index) for row in own]
         repeats[prompt] += settings.num_samples
@@ -213,7 +213,7 @@ def _rows_of(
             prompt_index=0,
             sample_index=sample,
             random=_row_random(settings.seed, prompt, first_sample + sample),
-            text=TextStream(tokenizer, settings.stop, prompt_ids=ids[1:]),  # without bos
+            text=TextStream(tokenizer, settings.stop, prompt_ids=ids[ids[:1] == [tokenizer.bos_id] :]),  # without bos
             limit=min(settings.max_new_tokens, room),
             limit_reason="length" if settings.max_new_tokens <= room else "context",
         )
@@ -221,14 +221,19 @@ def _rows_of(
     ]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str = "the prompt", *, max_seq_len: int) -> list[int]:
-    """The begin token and the prompt's tokens.
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, name: str = "the prompt", *, max_seq_len: int, bos: bool = True
+) -> list[int]:
+    """The begin token, unless `bos` is False, and the prompt's tokens.
 
     Raises:
-        RecipeError: it is not UTF-8 text, or does not fit the model's context; `name` says which prompt.
+        RecipeError: it is not UTF-8 text, does not fit the model's context, or is empty and has no begin token; `name`
+            says which prompt.
     """
     check_utf8(prompt, name)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = [tokenizer.bos_id] * bos + tokenizer.encode(prompt)
+    if not ids:
+        raise RecipeError(f"{name}: is empty, and without the beginning-of-text token there is nothing to continue")
     check_length(ids, name, max_seq_len=max_seq_len)
     return ids
 

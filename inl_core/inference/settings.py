@@ -30,6 +30,8 @@ class GenerationSettings:
     """A completion ends before the first of these strings."""
     num_samples: int = 1
     """Completions per prompt."""
+    bos: bool = True
+    """Begin the prompt with the token that begins a document in training."""
     num_iterations: int | None = None
     """Integrator iterations T instead of the model's own."""
     early_stopping: bool = True

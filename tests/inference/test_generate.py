@@ -258,6 +258,21 @@ def test_a_prompt_that_is_no_text_is_refused() -> None:
         stream(tiny_model("v4"), tokenizer(), ["a\udcff"], GREEDY)
 
 
+def test_a_prompt_may_begin_without_the_token_that_begins_a_document() -> None:
+    model, ids = tiny_model("v5").double(), tokenizer().encode(PROMPTS[0])
+    settings = replace(GREEDY, bos=False, repetition_penalty=1.0, max_new_tokens=1)
+    (completion,) = generate(model, tokenizer(), [PROMPTS[0]], settings)
+    banned = sorted(set(tokenizer().special_ids.values()) - {tokenizer().eos_id})
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([ids])).hidden[0, -1])
+    logits[banned] = -torch.inf
+    assert completion.token_ids == (int(logits.argmax()),)
+    assert completion.prompt_tokens == len(ids)
+    assert completion.prompt_tokens + 1 == generate(model, tokenizer(), [PROMPTS[0]], GREEDY)[0].prompt_tokens
+    with pytest.raises(RecipeError, match="the prompt: is empty, and without the beginning-of-text token"):
+        generate(model, tokenizer(), [""], settings)
+
+
 def test_a_diverged_model_is_named() -> None:
     model = tiny_model("v4")
     with torch.no_grad():
