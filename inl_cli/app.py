@@ -13,6 +13,7 @@ import typer
 
 from inl_cli.commands import (
     bench,
+    chat,
     check,
     convergence,
     data,
@@ -53,6 +54,7 @@ app.command("run-status")(run_status.run_status)
 app.command("watch")(watch.watch)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("plan")(plan.plan)
 app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)

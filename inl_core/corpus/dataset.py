@@ -140,6 +140,7 @@ class TokenDataset(TokenStream):
     Attributes:
         num_tokens, num_documents, num_bytes: totals; bytes are those of the text, without special tokens.
         fingerprint: that of the whole data set (`Manifest`).
+        has_conversations: whether any of its documents are chats.
     """
 
     def __init__(self, directory: Path, split: str, *, document_mask: bool, loss_on: LossOn) -> None:
@@ -151,20 +152,23 @@ class TokenDataset(TokenStream):
         self._tables = [_open(directory / shard.file) for shard in info.shards]
         batches = [batch for table in self._tables for batch in table]
         segments = [batch["tokens"].values.to_numpy(zero_copy_only=True) for batch in batches]
-        has_prompts = manifest.has_prompts and loss_on != "all"
-        index = _document_index(batches) if has_prompts else (None, None)
+        turns = Tokenizer.load(directory / TOKENIZER).turns if manifest.has_prompts else None
+        index = _document_index(batches) if manifest.has_prompts and loss_on != "all" else (None, None)
         super().__init__(
             segments,
             bos_id=manifest.bos_id,
             eos_id=manifest.eos_id,
             document_starts=index[0],
             prompt_lengths=index[1],
-            turns=Tokenizer.load(directory / TOKENIZER).turns if has_prompts and loss_on == "answers" else None,
+            turns=turns if loss_on == "answers" else None,
             document_mask=document_mask,
         )
         self.directory, self.split = directory, split
         self.num_documents, self.num_bytes = info.documents, info.bytes
         self.vocab_size, self.fingerprint = manifest.vocab_size, manifest.fingerprint
+        self.has_conversations = turns is not None and any(
+            _hold_conversations(table[0], turns) for table in self._tables
+        )
 
     @classmethod
     def open(
@@ -185,6 +189,12 @@ def _open(path: Path) -> list[pa.RecordBatch]:
         return [reader.get_batch(index) for index in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as error:  # it was whole a moment ago, and is not any more
         raise ArtefactError(f"{path}: not a readable Arrow file ({error}); {prepare_again(path.parent)}") from None
+
+
+def _hold_conversations(batch: pa.RecordBatch, turns: Turns) -> bool:
+    """Whether any of the documents begins with a role. Hashes dealt them to the shards, so a batch is a fair sample."""
+    tokens, starts = batch["tokens"].values.to_numpy(), batch["tokens"].offsets.to_numpy()[:-1]
+    return bool(np.isin(tokens[starts + 1], turns.all).any())
 
 
 def _document_index(batches: list[pa.RecordBatch]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST, CONFIG, WEIGHTS, TOKENIZER = "manifest.json", "config.json", "model.safetensors", "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TRAINING_STATE = "training_state"
 OPTIMIZER, PROGRESS = f"{TRAINING_STATE}/optimizer.safetensors", f"{TRAINING_STATE}/progress.json"
 
@@ -225,7 +226,11 @@ def _check_complete(path: Path, manifest: CheckpointManifest, purpose: Purpose) 
     needed = {CONFIG} | ({PROGRESS} if purpose == "resume" else set())
     needed |= set() if False in stored else {WEIGHTS}
     needed |= {OPTIMIZER} if purpose == "resume" and True not in stored else set()
-    needed |= {name for name in (TOKENIZER, "recipe.yaml", OPTIMIZER, PROGRESS) if os.path.lexists(path / name)}
+    needed |= {
+        name
+        for name in (TOKENIZER, TOKENIZER_CONFIG, "recipe.yaml", OPTIMIZER, PROGRESS)
+        if os.path.lexists(path / name)
+    }
     for pattern in ("*.safetensors", f"{TRAINING_STATE}/*.safetensors"):
         needed |= {file.relative_to(path).as_posix() for file in path.glob(pattern)}
     if CONFIG in manifest.files and read_config(path).tokenizer is not None:

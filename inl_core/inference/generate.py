@@ -155,16 +155,17 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     iterations: list[float] = field(default_factory=list)
 
-    def add(self, token: int, iterations: float, eos_id: int) -> Piece:
+    def add(self, token: int, iterations: float, end_ids: frozenset[int]) -> Piece:
         """Take the next token; the piece is the text that it makes certain."""
         self.token_ids.append(token)
         self.iterations.append(iterations)
-        shown = "" if token == eos_id else self.text.push(token)
+        is_end = token in end_ids
+        shown = "" if is_end else self.text.push(token)
         is_full = len(self.token_ids) >= self.limit
-        if not (token == eos_id or self.text.is_stopped or is_full):
+        if not (is_end or self.text.is_stopped or is_full):
             return Piece(self.prompt_index, self.sample_index, shown)
         shown += self.text.finish()  # which may still complete a stop string
-        reason: FinishReason = "stop" if self.text.is_stopped else "eos" if token == eos_id else self.limit_reason
+        reason: FinishReason = "stop" if self.text.is_stopped else "eos" if is_end else self.limit_reason
         completion = Completion(
             prompt=self.prompt,
             text=self.text.text,
@@ -280,13 +281,14 @@ def _complete_batch(
     settings: GenerationSettings,
     is_wanted: Callable[[int], bool] = lambda index: True,
 ) -> Iterator[Piece]:
+    end_ids = frozenset((tokenizer.eos_id, *settings.end_ids))
     batch = _Batch(decoder, tokenizer, rows, settings)
     while rows:
         count = min(decoder.tokens_at_once, max(row.limit - len(row.token_ids) for row in rows))
         draws = [[row.random.random() for row in rows] for _ in range(count)]
         going = list(range(len(rows)))
         for tokens, iterations in batch.choose(draws):  # a row that is finished ignores the rest of its tokens
-            pieces = [rows[index].add(tokens[index], iterations[index], tokenizer.eos_id) for index in going]
+            pieces = [rows[index].add(tokens[index], iterations[index], end_ids) for index in going]
             yield from (piece for piece in pieces if piece.text or piece.completion)
             going = [index for index, piece in zip(going, pieces, strict=True) if piece.completion is None]
         going = [index for index in going if is_wanted(rows[index].prompt_index)]
@@ -304,7 +306,7 @@ class _Batch:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, rows: list[_Row], settings: GenerationSettings) -> None:
         self.decoder, self.device = decoder, decoder.model.embedding.table.weight.device
-        banned = sorted(set(tokenizer.special_ids.values()) - {tokenizer.eos_id})
+        banned = sorted(set(tokenizer.special_ids.values()) - {tokenizer.eos_id, *settings.end_ids})
         prompts = {row.prompt_index: row.prompt_ids for row in rows}
         with torch.inference_mode():
             ids = self._prefill(list(prompts.values()), max(row.limit for row in rows), tokenizer.bos_id)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from inl_core.corpus.chat_template import read_chat_template
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError
 from inl_core.files import expand_home, is_directory
@@ -20,6 +21,7 @@ from inl_core.inference.checkpoint_files import (
     CONFIG,
     MANIFEST,
     TOKENIZER,
+    TOKENIZER_CONFIG,
     CheckpointConfig,
     check_exists,
     is_checkpoint,
@@ -49,6 +51,8 @@ class LoadedModel:
     """The checkpoint's config.json, validated."""
     step: int = 0
     """Optimizer steps it was trained for."""
+    chat_template: str | None = None
+    """How conversations are written, in jinja2; None where the model was not trained on any."""
 
 
 def find_checkpoint(
@@ -143,7 +147,8 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> LoadedModel:
     config = read_config(path)
     tokenizer = load_tokenizer(path, config, read_model_config(path, config))
     model = load_model_alone(path, device)
-    return LoadedModel(model, tokenizer, path, config.model_dump(), read_manifest(path).step)
+    template = read_chat_template(path / TOKENIZER_CONFIG)
+    return LoadedModel(model, tokenizer, path, config.model_dump(), read_manifest(path).step, template)
 
 
 def load_model_alone(path: Path, device: torch.device | str = "cpu") -> IntegratorLanguageModel:

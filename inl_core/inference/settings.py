@@ -40,6 +40,8 @@ class GenerationSettings:
     """Completions generated side by side, at most; it changes speed and memory, not text."""
     bf16: bool = False
     """Multiply matrices in bfloat16, and keep keys and values in it."""
+    end_ids: tuple[int, ...] = ()
+    """Special tokens that end a completion, as the end-of-text token does in any case."""
     compiled: bool = False
     """Decode with torch.compile: faster after tens of seconds of compiling, the same text but for rounding."""
 
@@ -68,9 +70,9 @@ class GenerationSettings:
         return self.temperature < _LEAST_TEMPERATURE
 
     @property
-    def sampling(self) -> tuple[float | int | None, ...]:
+    def sampling(self) -> tuple[float | int | tuple[int, ...] | None, ...]:
         """How a token is chosen from the logits; completions for which it is the same can share a batch."""
-        return (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.end_ids)
 
     def without_effect(self) -> list[str]:
         """One sentence for each setting that a greedy choice ignores."""

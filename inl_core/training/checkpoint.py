@@ -1,6 +1,6 @@
 """Checkpoints as a run knows them: the record beside the tensors, and how a run goes on from one.
 
-    step-00000500/  config.json  tokenizer.json  recipe.yaml  model.safetensors
+    step-00000500/  config.json  tokenizer.json  tokenizer_config.json  recipe.yaml  model.safetensors
                     training_state/{optimizer.safetensors, progress.json}
                     manifest.json, written last: a directory without one is no checkpoint
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
+from inl_core.corpus.chat_template import tokenizer_config
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError
 from inl_core.files import read_json, shortened, write_whole
+from inl_core.inference.checkpoint_files import TOKENIZER_CONFIG
 from inl_core.inference.data_location import record_location
 from inl_core.kernels import Choice
 from inl_core.recipe import Recipe
@@ -38,6 +40,8 @@ class RunFiles:
     data_directory: Path
     provenance: tuple[dict[str, Any], ...] = ()
     """What happened to the weights before this session, oldest first."""
+    chat_template: str | None = None
+    """How conversations are written, in jinja2; None where the model does not learn any."""
     operations: dict[str, Choice] = field(default_factory=dict)
     """How each part of the model is computed in this session, and why."""
 
@@ -88,7 +92,7 @@ class RunFiles:
         return [f"{name} {shortened(str(old.get(name)), 60)} -> {new[name]}" for name in changed]
 
     def documents(self, state: TrainState) -> dict[str, str]:
-        """config.json, tokenizer.json and recipe.yaml of a checkpoint at `state`."""
+        """The texts of a checkpoint at `state`, by file name: what its model, its tokenizer and its recipe are."""
         trained = {
             "event": "train",
             "run": self.path.name,
@@ -116,7 +120,7 @@ class RunFiles:
             "config.json": json.dumps(config, indent=1),
             "tokenizer.json": self.tokenizer.to_json(),
             "recipe.yaml": dump_recipe(self.recipe),
-        }
+        } | ({TOKENIZER_CONFIG: tokenizer_config(self.tokenizer, self.chat_template)} if self.chat_template else {})
 
 
 def _is_recipe(path: Path) -> bool:

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from inl_core.corpus.chat_template import CHAT_TEMPLATE, read_chat_template
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, InlError, Interrupted, RecipeError
 from inl_core.files import expand_home
-from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints, read_config
+from inl_core.inference.checkpoint_files import TOKENIZER_CONFIG, checkpoint_step, list_checkpoints, read_config
 from inl_core.kernels.cpu.library import is_to_be_compiled
 from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import Recipe
@@ -202,7 +203,7 @@ class Session:
         if weights is None:
             return self._new_trainer(data)
         self.world.on_main(lambda: weights.check_tokenizer(data))
-        trainer = self._new_trainer(data, weights.provenance)
+        trainer = self._new_trainer(data, weights.provenance, weights.path)
         load_weights(weights.path, trainer.model, weights.prefix)
         return trainer
 
@@ -213,7 +214,7 @@ class Session:
         without the weights it should have begun with.
         """
         self.world.on_main(lambda: check_tokenizer(origin, data))
-        trainer = self._new_trainer(data, self.world.on_main(lambda: branch_provenance(origin)))
+        trainer = self._new_trainer(data, self.world.on_main(lambda: branch_provenance(origin)), origin)
         self._tell_of_other_operations(trainer.run)
         trainer.resume(origin)
         trainer.state.data_fingerprint = data.train.fingerprint
@@ -239,7 +240,7 @@ class Session:
 
     def _resumed_trainer(self, data: RunData, checkpoint: Path) -> Trainer:
         provenance = self.world.on_main(lambda: tuple(read_config(checkpoint).provenance))
-        trainer = self._new_trainer(data, provenance)
+        trainer = self._new_trainer(data, provenance, checkpoint)
         self._tell_of_other_operations(trainer.run)
         trainer.resume(checkpoint)
         if self.world.is_main:
@@ -252,9 +253,14 @@ class Session:
             )
         return trainer
 
-    def _new_trainer(self, data: RunData, provenance: tuple[dict[str, Any], ...] = ()) -> Trainer:
+    def _new_trainer(
+        self, data: RunData, provenance: tuple[dict[str, Any], ...] = (), origin: Path | None = None
+    ) -> Trainer:
+        """A trainer of weights that were drawn, or that come from `origin` as `provenance` tells."""
         model = empty_model(self.recipe, data.tokenizer)
-        run = RunFiles(self.directory, self.recipe, data.tokenizer, data.directory, provenance)
+        before = self.world.on_main(lambda: read_chat_template(origin / TOKENIZER_CONFIG)) if origin else None
+        template = before or (CHAT_TEMPLATE if data.train.has_conversations else None)
+        run = RunFiles(self.directory, self.recipe, data.tokenizer, data.directory, provenance, template)
         return Trainer(model, data, run, self.world, self.observer)
 
     def _tell_of_other_operations(self, run: RunFiles) -> None:

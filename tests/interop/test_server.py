@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
+from inl_core.corpus.chat_template import CHAT_TEMPLATE
 from inl_core.errors import NonFiniteError
+from inl_core.inference.chat import Chat
 from inl_core.inference.generate import generate
 from inl_core.inference.loading import LoadedModel, open_checkpoint
 from inl_core.inference.settings import GenerationSettings
@@ -299,6 +301,24 @@ def test_a_model_that_fails_is_told_and_the_next_request_is_served(
             with pytest.raises(openai.APIError, match="logits are not finite"):
                 list(served.client().completions.create(model="tiny", prompt="a", stream=True))
         assert served.post(GOOD).status_code == 200
+
+
+def test_a_chat_is_the_one_of_inl_chat(loaded: LoadedModel) -> None:
+    settings = GenerationSettings(temperature=0, max_new_tokens=9)
+    talking = replace(loaded, chat_template=CHAT_TEMPLATE)
+    chat = Chat(talking, settings, system="Be brief.")
+    expected = "".join(chat.answer("Hello <|end|>"))
+    with serving_of(talking) as served:
+        client = served.client().chat.completions
+        given: Any = chat.messages[:2]
+        answer = client.create(model="tiny", messages=given, temperature=0, max_tokens=9)
+        assert answer.choices[0].message.content == expected
+        wrong: Any = [{"role": "tool", "content": "x"}]
+        with pytest.raises(openai.BadRequestError, match="a role must be system, user or assistant, not tool"):
+            client.create(model="tiny", messages=wrong)
+        long: Any = [{"role": "user", "content": "x" * 300}]
+        with pytest.raises(openai.BadRequestError, match="the conversation: 3"):
+            client.create(model="tiny", messages=long)
 
 
 def test_a_model_without_a_chat_template_says_so(served: Served) -> None:

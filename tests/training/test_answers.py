@@ -1,15 +1,22 @@
 """Fine-tuning learns from answers alone: the packed loss is the mean over answer tokens, one document at a time."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
+from inl_cli.app import app
+from inl_core.corpus.chat_template import CHAT_TEMPLATE, read_chat_template
 from inl_core.corpus.encoding import document_stream, encode_documents
 from inl_core.corpus.loader import IGNORED, make_batch
 from inl_core.corpus.reading.rows import Document
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
+from inl_core.inference.checkpoint_files import verify_checkpoint
 from inl_core.recipe.data import LossOn
+from inl_core.recipe.load import dump_recipe
 from inl_core.training.loss_module import micro_batches
 from inl_core.training.losses import AuxiliaryWeights
 from tests.training.test_losses import build
@@ -82,3 +89,34 @@ def test_a_label_in_a_prompt_never_counts_and_each_in_an_answer_does(tokenizer):
 def test_text_that_spells_a_special_token_does_not_end_an_answer(tokenizer):
     (tokens, _), *_ = encode_documents(tokenizer, ROWS)
     assert tokens.count(tokenizer.role_id("end")) == 5  # one for each message, though the last one spells another
+
+
+def test_a_run_on_conversations_keeps_the_template_and_a_run_on_text_has_none(make_recipe, inl, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{row} + 1?"}, {"role": "assistant", "content": f"{row + 1} " * 9}]}
+        for row in range(80)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"sources": ("chat.jsonl",), "directory": tmp_path / "chat-data"}
+    texts = "".join(json.dumps({"text": f"{row} " * 40}) + "\n" for row in range(40))
+    (tmp_path / "text.jsonl").write_text(texts)
+    text = {"sources": ("text.jsonl",), "directory": tmp_path / "text-data"}
+    tokens = {"tokenizer": {"file": tmp_path / "chat/checkpoints/step-00000002/tokenizer.json"}}
+    changes = {
+        "chat": {"data": data, "training": {"steps": 2}},
+        "text": {"training": {"steps": 2}},
+        "after": {"data": text | tokens, "training": {"steps": 1}, "model": {"init_from": "chat"}},
+    }
+    templates = {}
+    for name, change in changes.items():
+        recipe = make_recipe(**change)
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+        outcome = inl("train", "recipe.yaml", "--run-dir", name)
+        assert outcome.exit_code == 0, outcome.stderr
+        checkpoint = tmp_path / f"{name}/checkpoints/step-{recipe.training.num_steps:08d}"
+        verify_checkpoint(checkpoint, purpose="resume")
+        templates[name] = read_chat_template(checkpoint / "tokenizer_config.json")
+    assert templates == {"chat": CHAT_TEMPLATE, "text": None, "after": CHAT_TEMPLATE}
+    talk = CliRunner().invoke(app, ["chat", "chat", "--max-new-tokens", "3"], input="1 + 1?\n")
+    assert talk.exit_code == 0
+    assert "warning" not in talk.stderr

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from inl_core.corpus.chat_template import end_of_answer, read_chat_template
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import RecipeError
 from inl_core.files import ASIDE, named_errors, refuse_filled
-from inl_core.inference.checkpoint_files import read_config
+from inl_core.inference.checkpoint_files import TOKENIZER_CONFIG, read_config
 from inl_core.inference.loading import load_tokenizer, load_weights, read_model_config
 from inl_core.interop.huggingface.llama import llama_config, llama_weights, why_not_llama
 from inl_core.interop.huggingface.modeling import InlConfig, InlForCausalLM
@@ -65,7 +66,7 @@ def export(checkpoint: Path, output: Path, *, format: Format = "huggingface") ->
     tokenizer = None if config.tokenizer is None else load_tokenizer(checkpoint, config, model_config)
     own = load_weights(checkpoint, model_config)
     with _quiet(), _directory_aside(output) as aside:
-        _write(aside, own, tokenizer, kind)
+        _write(aside, own, tokenizer, kind, read_chat_template(checkpoint / TOKENIZER_CONFIG))
         written = _load(aside, kind)
         differences = compare_logits(own, written)
         differences.check(str(output))
@@ -74,22 +75,26 @@ def export(checkpoint: Path, output: Path, *, format: Format = "huggingface") ->
     return Exported(checkpoint, output, kind, reason, tokenizer is not None, parameters, size, differences)
 
 
-def _write(directory: Path, own: IntegratorLanguageModel, tokenizer: Tokenizer | None, kind: str) -> None:
+def _write(
+    directory: Path, own: IntegratorLanguageModel, tokenizer: Tokenizer | None, kind: str, template: str | None
+) -> None:
     from transformers import GenerationConfig, LlamaForCausalLM
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (None, None, None)
     special: dict[str, Any] = dict(zip(names, ids, strict=True))
+    ends = [tokenizer.eos_id, end_of_answer(tokenizer, template)] if tokenizer and template else ids[1]
     if kind == "llama":
         model = _unfilled(LlamaForCausalLM, llama_config(own.config, special))
         weights = llama_weights(own)
     else:
         model = _unfilled(InlForCausalLM, InlConfig(inl=own.config.model_dump(mode="json"), **special))
         weights = {f"model.{name}": tensor for name, tensor in own.state_dict().items()}
-    model.generation_config = GenerationConfig(**special)
+    model.generation_config = GenerationConfig(**special | {"eos_token_id": ends})
     model.save_pretrained(directory, state_dict=weights)
     if tokenizer is not None:
-        convert_tokenizer(tokenizer, max_seq_len=own.config.max_seq_len).save_pretrained(directory)
+        converted = convert_tokenizer(tokenizer, max_seq_len=own.config.max_seq_len, chat_template=template)
+        converted.save_pretrained(directory)
 
 
 def _unfilled(kind: Any, config: Any) -> Any:

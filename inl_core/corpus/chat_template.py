@@ -1,0 +1,138 @@
+"""Conversations -> tokens by a chat template in jinja2, the form in which transformers keeps it with a tokenizer.
+
+    ids = encode_chat(tokenizer, CHAT_TEMPLATE, [{"role": "user", "content": "Hello"}])
+
+- A checkpoint that was trained on conversations has the template in its tokenizer_config.json.
+- The template alone makes special tokens. Messages are put in after it has been read, so what they spell stays text.
+- A template may come from a stranger, so it runs in jinja2's sandbox.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from inl_core.corpus.tokenizer import ROLES, Tokenizer
+from inl_core.errors import ArtefactError
+from inl_core.files import read_json
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('a role must be system, user or assistant, not ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+)
+"""How `inl prepare-data` writes a conversation (encoding.py)."""
+
+Message = Mapping[str, str]
+"""{"role": ..., "content": ...}"""
+
+_PLACE = "\ue000{}\ue001"
+"""What stands for the content of a message while the template is filled in: characters that no template has."""
+
+
+def tokenizer_config(tokenizer: Tokenizer, template: str) -> str:
+    """The text of a tokenizer_config.json, with which transformers loads the tokenizer and the template beside it."""
+    names = {id: name for name, id in tokenizer.special_ids.items()}
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": names[tokenizer.bos_id],
+        "eos_token": names[tokenizer.eos_id],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+    }
+    return json.dumps(values, indent=1)
+
+
+def read_chat_template(path: Path) -> str | None:
+    """The chat template in a tokenizer_config.json; None where there is no such file, or none in it."""
+    if not path.is_file():
+        return None
+    template = read_json(path).get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    raise ArtefactError(f"{path}: chat_template is not a text; keep the template named default alone")
+
+
+def encode_chat(
+    tokenizer: Tokenizer, template: str, messages: Sequence[Message], *, add_generation_prompt: bool = True
+) -> list[int]:
+    """The ids of a conversation.
+
+    Args:
+        add_generation_prompt: whether the assistant speaks next; otherwise the conversation is over.
+
+    Raises:
+        ArtefactError: the template cannot be used, or refuses the messages.
+    """
+    filled = _fill(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
+    ids: list[int] = []
+    for place, text in _parts(filled):
+        if place is None:
+            ids += _encode_with_special_tokens(tokenizer, text)
+        else:
+            ids += tokenizer.encode(messages[place]["content"])
+    return ids
+
+
+def end_of_answer(tokenizer: Tokenizer, template: str) -> int:
+    """The special token that a template has after an answer; the end of text where it has none."""
+    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    filled = _fill(tokenizer, template, messages, add_generation_prompt=False)
+    after = next((text for place, text in _parts(filled.partition(_PLACE.format(1))[2]) if place is None), "")
+    special = set(_special_ids(tokenizer).values())
+    return next((id for id in _encode_with_special_tokens(tokenizer, after) if id in special), tokenizer.eos_id)
+
+
+def _fill(tokenizer: Tokenizer, template: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """The text of the template, with a mark in the place of each message's content."""
+    names = {id: name for name, id in tokenizer.special_ids.items()}
+    marked = [dict(message) | {"content": _PLACE.format(number)} for number, message in enumerate(messages)]
+    try:
+        return _compiled(template).render(
+            messages=marked,
+            bos_token=names[tokenizer.bos_id],
+            eos_token=names[tokenizer.eos_id],
+            add_generation_prompt=add_generation_prompt,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        raise ArtefactError(f"the chat template cannot be used for these messages: {error}") from None
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as in transformers
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
+
+
+def _refuse(message: str) -> Any:
+    raise jinja2.TemplateError(message)
+
+
+def _parts(filled: str) -> list[tuple[int | None, str]]:
+    """(None, text of the template) and (number of a message, "") in their order."""
+    parts = re.split(_PLACE.format(r"(\d+)"), filled)
+    return [(int(part), "") if index % 2 else (None, part) for index, part in enumerate(parts)]
+
+
+def _encode_with_special_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    special = _special_ids(tokenizer)
+    pattern = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
+    parts = re.split(f"({pattern})", text)
+    return [id for part in parts if part for id in ([special[part]] if part in special else tokenizer.encode(part))]
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Special tokens by name, and those of the roles, which a foreign tokenizer may hold as ordinary ones."""
+    roles = {f"<|{role}|>": tokenizer.token_id(f"<|{role}|>") for role in (*ROLES, "end")}
+    return tokenizer.special_ids | {name: id for name, id in roles.items() if id is not None}
