@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
@@ -17,6 +19,7 @@ from inl_core.inference.loading import LoadedModel, open_checkpoint
 from inl_core.inference.settings import GenerationSettings
 from inl_core.interop.harness import TaskSettings
 from inl_core.interop.harness.model import InlLM, generation_settings
+from inl_core.interop.huggingface.export import export
 from tests.inference.test_commands import assert_refused
 from tests.inference.tiny import write_checkpoint
 
@@ -159,6 +162,24 @@ def test_every_log_likelihood_and_answer_is_that_of_its_text_alone(loaded: Loade
     assert len(loaded.tokenizer.encode(long[0])) > 0  # its beginning was cut, so that six tokens fit
 
 
+def test_lm_evals_own_class_finds_the_same_in_the_exported_directory(loaded: LoadedModel, tmp_path: Path) -> None:
+    export(loaded.path, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    exported: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    theirs = HFLM(pretrained=exported, tokenizer=tokenizer, batch_size=4, device="cpu", add_bos_token=True)
+    ours = InlLM(loaded, TaskSettings(), lambda what, done, total: None)
+    requests = [
+        Instance("loglikelihood", {}, (row["question"], f" {one}"), 0) for row in ROWS for one in row["choices"]
+    ]
+    for (total, is_greedy), (wanted, wanted_greedy) in zip(
+        ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert total == pytest.approx(wanted, abs=1e-4)
+        assert is_greedy == wanted_greedy
+    asked = [Instance("generate_until", {}, (f"{n}?", {"until": ["zz"], "max_gen_toks": 6}), 0) for n in range(5)]
+    assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
+
+
 def test_generation_arguments_are_read_as_lm_eval_means_them() -> None:
     read: Callable[..., GenerationSettings] = lambda **given: generation_settings(given, TaskSettings())  # noqa: E731
     assert read() == GenerationSettings(max_new_tokens=256, temperature=0, batch_size=16)
@@ -187,7 +208,7 @@ def test_results_stay_with_the_run_and_tasks_add_up(run: Path, folder: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tasks", "mini_choice", "--text", "a.txt"), "those score a text; choose"),
+        (("--tasks", "mini_choice", "--window", "8"), "those score a text; choose"),
         (("--limit", "3"), "are about --tasks: give it, too"),
         (("--tasks", ","), "--tasks: names no task"),
         (("--tasks", "mini_choice", "--task-path", "nowhere"), "--task-path nowhere: no such directory"),
