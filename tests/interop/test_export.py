@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from inl_cli.app import app
+from inl_core.corpus.chat_template import CHAT_TEMPLATE, encode_chat, tokenizer_config
 from inl_core.inference.checkpoint_files import MANIFEST, OPTIMIZER, read_config
 from inl_core.inference.loading import load_model, load_weights, read_model_config
 from inl_core.interop.huggingface import export as exporting
@@ -154,6 +155,23 @@ def test_the_tokenizer_gives_the_ids_that_the_model_was_trained_with(tmp_path: P
     one = exported(["a"], return_tensors="pt")
     both = model.generate(**batch, max_new_tokens=5, do_sample=False)
     assert both[1, -5:].tolist() == model.generate(**one, max_new_tokens=5, do_sample=False)[0, -5:].tolist()
+
+
+def test_the_chat_template_goes_along_and_answers_end_where_it_ends_them(tmp_path: Path) -> None:
+    checkpoint, own = write_checkpoint(tmp_path / "run", "v5"), tokenizer()
+    (checkpoint / "tokenizer_config.json").write_text(tokenizer_config(own, CHAT_TEMPLATE))
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"]["tokenizer_config.json"] = dict(manifest["files"]["config.json"])
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    reseal(checkpoint)
+    assert inl("export", checkpoint, "--output", tmp_path / "out").exit_code == 0
+    said = [{"role": role, "content": f"{role} says {TEXT}"} for role in ("system", "user", "assistant", "user")]
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for asks in (True, False):
+        found = exported.apply_chat_template(said, add_generation_prompt=asks, return_dict=True)["input_ids"]
+        assert found == encode_chat(own, CHAT_TEMPLATE, said, add_generation_prompt=asks)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == [own.eos_id, own.role_id("end")]
 
 
 def halved(checkpoint: Path) -> None:
