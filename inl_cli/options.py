@@ -40,6 +40,12 @@ def path_option(*names: str, help: str) -> Any:
     return typer.Option(*names, metavar="PATH", help=help, parser=given_path)
 
 
+def check_page(output: Path | None) -> None:
+    """Refuse a directory where a page is to be written."""
+    if output and output.is_dir():
+        raise RecipeError(f"{output}: is a directory; --output names an HTML file")
+
+
 def path_argument(metavar: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:
     """An argument that is a path; `complete` gives what the shell offers for its beginning."""
     return typer.Argument(metavar=metavar, help=help, parser=given_path, autocompletion=complete)

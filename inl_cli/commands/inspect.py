@@ -12,7 +12,7 @@ from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_checkpoint, check_place
 from inl_cli.loading import check_source, open_default_or_text, open_model
-from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, path_argument, path_option
+from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, check_page, path_argument, path_option
 from inl_cli.parameters_view import show_parameters
 from inl_cli.progress import amount
 from inl_core.errors import ArtefactError, RecipeError
@@ -40,6 +40,7 @@ AgainstOption = Annotated[
     Path | None,
     path_option("--against", help="Another checkpoint or run of the same model: show how far each figure is from it."),
 ]
+PageOption = Annotated[Path | None, path_option("--output", "-o", help="Also write it to this HTML file, as charts.")]
 CsvOption = Annotated[bool, typer.Option("--csv", help="Print the layers' statistics as CSV on stdout.")]
 
 
@@ -64,12 +65,14 @@ def inspect_params(
     max_tokens: MeasuredTokensOption = 2048,
     against: AgainstOption = None,
     csv: CsvOption = False,
+    output: PageOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Show what the dynamics of each layer learned, and what they do on real text."""
     if csv and json:
         raise RecipeError("--csv and --json: give one of them")
+    check_page(output)
     console = Console(json=json, quiet=quiet)
     check_source(None, text)
     check_checkpoint(against)
@@ -80,6 +83,12 @@ def inspect_params(
     other = None if against is None else open_model(console, against)
     measured = open_default_or_text(console, loaded, text)
     report = report_parameters(loaded, measured, max_tokens=max_tokens, against=other)
+    if output:
+        from inl_core.analysis.report.documents import parameters_page
+        from inl_core.analysis.report.page import write_page
+
+        write_page(parameters_page(report, str(loaded.path)), output)
+        console.info(f"written to {output}")
     if csv:
         _write_csv(report)
     else:

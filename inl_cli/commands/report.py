@@ -9,7 +9,7 @@ from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_runs, check_text
 from inl_cli.loading import open_default_or_text, open_model
-from inl_cli.options import DeviceOption, JsonOption, QuietOption, TextOption, path_argument, path_option
+from inl_cli.options import DeviceOption, JsonOption, QuietOption, TextOption, check_page, path_argument, path_option
 from inl_core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def report(
     inl report runs/tiny --output tiny.html
     """
     console = Console(json=json, quiet=quiet)
-    _check_output(output)
     check_runs(runs)
     check_text(text)
+    check_page(output)
     from inl_core.analysis.report.build import report_runs
     from inl_core.analysis.report.examination import Examined, examine
     from inl_core.analysis.report.runs import RunRecord
@@ -76,17 +76,12 @@ def compare(
     """
     if len(runs) < 2:
         raise RecipeError(f"{runs[0]}: a comparison needs two runs or more; `inl report {runs[0]}` shows one")
+    check_page(output)
     console = Console(json=json, quiet=quiet)
-    _check_output(output)
     check_runs(runs)
     from inl_core.analysis.report.build import compare_runs
 
     _hand_over(console, compare_runs(runs), output)
-
-
-def _check_output(output: Path | None) -> None:
-    if output and output.is_dir():
-        raise RecipeError(f"{output}: is a directory; --output names an HTML file")
 
 
 def _hand_over(console: Console, found: "Report", output: Path | None) -> None:

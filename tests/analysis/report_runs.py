@@ -1,6 +1,7 @@
 """Runs of tiny models whose metrics are made up, for the tests of reports; and a browser to look at them."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,3 +51,10 @@ def browse(path: Path, profile: Path) -> tuple[str, str]:
     options += [f"--user-data-dir={profile}", "--virtual-time-budget=60000", "--enable-logging=stderr", "--dump-dom"]
     found = subprocess.run([CHROMIUM, *options, path.as_uri()], capture_output=True, encoding="utf-8", timeout=120)
     return found.stdout, found.stderr
+
+
+def inside(page: str, identity: str) -> Any:
+    """The JSON inside a page."""
+    found = re.search(rf'<script type="application/json" id="{identity}">(.*?)</script>', page, re.DOTALL)
+    assert found
+    return json.loads(found[1])

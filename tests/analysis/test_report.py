@@ -17,7 +17,7 @@ from inl_core.analysis.report.parts import Finding, Part, Report, Section
 from inl_core.analysis.report.tasks import results_path
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.model.flops import training_flops
-from tests.analysis.report_runs import SPEED, browse, needs_chromium, write_history, write_run
+from tests.analysis.report_runs import SPEED, browse, inside, needs_chromium, write_history, write_run
 from tests.inference.tiny import config, tokenizer
 
 
@@ -135,12 +135,6 @@ def test_what_is_no_run_is_refused_by_name(tmp_path: Path, runs: list[Path]) -> 
         report_runs([tmp_path])
     with pytest.raises(RecipeError, match="is named twice"):
         compare_runs([runs[0], runs[0]])
-
-
-def inside(page: str, identity: str) -> Any:
-    found = re.search(rf'<script type="application/json" id="{identity}">(.*?)</script>', page, re.DOTALL)
-    assert found
-    return json.loads(found[1])
 
 
 def test_page_and_json_hold_the_same_numbers(runs: list[Path], tmp_path: Path) -> None:

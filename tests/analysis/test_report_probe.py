@@ -20,7 +20,7 @@ from inl_core.inference.evaluate import evaluate
 from inl_core.inference.loading import load_model
 from inl_core.inference.texts import open_split
 from inl_core.model import Options
-from tests.analysis.report_runs import browse, needs_chromium
+from tests.analysis.report_runs import browse, inside, needs_chromium
 from tests.inference.tiny import tiny_model
 
 IDS = torch.arange(24).view(2, 12)
@@ -60,6 +60,15 @@ def test_losses_are_those_of_an_evaluation_and_shares_add_up(v4: tuple[Probe, An
     assert found.loss.mean() == pytest.approx(wanted.loss, rel=1e-4)
     np.testing.assert_allclose(sum(found.terms.values()), 1, rtol=1e-4)
     np.testing.assert_allclose(sum(found.along.values()), 1, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_iterations_of_a_text_that_stops_early_are_those_of_the_model(workplace: Path) -> None:
+    loaded = load_model(workplace / "runs" / "v3" / "checkpoints" / "step-00000007")
+    text = open_split(loaded)
+    found = probe(loaded, text, max_tokens=150, window=32).gains["iterations used"]
+    wanted = evaluate(loaded.model, text.windows(window=32, max_tokens=150), text.byte_counts(150).token_num_bytes)
+    assert found.mean() == pytest.approx(wanted.iterations, rel=1e-5)
 
 
 def test_the_plane_keeps_the_distances_of_states_that_lie_in_one() -> None:
@@ -109,6 +118,7 @@ def test_a_term_that_changes_nothing_is_said_to_do_nothing_and_the_opposite_as_c
     )
     assert told(-0.0025, 0.0001).startswith("a: the equilibrium does harm here")
     assert "too close to tell" in told(0.0025, 0.002)
+    assert "too close to tell" in told(0.0001, 0.004)  # 0.1% of 2 bits per byte is 0.002, and this may be more
     assert "its share of what makes the velocity is 30%" in told(0.5, None)
 
 
@@ -138,6 +148,24 @@ def test_a_run_with_a_checkpoint_is_examined_and_drawn(
     text = parts[f"{preset}-text"]
     bits, loss = (text["columns"].index(name) for name in ("bits", "loss"))
     assert all(row[bits] == pytest.approx(row[loss] / math.log(2), rel=1e-5) for row in text["rows"])
+    document, log = browse(path, tmp_path / "profile")
+    assert 'data-drawn="yes"' in document, log
+    assert "CONSOLE" not in log, log
+
+
+@needs_chromium
+@pytest.mark.parametrize("preset", ["v5", "v4"])
+def test_the_page_of_the_parameters_is_drawn(
+    workplace: Path, tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    path = tmp_path / "parameters.html"
+    result = CliRunner().invoke(app, ["inspect-params", f"runs/{preset}", "--output", str(path), "--quiet", "--json"])
+    assert result.exit_code == 0, result.output
+    mu = next(row for row in json.loads(result.stdout)["layers"] if row["quantity"] == "mu")
+    page = path.read_text(encoding="utf-8")
+    shown = next(part for part in inside(page, "numbers")["sections"][0]["parts"] if part["key"] == "quantity-mu")
+    assert shown["rows"][0][shown["columns"].index("mean")] == pytest.approx(mu["mean"], rel=1e-5)
     document, log = browse(path, tmp_path / "profile")
     assert 'data-drawn="yes"' in document, log
     assert "CONSOLE" not in log, log

@@ -13,7 +13,7 @@ from inl_cli.app import app
 from tests.inference.tiny import TEXT, write_checkpoint
 
 SHORT = ("--tokens", "160", "--iterations", "4", "--sample-tokens", "8")
-TABLES = ["report.md", "summary.json", "trajectories.parquet"]
+TABLES = ["report.html", "report.md", "summary.json", "trajectories.parquet"]
 FIGURES = ["residual.png", "distance.png", "gains.png", "stability.png", "bits_per_byte.png", "portrait.png"]
 FIGURES += ["iterations_used.png"]  # only where tokens stop early
 

@@ -1,6 +1,6 @@
 """The convergence report of one checkpoint: measure it on a text, and write what was found.
 
-    DIR/report.md  summary.json  trajectories.parquet  *.png          and of a stream coefficients.parquet
+    DIR/report.html  report.md  summary.json  trajectories.parquet  *.png     and of a stream coefficients.parquet
 
 - Every number is defined in docs/convergence-report.md; summary.json holds all of them, report.md the ones to read.
 - Figures need matplotlib, the extra [plot]; without it everything else is written and the report says so.
@@ -34,6 +34,8 @@ from inl_core.analysis.convergence.stability import BETA_FLOOR
 from inl_core.analysis.convergence.stream_figures import STREAM_FIGURES, stream_drawings
 from inl_core.analysis.convergence.stream_markdown import stream_to_markdown
 from inl_core.analysis.convergence.verdict import Evidence, Thresholds, Verdict, gather, judge
+from inl_core.analysis.report.documents import convergence_page
+from inl_core.analysis.report.page import write_page
 from inl_core.corpus.loader import Batch
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.inference.loading import LoadedModel
@@ -223,7 +225,7 @@ def write_report(
     for name in (*FIGURES, *STREAM_FIGURES, "coefficients.parquet"):
         (directory / name).unlink(missing_ok=True)
     summary, figures, warning = report.summary(), [], None
-    files = ["report.md", "summary.json", "trajectories.parquet"]
+    files = ["report.html", "report.md", "summary.json", "trajectories.parquet"]
     try:
         if coefficients is None:
             figures = draw_figures(DRAW, summary, sample.table(), directory)
@@ -238,4 +240,5 @@ def write_report(
     (directory / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     to_text = to_markdown if coefficients is None else stream_to_markdown
     (directory / "report.md").write_text(to_text(summary, figures, warning), encoding="utf-8")
+    write_page(convergence_page(summary), directory / "report.html")
     return [*files, *figures], warning

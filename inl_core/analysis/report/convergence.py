@@ -49,13 +49,19 @@ def convergence_findings(name: str, summary: Summary) -> Iterator[Finding]:
         yield Finding(f"{name}, {sentence}.", f"{name}-verdicts")
     bits = summary["bits_per_byte"]
     limit = summary["thresholds"]["ignored_change"] * (bits["bits_per_byte"] or 0)
-    idle = [_worth_name(row) for row in _worth_rows(bits) if row["change"] is not None and abs(row["change"]) < limit]
+    idle = [_worth_name(row) for row in _worth_rows(bits) if _is_idle(row, limit)]
     if idle:
         one = "it" if len(idle) == 1 else "any one of them"
         what = f"could be left out: without {one} bits per byte change by less than 0.1%"
         yield Finding(f"{name}: {', '.join(idle)} {what}.", f"{name}-worth")
     if best := _best_iterations(summary):
         yield Finding(f"{name}: {best}", f"{name}-by-iterations")
+
+
+def _is_idle(row: Summary, limit: float) -> bool:
+    """Whether a change is below the limit, and known well enough to say so."""
+    change, error = row["change"], row["standard_error"]
+    return change is not None and abs(change) < limit and (error is None or error < limit)
 
 
 def _best_iterations(summary: Summary) -> str | None:

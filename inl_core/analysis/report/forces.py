@@ -69,9 +69,9 @@ def _judged(term: str, row: Summary, summary: Summary, share: str) -> str:
     if change is None or not bits:
         return f"whether the {term} does anything was not measured, since this text's bytes are not known."
     measured = f"{change:+.4f}" + ("" if error is None else f" (standard error {error:.4f})")
-    if abs(change) < limit * bits:
+    if abs(change) < limit * bits and (error is None or error < limit * bits):
         return f"the {term} does nothing here: without it ({_ZERO[term]}) bits per byte change by {measured}{share}."
-    if error is not None and abs(change) < 2 * error:
+    if error is not None and abs(change) < max(2 * error, limit * bits):
         return f"whether the {term} does anything is too close to tell: without it bits per byte change by {measured}."
     if change < 0:
         return f"the {term} does harm here: without it ({_ZERO[term]}) bits per byte fall by {measured}{share}."

@@ -5,12 +5,13 @@
   v' = alpha v + (1 - alpha) c + beta (mu - x) + A sin, and its figures are means over the layer's iterations.
 - A term's share is its length over the sum of all terms' lengths, for one token. What it adds along the movement is the
   projection on the sum of all terms, over that sum's length: it can be negative, and adds up to 1.
-- No token stops early here, and a budget's last part of a step counts as a whole one.
+- No token stops early here, but where its iterations are counted. A budget's last part of a step counts as a whole one.
 - Legend: B batch, S sequence, N scored tokens, D d_model, T iterations, P places.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ class Probe:
     along: dict[str, np.ndarray]
     """What each term adds along the movement, over all tokens, (P,)."""
     gains: dict[str, np.ndarray]
-    """alpha, beta, gate of each token, means over dimensions and iterations, (P, N); of integrators alone."""
+    """Of integrators alone, of each token (P, N): alpha, beta, gate, means over dimensions and iterations; and the
+    iterations that it takes, where tokens may stop early."""
     path_tokens: list[int]
     """Which of the tokens have their states kept."""
     paths: list[np.ndarray]
@@ -124,6 +126,7 @@ class _Collected:
         self.tokens["loss"].append(loss.cpu().numpy())
         paths = [layer.trajectory for layer in output.layers if layer.trajectory is not None]
         self._add_terms(paths, scored.to(hidden.device))
+        self._add_iterations(inputs, scored.to(hidden.device))
         if not self.paths:
             self._keep_paths(paths, scored[0])
 
@@ -147,6 +150,16 @@ class _Collected:
             self.measured.setdefault(("term", name, place), []).append(mean.float().cpu())
             along = torch.stack([(terms[name] * sum(terms.values())).double().sum() for terms in kept]).sum().cpu()
             self.projections[name, place] = self.projections.get((name, place), torch.zeros(())) + along
+
+    def _add_iterations(self, inputs: dict[str, Any], scored: Tensor) -> None:
+        """How many iterations each token takes when it may stop early, as it does in use."""
+        integrator = self.model.config.integrator
+        if integrator is None or not integrator.early_stopping.convergence_threshold:
+            return
+        for place, layer in enumerate(self.model(**inputs).layers):
+            if layer.iterations is not None:
+                own = layer.iterations[scored].float().cpu()
+                self.measured.setdefault(("gain", "iterations used", place), []).append(own)
 
     def _keep_paths(self, paths: list[Trajectory], scored: Tensor) -> None:
         """The states of evenly spaced tokens of the first window."""
