@@ -128,6 +128,7 @@ def _data_arguments(data: DataSettings) -> list[str]:
             name.replace("_", "-"): getattr(data, name)
             for name in ("validation_fraction", "num_shards", "max_bad_ratio")
         },
+        **{f"{name}-column": column for name, column in data.columns.model_dump().items()},
     }
     return [
         *data.sources,

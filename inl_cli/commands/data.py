@@ -44,6 +44,14 @@ TokenizerOption = Annotated[Path | None, path_option("--tokenizer", help="Use th
 FractionOption = Annotated[float, typer.Option(help="Share of the documents held out, chosen by a hash of their text.")]
 ShardsOption = Annotated[int, typer.Option(help="Training shards; documents go to them by hash.")]
 BadRatioOption = Annotated[float, typer.Option(help="Fail when a larger share of the rows is unreadable.")]
+TextColumnOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The column of plain text in .jsonl and .parquet.")
+]
+PromptColumnOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The column of prompts, beside that of completions.")
+]
+CompletionColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="The column of completions.")]
+MessagesColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="The column of conversations.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in the directory.")]
 PartOption = Annotated[
     str | None,
@@ -63,6 +71,10 @@ def prepare_data(
     validation_fraction: FractionOption = 0.05,
     num_shards: ShardsOption = 8,
     max_bad_ratio: BadRatioOption = 0.01,
+    text_column: TextColumnOption = None,
+    prompt_column: PromptColumnOption = None,
+    completion_column: CompletionColumnOption = None,
+    messages_column: MessagesColumnOption = None,
     overwrite: OverwriteOption = False,
     part: PartOption = None,
     finish: FinishOption = False,
@@ -79,7 +91,10 @@ def prepare_data(
     from inl_core.corpus.manifest import default_directory
     from inl_core.corpus.reading.paths import portable
 
+    columns = {"text": text_column, "prompt": prompt_column}
+    columns |= {"completion": completion_column, "messages": messages_column}
     settings = _settings(
+        columns=columns,
         sources=tuple(map(portable, sources)),
         tokenizer={"vocab_size": vocab_size, "file": tokenizer},
         validation_fraction=validation_fraction,
@@ -160,6 +175,7 @@ def _settings(**values: Any) -> "DataSettings":
         return DataSettings(**values)
     except ValidationError as error:
         options = {"file": "--tokenizer", "sources": "SOURCE"}
+        options |= {name: f"--{name}-column" for name in ("text", "prompt", "completion", "messages")}
         named = []
         for path, message in find_problems(error, DataSettings).items():
             keys = [str(part) for part in path if isinstance(part, str)]  # a number is a place in the list of sources

@@ -136,9 +136,11 @@ def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) ->
         chosen = {"tokenizer": prepared.settings.get("tokenizer")}
     else:
         chosen = {"tokenizer": Tokenizer.load(tokenizer.file).fingerprint}
+    columns = settings.columns.model_dump(exclude_none=True)
     return {
         "sources": [_absolute(source) for source in settings.sources],
         **chosen,
+        **({"columns": columns} if columns else {}),
         "validation_fraction": settings.validation_fraction,
         "num_shards": settings.num_shards,
     }
@@ -164,6 +166,8 @@ def default_directory(settings: DataSettings) -> Path:
     name += f"-{tokenizer.file.stem if tokenizer.file else tokenizer.vocab_size}"
     plain = DataSettings(tokenizer=type(tokenizer)(vocab_size=tokenizer.vocab_size))
     fields = {"sources", "tokenizer", "validation_fraction", "num_shards"}
+    if settings.columns != plain.columns:  # otherwise the name is that of earlier versions
+        fields.add("columns")
     if settings.model_dump(include=fields) != plain.model_dump(include=fields):
         update: dict[str, Any] = {"sources": tuple(map(_absolute, settings.sources))}
         if tokenizer.file:

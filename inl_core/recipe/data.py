@@ -8,6 +8,8 @@ from inl_core.recipe.base import FilePath, Section, Source, Total, Unit
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
+Column = Annotated[str, Field(min_length=1, max_length=1000)]
+
 LossOn = Literal["answers", "last_answer", "all"]
 """Of which tokens the loss is the mean. Of plain text it is all of them in any case."""
 
@@ -23,6 +25,20 @@ class TokenizerSettings(Section):
     """Train the tokenizer on at most this many bytes of text, taken evenly from the training documents."""
 
 
+class ColumnSettings(Section):
+    """In which columns of JSON Lines and Parquet the text is. Without any name the usual ones are recognised: messages;
+    prompt and completion; text; conversations (ShareGPT); instruction, input and output (Alpaca)."""
+
+    text: Column | None = None
+    """The column of plain text."""
+    prompt: Column | None = None
+    """The column of prompts; completions are in `completion`."""
+    completion: Column | None = None
+    """The column of completions; prompts are in `prompt`."""
+    messages: Column | None = None
+    """The column of conversations: lists of {role, content} or {from, value}."""
+
+
 class DataSettings(Section):
     """Text sources, the tokenizer and the split."""
 
@@ -31,6 +47,8 @@ class DataSettings(Section):
     Empty, or left out beside `directory`: the data set there as it is, with the tokenizer it was made with."""
     directory: FilePath | None = None
     """Where the prepared data set is; null is data/NAME, with a name made from the sources and the tokenizer."""
+    columns: ColumnSettings = ColumnSettings()
+    """The columns of rows that hold the text."""
     tokenizer: TokenizerSettings = TokenizerSettings()
     """The tokenizer."""
     validation_fraction: Fraction = 0.05

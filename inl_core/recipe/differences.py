@@ -29,6 +29,7 @@ _KINDS: dict[str, Kind] = {
     # A data set and its sources may move: resume compares the fingerprints of the prepared data.
     "data.directory": "operational",
     "data.sources": "operational",
+    "data.columns": "operational",
     "data.tokenizer.file": "operational",
     "data.tokenizer.sample_bytes": "operational",
     "data.max_bad_ratio": "operational",  # acts while data is prepared, and the result has a fingerprint

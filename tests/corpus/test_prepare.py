@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from inl_core.corpus.manifest import default_directory, verify
+from inl_core.corpus.manifest import SPLITS, default_directory, settings_key, verify
 from inl_core.corpus.preparation import PrepareProgress, prepare, stages
 from inl_core.corpus.reading import pieces
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.recipe.data import DataSettings, TokenizerSettings
-from tests.corpus.texts import contents, settings, texts_of
+from tests.corpus.texts import contents, settings, texts_of, write_rows
 
 
 def test_every_document_is_in_exactly_one_split(text_directory: Path, text_data: Path) -> None:
@@ -272,3 +272,18 @@ def test_two_preparations_of_one_directory_do_not_meet(text_directory: Path, tmp
 
     prepare(settings(text_directory), tmp_path / "out", progress=second)
     assert refused
+
+
+def test_named_columns_are_part_of_what_a_data_set_was_made_of(tmp_path: Path) -> None:
+    rows = [{"body": f"the body of row {i}", "text": f"the text of row {i}"} for i in range(40)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    plain, named = (settings(tmp_path / "rows.jsonl", columns=names) for names in ({}, {"text": "body"}))
+    assert default_directory(plain) != default_directory(named)
+    manifest = prepare(named, tmp_path / "out")
+    assert sorted(text for split in SPLITS for text in texts_of(tmp_path / "out", split)) == sorted(
+        row["body"] for row in rows
+    )
+    assert prepare(named, tmp_path / "out") == manifest
+    with pytest.raises(ArtefactError, match="prepared with other settings: columns was"):
+        prepare(plain, tmp_path / "out")
+    assert "columns" not in settings_key(plain)  # as in data sets of earlier versions

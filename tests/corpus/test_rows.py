@@ -11,14 +11,23 @@ import zstandard
 from inl_core.corpus.reading import jsonl, pieces
 from inl_core.corpus.reading import text as text_reader
 from inl_core.corpus.reading.formats import format_of_content
-from inl_core.corpus.reading.rows import BadRow, Document
-from inl_core.errors import RecipeError
+from inl_core.corpus.reading.rows import BadRow, Document, named_forms
+from inl_core.corpus.reading.sources import read_source, resolve_sources
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.recipe.data import ColumnSettings
 from tests.corpus.texts import bad_rows, documents, lines_of, texts, write_rows
 
 CHAT = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "tell"}]
 
 
+SHARED = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "ask"}, {"from": "gpt", "value": "tell"}]
 KINDS = {
+    "ShareGPT": ([{"id": "1", "conversations": SHARED} for _ in range(5)], [("be brief", "ask", "tell")] * 5, "sua"),
+    "Alpaca": (
+        [{"instruction": f"do {i}", "input": "this" if i % 2 else "", "output": "done"} for i in range(5)],
+        [(f"do {i}\n\nthis" if i % 2 else f"do {i}", "done") for i in range(5)],
+        "ua",
+    ),
     "text": ([{"text": f"row {i} é", "id": i} for i in range(5)], [(f"row {i} é",) for i in range(5)], ""),
     "prompt": ([{"prompt": "p", "completion": f"c{i}"} for i in range(5)], [("p", f"c{i}") for i in range(5)], "pc"),
     "messages": ([{"messages": CHAT} for _ in range(5)], [("ask", "tell")] * 5, "ua"),
@@ -226,4 +235,54 @@ BAD_CONVERSATIONS += [
 def test_a_conversation_of_any_other_shape_is_a_bad_row(tmp_path: Path, messages: object, reason: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of({"messages": messages}))
     (found,) = bad_rows(tmp_path / "a.jsonl")
+    assert reason in found
+
+
+NAMED = {
+    "text": ({"text": "body"}, {"body": "a", "text": "b"}, (("a",), "")),
+    "prompts": ({"prompt": "q", "completion": "a"}, {"q": "ask", "a": "tell", "text": "b"}, (("ask", "tell"), "pc")),
+    "one of two": ({"completion": "a"}, {"prompt": "ask", "a": "tell"}, (("ask", "tell"), "pc")),
+    "messages": ({"messages": "chat"}, {"chat": CHAT, "messages": SHARED}, (("ask", "tell"), "ua")),
+    "ShareGPT": ({"messages": "chat"}, {"chat": SHARED}, (("be brief", "ask", "tell"), "sua")),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("case", NAMED)
+def test_text_is_looked_for_in_the_columns_that_are_named_and_in_no_others(
+    tmp_path: Path, case: str, suffix: str
+) -> None:
+    names, row, expected = NAMED[case]
+    forms = named_forms(ColumnSettings(**names))
+    for content, is_there in ((row, True), ({"text": "b", "messages": CHAT}, False)):
+        path = tmp_path / f"{is_there}{suffix}"
+        write_rows(path, [content])
+        (file,) = resolve_sources([str(path)])
+        try:
+            (item,) = read_source(file, note=lambda text: None, forms=forms)
+        except ArtefactError as error:
+            item = BadRow("", str(error))
+        if is_there:
+            assert isinstance(item, Document)
+            assert (item.texts, item.roles) == expected
+        else:
+            assert isinstance(item, BadRow)
+            assert "has none of" in item.reason
+            assert "text, messages" not in item.reason.split("; has")[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "do", "output": ""}, "the last completion is empty"),
+        ({"instruction": "do", "input": 3, "output": "done"}, "`input` is int, not a string"),
+        ({"conversations": SHARED[:2]}, "the last message is not the assistant's"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "message 0: from 'robot' is none of system, user"),
+        ({"conversations": [{"from": "gpt"}]}, "no `value`"),
+        ({"conversations": "x"}, "`conversations` is not a list of {role, content} or {from, value}"),
+    ],
+)
+def test_a_bad_row_of_a_foreign_form_says_what_is_wrong(tmp_path: Path, row: dict, reason: str) -> None:
+    write_rows(tmp_path / "rows.jsonl", [row])
+    (found,) = bad_rows(tmp_path / "rows.jsonl")
     assert reason in found

@@ -37,6 +37,7 @@ from inl_core.corpus.preparation.shards import write_quarantine, write_shards
 from inl_core.corpus.preparation.text_chunks import check_rows, read_into_chunks
 from inl_core.corpus.preparation.token_chunks import encode_chunks
 from inl_core.corpus.preparation.validation_split import Split, in_sample
+from inl_core.corpus.reading.rows import named_forms
 from inl_core.corpus.reading.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.shard_check import check_shards
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
@@ -238,7 +239,8 @@ class Preparation:
             # The text of a packed file is longer than the file.
             self.report(PrepareProgress("read", before + min(num_bytes, size), total))
 
-        read_into_chunks(files, self.chunks, on_chunk=on_chunk, note=self.say)
+        forms = named_forms(self.settings.columns)
+        read_into_chunks(files, self.chunks, on_chunk=on_chunk, note=self.say, forms=forms)
         check_unchanged(files)
 
     def _split(self) -> Split:

@@ -8,14 +8,14 @@
 """
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 
 import numpy as np
 
 from inl_core.corpus.preparation.chunks import CHUNK_BYTES, CHUNK_ROWS, ChunkInfo, Chunks, HashedDocuments
-from inl_core.corpus.reading.rows import BadRow, Document, Item
+from inl_core.corpus.reading.rows import FORMS, BadRow, Document, Form, Item
 from inl_core.corpus.reading.sources import SourceFile, read_source
 from inl_core.errors import ArtefactError
 
@@ -99,13 +99,19 @@ class _OpenChunk:
 
 
 def read_into_chunks(
-    files: list[SourceFile], chunks: Chunks, *, on_chunk: Callable[[int, int], None], note: Callable[[str], None]
+    files: list[SourceFile],
+    chunks: Chunks,
+    *,
+    on_chunk: Callable[[int, int], None],
+    note: Callable[[str], None],
+    forms: Sequence[Form] = FORMS,
 ) -> None:
     """Read the files into chunks of text; chunks that are complete already stay.
 
     Args:
         on_chunk: is told how far reading has come: the number of the file, and about how many of its bytes are read.
         note: is told the format and the columns that were recognised, once for each source.
+        forms: in which columns the text of rows is looked for.
     """
     seen, number, info = SeenHashes(), chunks.count(), ChunkInfo()
     for done in range(number):
@@ -128,7 +134,7 @@ def read_into_chunks(
         chunks.write_text(number, documents, chunk.info.model_copy(update={"found": dict(found), **position}))
 
     chunk, current, done = _OpenChunk(), -1, 0
-    for item, (index, next_item) in _items(files, info.next_file, info.next_item, say):
+    for item, (index, next_item) in _items(files, info.next_file, info.next_item, say, forms):
         done = chunk.add(item) + (done if index == current else 0)
         current = index
         if chunk.is_full:
@@ -141,12 +147,12 @@ def read_into_chunks(
 
 
 def _items(
-    files: list[SourceFile], first_file: int, first_item: int, say: Callable[[int, str], None]
+    files: list[SourceFile], first_file: int, first_item: int, say: Callable[[int, str], None], forms: Sequence[Form]
 ) -> Iterator[tuple[Item, tuple[int, int]]]:
     """Every row from a position on, with the position after it: (number of the file, rows of it that are done)."""
     for index in range(first_file, len(files)):
         skip = first_item if index == first_file else 0
-        items = read_source(files[index], note=lambda format, index=index: say(index, format))
+        items = read_source(files[index], note=lambda format, index=index: say(index, format), forms=forms)
         for number, item in enumerate(islice(items, skip, None), skip + 1):
             yield item, (index, number)
 

@@ -1,13 +1,13 @@
 """A file of JSON Lines -> documents and bad rows, streaming: one JSON object a line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from inl_core.corpus.reading.compression import opened
 from inl_core.corpus.reading.pieces import split_row
-from inl_core.corpus.reading.rows import BadRow, Item, Note, document_from_row, infer_columns
+from inl_core.corpus.reading.rows import FORMS, BadRow, Form, Item, Note, document_from_row, infer_form, missing_columns
 from inl_core.files import RepeatedKey, without_repeated_keys
 
 MAX_LINE = 1 << 26
@@ -20,9 +20,11 @@ BLANK = object()
 """Stands for the value of a blank line."""
 
 
-def read_jsonl(path: Path, name: str, compression: str | None, note: Note) -> Iterator[Item]:
-    """The documents of the file. Its columns are inferred from the first object that has columns we know."""
-    kind: str | None = None
+def read_jsonl(
+    path: Path, name: str, compression: str | None, note: Note, forms: Sequence[Form] = FORMS
+) -> Iterator[Item]:
+    """The documents of the file. Its form is that of the first object that has the columns of one of the `forms`."""
+    form: Form | None = None
     for origin, row in json_values(path, name, compression):
         if isinstance(row, BadRow):
             yield row
@@ -30,14 +32,14 @@ def read_jsonl(path: Path, name: str, compression: str | None, note: Note) -> It
         if not isinstance(row, dict):
             yield BadRow(origin, f"a JSON {type(row).__name__}, not an object; write one object a line", row)
             continue
-        if kind is None:
-            kind = infer_columns(row)
-            if kind is None:
+        if form is None:
+            form = infer_form(row, forms)
+            if form is None:
                 has = ", ".join(list(row)[:12]) or "no columns"
-                yield BadRow(origin, f"has none of text, prompt+completion, messages; has {has}", row)
+                yield BadRow(origin, f"has none of {missing_columns(forms)}; has {has}", row)
                 continue
-            note(f"JSON Lines, {kind}")
-        yield from split_row(document_from_row(row, kind, origin))
+            note(f"JSON Lines, {form.label}")
+        yield from split_row(document_from_row(row, form, origin))
 
 
 def json_values(path: Path, name: str, compression: str | None) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from inl_core.corpus.reading.compression import REPLACE, Expansion
 from inl_core.corpus.reading.jsonl import MAX_LINE
 from inl_core.corpus.reading.pieces import split_row
-from inl_core.corpus.reading.rows import COLUMNS, BadRow, Item, Note, document_from_row, infer_columns
+from inl_core.corpus.reading.rows import FORMS, BadRow, Form, Item, Note, document_from_row, infer_form, missing_columns
 from inl_core.errors import ArtefactError
 from inl_core.files import open_regular
 
@@ -28,24 +28,26 @@ _VALUE_BYTES = 64  # memory of a Python object besides its text
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError, ValueError, OverflowError, TypeError, NotImplementedError)
 
 
-def read_parquet(path: Path, name: str, compression: str | None, note: Note) -> Iterator[Item]:
-    """The documents of the file; what kind of rows it holds is inferred from the names of its columns."""
+def read_parquet(
+    path: Path, name: str, compression: str | None, note: Note, forms: Sequence[Form] = FORMS
+) -> Iterator[Item]:
+    """The documents of the file; which of the `forms` its rows have is told by the names of its columns."""
     del compression  # Parquet is compressed inside, column by column
-    kind = ""
+    chosen: list[Form] = []
 
     def choose(names: Sequence[str]) -> tuple[str, ...]:
-        nonlocal kind
-        kind = infer_columns(names) or ""
-        if not kind:
+        form = infer_form(names, forms)
+        if form is None:
             raise ArtefactError(
-                f"{name}: has none of the columns text, prompt+completion, messages; "
-                f"has {', '.join(names[:12])}; rename one to `text`"
+                f"{name}: has none of the columns {missing_columns(forms)}; "
+                f"has {', '.join(names[:12])}; name the one with the text (--text-column, or data.columns.text)"
             )
-        note(f"Parquet, {kind}")
-        return COLUMNS[kind]
+        note(f"Parquet, {form.label}")
+        chosen.append(form)
+        return *form.columns, *(column for column in form.optional if column in names)
 
     for origin, row in parquet_rows(path, name, choose):
-        yield from split_row(row if isinstance(row, BadRow) else document_from_row(row, kind, origin))
+        yield from split_row(row if isinstance(row, BadRow) else document_from_row(row, chosen[0], origin))
 
 
 def parquet_rows(

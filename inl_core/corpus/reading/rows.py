@@ -6,14 +6,52 @@ from dataclasses import dataclass
 from typing import Any
 
 from inl_core.corpus.tokenizer import ROLES
+from inl_core.recipe.data import ColumnSettings
 
-_LETTER_OF_ROLE = {role: role[0] for role in ROLES}  # s, u, a
-ROLE_OF_LETTER = {letter: role for role, letter in _LETTER_OF_ROLE.items()}
+ROLE_OF_LETTER = {role[0]: role for role in ROLES}  # s, u, a
 PROMPT_ROLES = "pc"
 
-MESSAGES, PROMPT, TEXT = "messages", "prompt+completion", "text"
-COLUMNS = {MESSAGES: ("messages",), PROMPT: ("prompt", "completion"), TEXT: ("text",)}
-"""The columns of each kind of row."""
+MESSAGES, PROMPT, TEXT, INSTRUCTION = "messages", "prompt+completion", "text", "instruction"
+_ROLE_NAMES = {**{role: role[0] for role in ROLES}, "human": "u", "gpt": "a", "chatgpt": "a", "bing": "a", "bard": "a"}
+"""How the role of a message is called: as everywhere, or as in ShareGPT."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the rows of a file hold, and in which columns."""
+
+    kind: str
+    """MESSAGES, PROMPT, TEXT or INSTRUCTION."""
+    columns: tuple[str, ...]
+    """Columns that are needed, in the order prompt, completion."""
+    optional: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages: its columns."""
+        return "+".join(self.columns)
+
+
+FORMS = (
+    Form(MESSAGES, ("messages",)),
+    Form(PROMPT, ("prompt", "completion")),
+    Form(TEXT, ("text",)),
+    Form(MESSAGES, ("conversations",)),  # ShareGPT
+    Form(INSTRUCTION, ("instruction", "output"), optional=("input",)),  # Alpaca
+)
+"""The forms that are recognised by their columns; the first one whose columns are all there is taken."""
+
+
+def named_forms(columns: ColumnSettings) -> tuple[Form, ...]:
+    """The forms in whose columns text is looked for: those that are named, or else FORMS."""
+    forms = []
+    if columns.messages:
+        forms.append(Form(MESSAGES, (columns.messages,)))
+    if columns.prompt or columns.completion:
+        forms.append(Form(PROMPT, (columns.prompt or "prompt", columns.completion or "completion")))
+    if columns.text:
+        forms.append(Form(TEXT, (columns.text,)))
+    return tuple(forms) or FORMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +93,29 @@ Note = Callable[[str], None]
 """Is told, in words, what a reader found or guessed."""
 
 
-def infer_columns(names: Iterable[str]) -> str | None:
-    """MESSAGES, PROMPT or TEXT: the first of these whose columns are all there; None when there is none."""
+def infer_form(names: Iterable[str], forms: Iterable[Form]) -> Form | None:
+    """The first of these forms whose columns are all there; None when there is none."""
     names = set(names)
-    return next((kind for kind, columns in COLUMNS.items() if names.issuperset(columns)), None)
+    return next((form for form in forms if names.issuperset(form.columns)), None)
 
 
-def document_from_row(row: Mapping[str, Any], kind: str, origin: str) -> Item:
-    """Check a row of this kind and make a document of it, or a BadRow that says what is wrong."""
+def missing_columns(forms: Iterable[Form]) -> str:
+    """What a file lacks that has none of these forms."""
+    return ", ".join(form.label for form in sorted(forms, key=lambda form: form.kind != TEXT))
+
+
+def document_from_row(row: Mapping[str, Any], form: Form, origin: str) -> Item:
+    """Check a row of this form and make a document of it, or a BadRow that says what is wrong."""
     try:
-        if kind == MESSAGES:
-            texts, roles = _conversation(row.get("messages"))
+        if form.kind == MESSAGES:
+            texts, roles = _conversation(row.get(form.columns[0]), form.columns[0])
+        elif form.kind == INSTRUCTION:
+            texts, roles = _instruction(row), "ua"
         else:
-            texts, roles = tuple(_string(row, name) for name in COLUMNS[kind]), PROMPT_ROLES if kind == PROMPT else ""
+            texts = tuple(_string(row, name) for name in form.columns)
+            roles = PROMPT_ROLES if form.kind == PROMPT else ""
         if roles and not texts[-1]:
-            last = "message" if kind == MESSAGES else "completion"
+            last = "message" if form.kind == MESSAGES else "completion"
             raise ValueError(f"the last {last} is empty: nothing to train on")
         for text in texts:
             if not text.isascii():  # JSON can spell lone surrogates, which neither UTF-8 nor the tokenizer can hold
@@ -100,19 +146,27 @@ def _string(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _conversation(messages: Any) -> tuple[tuple[str, ...], str]:
+def _instruction(row: Mapping[str, Any]) -> tuple[str, str]:
+    """(user's message, assistant's) of a row of Alpaca, whose input may be missing or empty."""
+    asked = _string(row, "instruction")
+    given = _string(row, "input") if row.get("input") is not None else ""
+    return f"{asked}\n\n{given}" if given else asked, _string(row, "output")
+
+
+def _conversation(messages: Any, column: str) -> tuple[tuple[str, ...], str]:
     """(texts, role letters) of a list of messages; ValueError says what is wrong with it."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError("`messages` is not a list of {role, content}")
+        raise ValueError(f"`{column}` is not a list of {{role, content}} or {{from, value}}")
     texts, roles = [], []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise ValueError(f"message {number} is {type(message).__name__}, not {{role, content}}")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in _LETTER_OF_ROLE:
-            raise ValueError(f"message {number}: role {_brief.repr(role)} is none of {', '.join(ROLES)}")
-        texts.append(_string(message, "content"))
-        roles.append(_LETTER_OF_ROLE[role])
+        role_name, text_name = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+        role = message.get(role_name)
+        if not isinstance(role, str) or role not in _ROLE_NAMES:
+            raise ValueError(f"message {number}: {role_name} {_brief.repr(role)} is none of {', '.join(_ROLE_NAMES)}")
+        texts.append(_string(message, text_name))
+        roles.append(_ROLE_NAMES[role])
     if roles[-1] != "a":
         raise ValueError("the last message is not the assistant's: nothing to train on")
     return tuple(texts), "".join(roles)

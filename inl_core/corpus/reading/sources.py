@@ -21,7 +21,7 @@ from inl_core.corpus.reading.formats import FORMAT_NAMES, format_of_content, for
 from inl_core.corpus.reading.jsonl import read_jsonl
 from inl_core.corpus.reading.parquet import read_parquet
 from inl_core.corpus.reading.paths import leads_up, local_path, matches, portable, refuse_missing, shown, walk
-from inl_core.corpus.reading.rows import Item, Note
+from inl_core.corpus.reading.rows import FORMS, Form, Item, Note
 from inl_core.corpus.reading.text import read_text
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import open_regular
@@ -117,13 +117,19 @@ def check_unchanged(files: Iterable[SourceFile]) -> None:
             raise ArtefactError(f"{file.name}: changed while it was being read; run again when it is finished")
 
 
-def read_source(file: SourceFile, *, note: Note) -> Iterator[Item]:
-    """The documents and bad rows of one file; `note` is told the file's format and columns."""
+def read_source(file: SourceFile, *, note: Note, forms: Sequence[Form] = FORMS) -> Iterator[Item]:
+    """The documents and bad rows of one file, whose rows have one of the `forms`.
+
+    Args:
+        note: is told the file's format and columns.
+    """
     if file.format == "builtin":
         note("standard-library sources and pydoc topics")
         return python_documents()
-    reader = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}[file.format]
-    return reader(file.location, file.name, file.compression, note)
+    if file.format == "text":
+        return read_text(file.location, file.name, file.compression, note)
+    reader = {"jsonl": read_jsonl, "parquet": read_parquet}[file.format]
+    return reader(file.location, file.name, file.compression, note, forms)
 
 
 def copy_stdin(target: Path) -> None:
