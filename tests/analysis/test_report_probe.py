@@ -124,14 +124,40 @@ def test_a_term_that_changes_nothing_is_said_to_do_nothing_and_the_opposite_as_c
 
 def test_iterations_that_score_best_elsewhere_are_named() -> None:
     rows = [{"iterations": t, "bits_per_byte": bits, "change": bits - 2} for t, bits in ((0, 3.0), (2, 2.0), (4, 1.9))]
+    layer = {"layer": 0, "verdict": {"word": "drift", "reason": "why"}, "beyond": None}
     bits = {"bits_per_byte": 2.0, "by_iterations": rows, "without_step": [], "without_layer": []}
-    summary = {"layers": [], "bits_per_byte": bits, "thresholds": {"ignored_change": 0.001}, "num_iterations": 2}
-    [finding] = convergence_findings("a", summary)
+    summary = {
+        "layers": [layer],
+        "terms": [],
+        "bits_per_byte": bits,
+        "thresholds": {"ignored_change": 0.001},
+        "num_iterations": 2,
+    }
+    *_, finding = convergence_findings("a", summary)
     assert finding.sentence == "a: bits per byte are lowest with T = 4 (-0.1000), not at the trained 2."
 
 
+def test_the_verdicts_of_many_layers_are_one_sentence() -> None:
+    words = (("drift", "converge"), ("ignored", "converge"), ("drift", "converge"))
+    layers = [{"layer": n, "verdict": {"word": a}, "beyond": {"word": b}} for n, (a, b) in enumerate(words)]
+    bits = {"bits_per_byte": 2.0, "by_iterations": [], "without_step": [], "without_layer": []}
+    summary = {"layers": layers, "bits_per_byte": bits, "thresholds": {"ignored_change": 0.001}, "num_iterations": 2}
+    [finding] = convergence_findings("a", summary)
+    assert finding.sentence == (
+        "a: within T the states drift in layers 0, 2 and are ignored in layer 1; beyond T, which the model does not "
+        "run, they would converge in every layer."
+    )
+
+
+@torch.no_grad()
+def test_a_plain_transformer_has_losses_and_no_shares(workplace: Path) -> None:
+    loaded = load_model(workplace / "runs" / "transformer" / "checkpoints" / "step-00000007")
+    found = probe(loaded, open_split(loaded), max_tokens=60, window=32)
+    assert (len(found.loss), found.terms, found.along, found.gains) == (60, {}, {}, {})
+
+
 @needs_chromium
-@pytest.mark.parametrize("preset", ["v5", "v4"])
+@pytest.mark.parametrize("preset", ["v5", "v4", "v3", "transformer"])
 def test_a_run_with_a_checkpoint_is_examined_and_drawn(
     workplace: Path, tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +169,7 @@ def test_a_run_with_a_checkpoint_is_examined_and_drawn(
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     parts = {part["key"]: part for section in report["sections"] for part in section["parts"]}
-    assert any("the equilibrium" in finding["sentence"] for finding in report["findings"])
+    assert preset == "transformer" or any("the equilibrium" in finding["sentence"] for finding in report["findings"])
     assert {finding["part"] for finding in report["findings"]} <= parts.keys()
     text = parts[f"{preset}-text"]
     bits, loss = (text["columns"].index(name) for name in ("bits", "loss"))

@@ -9,8 +9,8 @@ from inl_core.documents.convergence import METRICS
 
 Summary = dict[str, Any]
 
-_WORDS = {"converge": "converge", "oscillate": "oscillate", "drift": "drift", "ignored": "are ignored"}
-_BEYOND = _WORDS | {"ignored": "hardly move"}
+WORDS = {"converge": "converge", "oscillate": "oscillate", "drift": "drift", "ignored": "are ignored"}
+BEYOND = WORDS | {"ignored": "hardly move"}
 _CAPTIONS = {
     "residual.png": "Movement of the state in each iteration",
     "distance.png": "Distance to mu and to the fixed point",
@@ -43,10 +43,10 @@ def sentences(summary: Summary) -> list[str]:
 def _sentence(name: str, layer: Summary) -> str:
     """What the states do in the iterations that the model runs, and what they would do beyond these."""
     verdict, beyond = layer["verdict"], layer["beyond"]
-    text = f"{name}: the states {_WORDS[verdict['word']]} ({verdict['reason']})"
+    text = f"{name}: the states {WORDS[verdict['word']]} ({verdict['reason']})"
     if beyond is None:
         return text
-    return f"{text}; beyond T, which the model does not run, they would {_BEYOND[beyond['word']]} ({beyond['reason']})"
+    return f"{text}; beyond T, which the model does not run, they would {BEYOND[beyond['word']]} ({beyond['reason']})"
 
 
 def shown(value: Any) -> str:

@@ -7,7 +7,7 @@ the model runs is marked as that.
 from collections.abc import Iterator
 from typing import Any
 
-from inl_core.analysis.convergence.markdown import sentences, system_name
+from inl_core.analysis.convergence.markdown import BEYOND, WORDS, sentences, system_name
 from inl_core.analysis.convergence.stability import KINDS
 from inl_core.analysis.report.charts import chosen, number, tooltip, with_error
 from inl_core.analysis.report.parts import Finding, Part, Spec
@@ -36,17 +36,15 @@ _BEYOND = "Hollow marks and the shaded part lie beyond the iterations that the m
 
 def convergence_parts(name: str, summary: Summary) -> list[Part]:
     """All parts of one checkpoint; `name` begins their keys."""
-    bits = summary["bits_per_byte"]
     found = [_verdicts(name, summary), _motion(name, summary)]
     if not summary["terms"]:
-        found += [_stability(name, summary), _by_iterations(name, bits)]
+        found += [_stability(name, summary), _by_iterations(name, summary)]
     return [*found, _worth(name, summary)]
 
 
 def convergence_findings(name: str, summary: Summary) -> Iterator[Finding]:
     """The verdict on each layer, or on the stream; which iterations and layers could be left out."""
-    for sentence in sentences(summary):
-        yield Finding(f"{name}, {sentence}.", f"{name}-verdicts")
+    yield Finding(f"{name}: {_all_verdicts(summary)}.", f"{name}-verdicts")
     bits = summary["bits_per_byte"]
     limit = summary["thresholds"]["ignored_change"] * (bits["bits_per_byte"] or 0)
     idle = [_worth_name(row) for row in _worth_rows(bits) if _is_idle(row, limit)]
@@ -56,6 +54,27 @@ def convergence_findings(name: str, summary: Summary) -> Iterator[Finding]:
         yield Finding(f"{name}: {', '.join(idle)} {what}.", f"{name}-worth")
     if best := _best_iterations(summary):
         yield Finding(f"{name}: {best}", f"{name}-by-iterations")
+
+
+def _all_verdicts(summary: Summary) -> str:
+    """What the states do in one sentence, however many layers there are."""
+    layers = summary["layers"]
+    if len(layers) == 1:
+        return sentences(summary)[0]
+    within = _grouped([layer["verdict"]["word"] for layer in layers], WORDS)
+    if layers[0]["beyond"] is None:
+        return f"the states {within}"
+    beyond = _grouped([layer["beyond"]["word"] for layer in layers], BEYOND)
+    return f"within T the states {within}; beyond T, which the model does not run, they would {beyond}"
+
+
+def _grouped(words: list[str], names: dict[str, str]) -> str:
+    """`drift in layers 0, 1; are ignored in layer 2`."""
+    if len(set(words)) == 1:
+        return f"{names[words[0]]} in every layer"
+    places = {word: [str(layer) for layer, own in enumerate(words) if own == word] for word in dict.fromkeys(words)}
+    told = (f"{names[word]} in layer{'s' if len(own) > 1 else ''} {', '.join(own)}" for word, own in places.items())
+    return " and ".join(told)
 
 
 def _is_idle(row: Summary, limit: float) -> bool:
@@ -124,16 +143,11 @@ def _stability(name: str, summary: Summary) -> Part:
     return Part(f"{name}-stability", "Stability of the frozen steps", see, columns, rows, (spec,))
 
 
-def _by_iterations(name: str, bits: Summary) -> Part:
-    own = next((row["iterations"] for row in bits["by_iterations"] if row["change"] == 0), None)
+def _by_iterations(name: str, summary: Summary) -> Part:
+    bits, own = summary["bits_per_byte"], summary["num_iterations"]
     columns = ("system", "iteration", "beyond", "bits_per_byte", "change", "standard_error")
     rows = [
-        (
-            "all layers",
-            row["iterations"],
-            own is not None and row["iterations"] > own,
-            *(row[key] for key in columns[3:]),
-        )
+        ("all layers", row["iterations"], row["iterations"] > own, *(row[key] for key in columns[3:]))
         for row in bits["by_iterations"]
     ]
     see = (

@@ -50,7 +50,7 @@ class Probe:
     loss: np.ndarray
     """(N,) nats."""
     terms: dict[str, np.ndarray]
-    """Share of each term, (P, N); NaN where a place has no such term."""
+    """Share of each term, (P, N); NaN where a place has no such term. Empty for a plain Transformer."""
     along: dict[str, np.ndarray]
     """What each term adds along the movement, over all tokens, (P,)."""
     gains: dict[str, np.ndarray]
@@ -170,6 +170,8 @@ class _Collected:
 
     def probe(self) -> Probe:
         """All that was added."""
+        terms = self._stacked("term")
+        terms = terms if len(terms) > 1 else {}  # the share of a single term is 1
         joined = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self.tokens.items()}
         return Probe(
             self.places,
@@ -178,8 +180,8 @@ class _Collected:
             joined["targets"],
             joined["positions"],
             joined["loss"],
-            self._stacked("term"),
-            self._along(),
+            terms,
+            self._along() if terms else {},
             self._stacked("gain"),
             self.path_tokens,
             self.paths,

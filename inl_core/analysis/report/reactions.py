@@ -18,21 +18,22 @@ def reaction_parts(name: str, found: Sequence[Reaction]) -> list[Part]:
 
 
 def reaction_findings(name: str, found: Sequence[Reaction]) -> Iterator[Finding]:
-    """What becomes of a small change, in the system as a whole or in each layer."""
+    """What becomes of a small change in the system, or in the layer, where it grows the most."""
     if not found:
-        sentence = (
-            f"Jacobians and Lyapunov exponents are measured up to d_model {MOST_DIMENSIONS} only, and so not here."
+        why = f"are measured up to d_model {MOST_DIMENSIONS} only, and so not here"
+        yield Finding(f"{name}: the Jacobians of its steps, and Lyapunov exponents, {why}.")
+        return
+    reaction = max(found, key=lambda reaction: reaction.exponents.mean(0)[0])
+    mean = reaction.exponents.mean(0)
+    factor, growing = math.exp(mean[0]), int((mean > 0).sum())
+    if growing:
+        fate = (
+            f"small changes of a state grow in {growing} of {len(mean)} directions, at most {factor:.3g} times a step"
         )
-        yield Finding(f"{name}: {sentence}")
-    for reaction in found:
-        mean = reaction.exponents.mean(0)
-        largest, growing = float(mean[0]), int((mean > 0).sum())
-        fate = "grow" if largest > 0 else "shrink"
-        yield Finding(
-            f"{name}, {reaction.system}: small changes of a state {fate} by a factor of {math.exp(largest):.2f} a step "
-            f"at most; {growing} of {len(mean)} directions grow (finite-time Lyapunov exponents).",
-            f"{name}-lyapunov",
-        )
+    else:
+        fate = f"every small change of a state shrinks, the slowest to {factor:.3f} of its size a step"
+    where = reaction.system if len(found) == 1 else f"{reaction.system}, which has the largest Lyapunov exponent"
+    yield Finding(f"{name}, {where}: {fate}.", f"{name}-lyapunov")
 
 
 def _radius(name: str, found: Sequence[Reaction]) -> Part:
