@@ -20,7 +20,9 @@ from inl_core.inference.checkpoint_files import MANIFEST, OPTIMIZER, read_config
 from inl_core.inference.loading import load_model, load_weights, read_model_config
 from inl_core.interop.huggingface import export as exporting
 from inl_core.interop.huggingface.llama import why_not_llama
+from inl_core.interop.huggingface.tokenizer import convert_tokenizer
 from inl_core.model import IntegratorLanguageModel
+from tests.inference.foreign import KINDS, WORDS, foreign_tokenizer
 from tests.inference.test_commands import assert_refused
 from tests.inference.tiny import TEXT, config, reseal, tokenizer, write_checkpoint
 from tests.interop.reference_files import random_tensors, write_file
@@ -155,6 +157,16 @@ def test_the_tokenizer_gives_the_ids_that_the_model_was_trained_with(tmp_path: P
     one = exported(["a"], return_tensors="pt")
     both = model.generate(**batch, max_new_tokens=5, do_sample=False)
     assert both[1, -5:].tolist() == model.generate(**one, max_new_tokens=5, do_sample=False)[0, -5:].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizers_made_elsewhere_keep_their_ids(tmp_path: Path, kind: str) -> None:
+    own = foreign_tokenizer(kind)
+    convert_tokenizer(own, max_seq_len=64).save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (WORDS, "the  town", "", " roofs", "zz\u00fc q"):
+        assert exported(text)["input_ids"] == [own.bos_id, *own.encode(text)]
+    assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (own.bos_id, own.eos_id, own.bos_id)
 
 
 def test_the_chat_template_goes_along_and_answers_end_where_it_ends_them(tmp_path: Path) -> None:
