@@ -1,6 +1,5 @@
 """The transformers class by itself: new models, training, beams, padding, documents, and what it refuses."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,30 +83,6 @@ def test_padding_on_the_right_and_several_documents_in_a_row_do_not_mix(model: I
     torch.testing.assert_close(packed[0, :8], alone(model.model, ids[0, :8]), atol=1e-5, rtol=0)
     torch.testing.assert_close(packed[0, 8:], alone(model.model, ids[0, 8:]), atol=1e-5, rtol=0)
     torch.testing.assert_close(last[1], alone(model.model, ids[1])[-1:], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("preset", ["v3", "v5"])
-def test_lora_by_peft_learns_and_can_be_merged(tmp_path: Path, preset: str) -> None:
-    peft = pytest.importorskip("peft")
-    made: Any = InlForCausalLM(InlConfig(inl=tiny_model(preset).config.model_dump(mode="json")))
-    targets = ["query_key_value", "attention.output", "feed_forward.up", "feed_forward.down"]
-    adapted = peft.get_peft_model(made, peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", r=4))
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer, ids = torch.optim.AdamW(trained, lr=0.02), random_ids(2, 16)
-    losses = []
-    for _ in range(8):
-        loss = adapted(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
-    assert all(parameter.abs().sum() > 0 for parameter in trained)
-    learned = adapted.eval()(input_ids=ids).logits
-    assert adapted.generate(input_ids=ids, max_new_tokens=3).shape == (2, 19)
-    adapted.merge_and_unload().save_pretrained(tmp_path)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(merged(ids).logits, learned, atol=1e-4, rtol=0)
 
 
 def hidden_inside(ids: Tensor) -> Tensor:
