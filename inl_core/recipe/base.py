@@ -52,6 +52,9 @@ Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
 NonNegative = Annotated[float, Field(ge=0, le=1e30)]
 """A number that is not negative."""
 
+Text = Annotated[str, Field(min_length=1, max_length=128)]
+"""A name in another program."""
+
 Unit = Annotated[float, Field(ge=0, le=1)]
 """A share of something."""
 

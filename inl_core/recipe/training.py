@@ -8,7 +8,18 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from inl_core.recipe.base import Count, CountOrNone, Iterations, Length, NonNegative, Positive, Section, Total, Unit
+from inl_core.recipe.base import (
+    Count,
+    CountOrNone,
+    Iterations,
+    Length,
+    NonNegative,
+    Positive,
+    Section,
+    Text,
+    Total,
+    Unit,
+)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -143,6 +154,14 @@ class LoggingSettings(Section):
     """Mirror the metrics to TensorBoard (`pip install "inl[logging]"`)."""
     wandb: bool = False
     """Mirror the metrics to Weights & Biases (`pip install "inl[logging]"`)."""
+    wandb_project: Text = "inl"
+    """The project there."""
+    wandb_entity: Text | None = None
+    """The team or user that the project belongs to; null is the default of your account."""
+    wandb_group: Text | None = None
+    """A name that runs which belong together share."""
+    wandb_tags: tuple[Text, ...] = ()
+    """Tags of the run."""
 
 
 class NonFiniteSettings(Section):

@@ -1,6 +1,7 @@
 """metrics.jsonl, the record of a run from which everything that shows it is made.
 
-- One JSON object a line. A row with `validation_loss` is an evaluation, and its `scored_on` names the text.
+- One JSON object a line, with the wall clock (`time`, seconds since 1970) and a `kind`: train, or evaluation, which has
+  `validation_loss`, and whose `scored_on` names the text. Rows of older runs have neither.
 - A resumed run cuts the file to its checkpoint's step, so no step appears twice.
 - A full disk must not end a run: a row that cannot be written whole is taken back, a warning says so once, and training
   goes on.
@@ -9,6 +10,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from inl_core.errors import ArtefactError
 from inl_core.files import append_line, open_regular, write_whole
 from inl_core.recipe import Recipe
-from inl_core.training.mirrors import one_line, open_mirrors
+from inl_core.training.mirrors import Mirror, one_line, open_mirrors
 
 _LARGEST_FILE, _LONGEST_LINE, _MOST_SKIPPED = 1 << 30, 1 << 20, 100_000
 """Bounds of metrics.jsonl in bytes and lines; three million rows are within them."""
@@ -26,12 +28,28 @@ class MetricsWriter:
     """Appends rows to a run's metrics.jsonl and to the mirrors the recipe asks for."""
 
     def __init__(self, run: Path, recipe: Recipe, warn: Callable[[str], None]) -> None:
-        self.path, self.warn, self.failed = run / "metrics.jsonl", warn, False
-        self.mirrors = open_mirrors(run, recipe)
+        self.path, self.recipe, self.warn, self.failed = run / "metrics.jsonl", recipe, warn, False
+        self.mirrors: dict[str, Mirror] = {}
+
+    def open_mirrors(self) -> None:
+        """Open the mirrors that the recipe asks for, and give them the rows that there are.
+
+        Raises:
+            RecipeError: one cannot be opened.
+        """
+        self.mirrors = open_mirrors(self.path.parent, self.recipe)
+        if self.mirrors:
+            for row in stream_metrics(self.path.parent):
+                self._mirror(row)
+
+    def close_mirrors(self) -> None:
+        """Bring everything to the mirrors; what fails there costs a warning."""
+        self._with_each(lambda mirror: mirror.close())
+        self.mirrors = {}
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:
         """Append one row and return it as it was written: with null for NaN and infinity, which JSON cannot express."""
-        row = _finite(row)
+        row = _finite({"kind": "evaluation" if "validation_loss" in row else "train", "time": time.time()} | row)
         try:
             append_line(self.path, json.dumps(row))
             self.failed = False
@@ -42,13 +60,20 @@ class MetricsWriter:
                     "is room on this disk"
                 )
             self.failed = True
+        self._mirror(row)
+        return row
+
+    def _mirror(self, row: dict[str, Any]) -> None:
+        seconds = row.get("time")
+        self._with_each(lambda mirror: mirror.write(row["step"], _numbers(row), seconds))
+
+    def _with_each(self, work: Callable[[Mirror], None]) -> None:
         for name, mirror in list(self.mirrors.items()):
             try:
-                mirror(row["step"], _numbers(row))
+                work(mirror)
             except Exception as error:  # whatever another company's service raises, it must not end the run
                 self.warn(f"training.logging.{name}: stopped, metrics.jsonl goes on: {one_line(error)}")
                 del self.mirrors[name]
-        return row
 
 
 def read_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
@@ -177,6 +202,6 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
             found[name] = value
 
     for key, value in row.items():
-        if key != "step":
+        if key not in ("step", "time"):
             add(key, value)
     return found

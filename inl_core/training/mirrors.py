@@ -1,21 +1,21 @@
 """Two services that show the rows of metrics.jsonl too: TensorBoard and Weights & Biases.
 
-Both come with `pip install "inl[logging]"`. `check_mirrors` finds what is missing before anything is prepared.
+- Both come with `pip install "inl[logging]"`. `check_mirrors` finds what is missing before anything is prepared.
+- A session that resumes a run gives a mirror all rows of metrics.jsonl that it may lack, since a killed session's last
+  rows may not have left the process, and takes back those after the checkpoint: each step is there once.
 """
 
 import netrc
 import os
-from collections.abc import Callable
+import secrets
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from inl_core.errors import RecipeError
+from inl_core.files import write_whole
 from inl_core.recipe import Recipe
-
-Mirror = Callable[[int, dict[str, float]], None]
-"""Is called with a step and its figures by name."""
 
 _OFFLINE = ("offline", "disabled", "dryrun")
 _HOST = "https://api.wandb.ai"
@@ -37,17 +37,30 @@ def check_mirrors(recipe: Recipe) -> None:
         )
 
 
+class Mirror(Protocol):
+    """A service that is given the rows of a run."""
+
+    def write(self, step: int, figures: dict[str, float], seconds: float | None) -> None:
+        """Show the figures of a step by name; `seconds` is when they were written, by the system's clock."""
+        ...
+
+    def close(self) -> None:
+        """Bring what was written to where it is kept."""
+        ...
+
+
 def open_mirrors(run: Path, recipe: Recipe) -> dict[str, Mirror]:
     """The recipe's mirrors by name, for the run in the directory `run`.
 
     Raises:
         RecipeError: one cannot be opened.
     """
-    logging, mirrors = recipe.training.logging, {}
+    logging = recipe.training.logging
+    mirrors: dict[str, Mirror] = {}
     if logging.tensorboard:
-        mirrors["tensorboard"] = _tensorboard(run)
+        mirrors["tensorboard"] = _TensorBoard(run)
     if logging.wandb:
-        mirrors["wandb"] = _wandb(run, recipe)
+        mirrors["wandb"] = _WeightsAndBiases(run, recipe)
     return mirrors
 
 
@@ -56,25 +69,62 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _tensorboard(run: Path) -> Mirror:
-    writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+class _TensorBoard:
+    """A new file of events, before which all older ones of the run count as purged."""
 
-    def mirror(step: int, figures: dict[str, float]) -> None:
+    def __init__(self, run: Path) -> None:
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        self.writer = module.SummaryWriter(str(run / "tensorboard"), purge_step=0)
+
+    def write(self, step: int, figures: dict[str, float], seconds: float | None) -> None:
         for key, value in figures.items():
-            writer.add_scalar(key, value, step)
+            self.writer.add_scalar(key, value, step, walltime=seconds)
 
-    return mirror
+    def close(self) -> None:
+        self.writer.close()
 
 
-def _wandb(run: Path, recipe: Recipe) -> Mirror:
-    wandb, config = _import("wandb", "wandb"), recipe.model_dump(mode="json")
-    try:
-        session = wandb.init(project="inl", name=run.name, dir=str(run), config=config, resume="allow")
-    except Exception as error:  # its errors have no common base class but Exception
-        raise RecipeError(
-            f"training.logging.wandb: {one_line(error)}; `wandb login` again, or set WANDB_MODE=offline"
-        ) from None
-    return lambda step, figures: session.log(figures, step=step)
+class _WeightsAndBiases:
+    """The run of the same id as in all sessions; what its server has already is not sent again."""
+
+    def __init__(self, run: Path, recipe: Recipe) -> None:
+        wandb, logging = _import("wandb", "wandb"), recipe.training.logging
+        try:
+            self.session = wandb.init(
+                id=_wandb_id(run),
+                resume="allow",
+                project=logging.wandb_project,
+                entity=logging.wandb_entity,
+                group=logging.wandb_group,
+                tags=logging.wandb_tags,
+                name=run.name,
+                dir=str(run),
+                config=recipe.model_dump(mode="json"),
+            )
+        except Exception as error:  # its errors have no common base class but Exception
+            raise RecipeError(
+                f"training.logging.wandb: {one_line(error)}; `wandb login` again, or set WANDB_MODE=offline"
+            ) from None
+        self.first_step: int = self.session.step
+        """The first step that the server has not; 0 for a new run, and offline."""
+
+    def write(self, step: int, figures: dict[str, float], seconds: float | None) -> None:
+        # The service takes no step after a later one. Those it has are of a session that trained the same steps.
+        if step >= self.first_step:
+            self.session.log(figures, step=step)
+
+    def close(self) -> None:
+        self.session.finish()
+
+
+def _wandb_id(run: Path) -> str:
+    """The id that a run has in W&B: made once, and kept beside the run's other files."""
+    path = run / "wandb-id"
+    if path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    made = secrets.token_hex(8)
+    write_whole(path, f"{made}\n")
+    return made
 
 
 def _wandb_can_log() -> bool:

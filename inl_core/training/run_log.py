@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, fields
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class RunLog:
         self.alarms = AlarmWatch(run.path, self.settings.num_steps, observer.on_warning)
         self.utilisation = utilisation_of(run.recipe, self.model.vocab_size, world)
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0  # since the last row
+
+    def __enter__(self) -> Self:
+        """Open the mirrors; RecipeError where one cannot be opened, on every rank."""
+        self.parallel.world.on_main(lambda: self.metrics.open_mirrors() if self.metrics else None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.metrics is not None:
+            self.metrics.close_mirrors()
 
     def add_step(self, state: TrainState, result: StepResult) -> None:
         """Take note of a step, and write a row where one is due, or where the step was skipped.
@@ -84,9 +93,8 @@ class RunLog:
         for name in ("mean", "speed", "energy", "balance"):
             if name in losses:
                 row[f"loss_{name}"] = losses[name].item()
-        if self.device.type == "cuda":
-            tokens = self._steps * self.settings.batch_tokens
-            row["mfu"] = self.utilisation.of(tokens, self._seconds) if self.utilisation else None
+        tokens = self._steps * self.settings.batch_tokens
+        row["mfu"] = self.utilisation.of(tokens, self._seconds) if self.utilisation else None
         return row | {
             "bits_per_byte": _bits_per_byte(task - losses["special"].item(), result) if losses else None,
             "learning_rate": result.learning_rate,

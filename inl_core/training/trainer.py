@@ -107,7 +107,7 @@ class Trainer:
         if self.world.is_main:
             stop.limit = find_limit(self.settings.max_hours, stop.started)
         try:
-            with closing(self.saver):
+            with self.log, closing(self.saver):
                 self._begin()
                 if stop.limit is not None:
                     self._check_time(stop.limit)

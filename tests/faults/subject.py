@@ -36,7 +36,7 @@ training:
   logging: {{every: 1, dynamics_every: 10}}
 """
 RUN, DATA = "run", "data"
-CLOCKS = {"tokens_per_second", "memory_bytes", "validation_seconds"}
+CLOCKS = {"time", "tokens_per_second", "memory_bytes", "validation_seconds"}
 """What differs between two runs of the same recipe."""
 
 

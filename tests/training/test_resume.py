@@ -49,7 +49,7 @@ VARIANTS = {
 def timeless(rows):
     """Metric rows without what a clock or the machine decides."""
     return [
-        {k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_bytes", "validation_seconds")}
+        {k: v for k, v in row.items() if k not in ("time", "tokens_per_second", "memory_bytes", "validation_seconds")}
         for row in rows
     ]
 

@@ -30,7 +30,7 @@ from inl_core.training.metrics import read_metrics
 from inl_core.training.observer import Observer
 
 FEWEST_STEPS = 6
-_TIMES = ("tokens_per_second", "memory_bytes", "validation_seconds")
+_TIMES = ("time", "tokens_per_second", "memory_bytes", "validation_seconds")
 """Figures of a row that no two runs share."""
 
 Tell = Callable[[str], None]
