@@ -117,6 +117,8 @@ def _data_arguments(data: DataSettings) -> list[str]:
         raise RecipeError("data.tokenizer.sample_bytes: not an option of `inl prepare-data`; remove it from the recipe")
     if data.is_directory_alone:
         raise RecipeError(f"data.directory {data.directory}: is prepared already, as the recipe names no data.sources")
+    if data.weights:
+        raise RecipeError("data.weights: parts are joined without copies; prepare the data as a whole")
     for source in data.sources:
         if source.startswith("-"):
             raise RecipeError(f"data.sources: {source!r} cannot be read by a job; name files or directories")

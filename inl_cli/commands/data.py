@@ -44,6 +44,12 @@ TokenizerOption = Annotated[Path | None, path_option("--tokenizer", help="Use th
 FractionOption = Annotated[float, typer.Option(help="Share of the documents held out, chosen by a hash of their text.")]
 ShardsOption = Annotated[int, typer.Option(help="Training shards; documents go to them by hash.")]
 BadRatioOption = Annotated[float, typer.Option(help="Fail when a larger share of the rows is unreadable.")]
+WeightOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--weight", metavar="X", help="How often a source is taken, as 2 or 0.5; once for each source, in their order."
+    ),
+]
 TextColumnOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="The column of plain text in .jsonl and .parquet.")
 ]
@@ -71,6 +77,7 @@ def prepare_data(
     validation_fraction: FractionOption = 0.05,
     num_shards: ShardsOption = 8,
     max_bad_ratio: BadRatioOption = 0.01,
+    weights: WeightOption = None,
     text_column: TextColumnOption = None,
     prompt_column: PromptColumnOption = None,
     completion_column: CompletionColumnOption = None,
@@ -95,6 +102,7 @@ def prepare_data(
     columns |= {"completion": completion_column, "messages": messages_column}
     settings = _settings(
         columns=columns,
+        weights=tuple(weights or ()),
         sources=tuple(map(portable, sources)),
         tokenizer={"vocab_size": vocab_size, "file": tokenizer},
         validation_fraction=validation_fraction,
@@ -174,7 +182,7 @@ def _settings(**values: Any) -> "DataSettings":
     try:
         return DataSettings(**values)
     except ValidationError as error:
-        options = {"file": "--tokenizer", "sources": "SOURCE"}
+        options = {"file": "--tokenizer", "sources": "SOURCE", "weights": "--weight"}
         options |= {name: f"--{name}-column" for name in ("text", "prompt", "completion", "messages")}
         named = []
         for path, message in find_problems(error, DataSettings).items():

@@ -141,6 +141,7 @@ def settings_key(settings: DataSettings, *, prepared: Manifest | None = None) ->
         "sources": [_absolute(source) for source in settings.sources],
         **chosen,
         **({"columns": columns} if columns else {}),
+        **({"weights": list(settings.weights)} if settings.weights else {}),
         "validation_fraction": settings.validation_fraction,
         "num_shards": settings.num_shards,
     }
@@ -166,8 +167,8 @@ def default_directory(settings: DataSettings) -> Path:
     name += f"-{tokenizer.file.stem if tokenizer.file else tokenizer.vocab_size}"
     plain = DataSettings(tokenizer=type(tokenizer)(vocab_size=tokenizer.vocab_size))
     fields = {"sources", "tokenizer", "validation_fraction", "num_shards"}
-    if settings.columns != plain.columns:  # otherwise the name is that of earlier versions
-        fields.add("columns")
+    # Where these are not given, the name is that of earlier versions.
+    fields |= {name for name in ("columns", "weights") if getattr(settings, name) != getattr(plain, name)}
     if settings.model_dump(include=fields) != plain.model_dump(include=fields):
         update: dict[str, Any] = {"sources": tuple(map(_absolute, settings.sources))}
         if tokenizer.file:

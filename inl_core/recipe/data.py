@@ -8,6 +8,8 @@ from inl_core.recipe.base import FilePath, Section, Source, Total, Unit
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
+Weight = Annotated[float, Field(gt=0, le=100)]
+
 Column = Annotated[str, Field(min_length=1, max_length=1000)]
 
 LossOn = Literal["answers", "last_answer", "all"]
@@ -45,6 +47,9 @@ class DataSettings(Section):
     sources: tuple[Source, ...] = ("builtin:python",)
     """Files, directories, globs, `-` (stdin) or builtin:python; prepared when `directory` does not hold them yet.
     Empty, or left out beside `directory`: the data set there as it is, with the tokenizer it was made with."""
+    weights: tuple[Weight, ...] = ()
+    """How often the documents of each source are taken, a number for each: 2 is twice, 0.5 every second one, chosen by
+    a hash of its text, in both splits. An epoch then has them so often. Empty takes all once."""
     directory: FilePath | None = None
     """Where the prepared data set is; null is data/NAME, with a name made from the sources and the tokenizer."""
     columns: ColumnSettings = ColumnSettings()
@@ -72,6 +77,9 @@ class DataSettings(Section):
                 "sources is empty: name a file, a directory, a glob or builtin:python, or a prepared data set as "
                 "data.directory"
             )
+        if self.weights and len(self.weights) != len(self.sources):
+            counts = f"{len(self.weights)} numbers for {len(self.sources)} sources"
+            raise ValueError(f"weights has {counts}; give one for each")
         return self
 
     @property

@@ -3,14 +3,16 @@
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from inl_core.corpus.manifest import SPLITS, default_directory, settings_key, verify
-from inl_core.corpus.preparation import PrepareProgress, prepare, stages
+from inl_core.corpus.preparation import Part, PrepareProgress, prepare, prepare_part, stages
 from inl_core.corpus.reading import pieces
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError, RecipeError
@@ -287,3 +289,38 @@ def test_named_columns_are_part_of_what_a_data_set_was_made_of(tmp_path: Path) -
     with pytest.raises(ArtefactError, match="prepared with other settings: columns was"):
         prepare(plain, tmp_path / "out")
     assert "columns" not in settings_key(plain)  # as in data sets of earlier versions
+
+
+def test_sources_are_taken_as_often_as_their_weights_say(tmp_path: Path) -> None:
+    sources = []
+    for name in ("often", "once", "seldom"):
+        sources.append(tmp_path / f"{name}.jsonl")
+        write_rows(sources[-1], [{"text": f"{name} {i}"} for i in range(400)])
+    write_rows(tmp_path / "copies.jsonl", [{"text": f"often {i}"} for i in range(400)])
+    chosen = settings(*sources, tmp_path / "copies.jsonl", weights=(2.5, 1.0, 0.25, 7.0))
+    prepare(chosen, tmp_path / "out")
+    counts = Counter(text for split in SPLITS for text in texts_of(tmp_path / "out", split))
+    by_source = {
+        name: Counter(n for text, n in counts.items() if text.startswith(name)) for name in ("often", "once", "seldom")
+    }
+    assert set(by_source["often"]) == {2, 3}  # and no copy of them seven times more
+    assert by_source["often"][3] == pytest.approx(200, abs=40)
+    assert by_source["once"] == {1: 400}
+    assert by_source["seldom"][1] == pytest.approx(100, abs=35)
+    sides = [set(texts_of(tmp_path / "out", split)) for split in SPLITS]
+    assert not sides[0] & sides[1]
+    train = texts_of(tmp_path / "out", "train")
+    assert all(first != second for first, second in pairwise(train))
+    again = prepare(chosen, tmp_path / "again")
+    assert again.fingerprint == verify(tmp_path / "out", settings=chosen).fingerprint
+    assert default_directory(chosen) != default_directory(chosen.model_copy(update={"weights": ()}))
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="weights has 2 numbers for 1 sources; give one for each"):
+        settings(tmp_path / "a.txt", weights=(1.0, 2.0))
+    with pytest.raises(RecipeError, match=r"data\.weights: parts are joined without copies"):
+        prepare_part(settings(tmp_path / "a.txt", weights=(2.0,)), tmp_path / "out", Part(1, 2))
+    with pytest.raises(ArtefactError, match=r"data\.weights: no document is left"):
+        prepare(settings(tmp_path / "a.txt", weights=(1e-9,)), tmp_path / "out")

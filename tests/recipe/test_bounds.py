@@ -45,7 +45,8 @@ def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
         del training["steps"]
     if path[-1] == "shard_size":
         training["distributed"] = {"strategy": "hsdp"}
-    over: Any = [value, value] if path[-1] in ("betas", "iterations_per_layer") else value
+    several = {"betas": 2, "iterations_per_layer": 2, "weights": 1}  # of these keys the value is a list
+    over: Any = [value] * several[path[-1]] if path[-1] in several else value
     for key in reversed(path):
         over = {key: over}
     return merge({"name": "x", "model": model, "training": training}, over)

@@ -41,7 +41,7 @@ from inl_core.corpus.reading.rows import named_forms
 from inl_core.corpus.reading.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.shard_check import check_shards
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
-from inl_core.errors import ArtefactError
+from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import expand_home, write_text_aside
 from inl_core.recipe.data import DataSettings
 
@@ -163,6 +163,8 @@ class Preparation:
         stdin_copy: Path | None = None,
         parts: int = 0,
     ) -> None:
+        if parts and settings.weights:
+            raise RecipeError("data.weights: parts are joined without copies; prepare the data as a whole")
         self.settings, self.directory, self.work, self.report = settings, directory, work, report
         self.stdin_copy, self.parts = stdin_copy, parts
         self.chunks = Chunks(work)
@@ -240,7 +242,8 @@ class Preparation:
             self.report(PrepareProgress("read", before + min(num_bytes, size), total))
 
         forms = named_forms(self.settings.columns)
-        read_into_chunks(files, self.chunks, on_chunk=on_chunk, note=self.say, forms=forms)
+        weights = dict(zip(self.settings.sources, self.settings.weights, strict=False))  # none, or one for each
+        read_into_chunks(files, self.chunks, on_chunk=on_chunk, note=self.say, forms=forms, weights=weights)
         check_unchanged(files)
 
     def _split(self) -> Split:
@@ -252,6 +255,8 @@ class Preparation:
         else:
             per_chunk = [self.chunks.hashes(number) for number in range(self.chunks.count())]
             hashes, num_bytes = (np.concatenate(columns) for columns in zip(*per_chunk, strict=True))
+            if not len(hashes):
+                raise ArtefactError("data.weights: no document is left; raise the weights, or name more text")
             can_cut = len(hashes) == 1 and self._can_cut()
             split = Split.choose(hashes, num_bytes, self.settings.validation_fraction, can_cut=can_cut)
             write_sealed(path, json.dumps(asdict(split)))

@@ -4,11 +4,13 @@
   count as copies. The same hash decides later who goes to validation: copies cannot stand on both sides.
 - 64 bits: among a hundred million documents the odds that two different ones have one hash are 1 in 4,000, and the
   price is one document dropped.
+- Weights of sources act after that: a document is taken twice, or not at all, on whichever side of the split it is.
 - Reading goes on after the last complete chunk.
 """
 
+import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import islice
 
@@ -66,6 +68,7 @@ class _OpenChunk:
         self.documents: list[Document] = []
         self.hashes: list[int] = []
         self.num_bytes: list[int] = []
+        self.weights: list[float] = []
         self.weight = 0
         self.info = ChunkInfo()
 
@@ -73,29 +76,44 @@ class _OpenChunk:
     def is_full(self) -> bool:
         return self.weight >= CHUNK_BYTES or self.info.num_rows >= CHUNK_ROWS
 
-    def add(self, item: Item) -> int:
-        """Take a row in; returns about how many bytes of its file it stood for."""
-        before = self.weight
+    def add(self, item: Item, weight: float) -> int:
+        """Take in a row of a source with this weight; returns about how many bytes of its file it stood for."""
         self.info.num_rows += 1
         if isinstance(item, BadRow):
             self.info.bad_rows.append(item)
             self.weight += _BAD_ROW_BYTES
+            return _BAD_ROW_BYTES
         elif all(not text or text.isspace() for text in item.texts):
             self.info.num_empty += 1
         else:
             self.documents.append(item)
             self.hashes.append(document_hash(item))
             self.num_bytes.append(sum(len(text) if text.isascii() else len(text.encode()) for text in item.texts))
-            self.weight += self.num_bytes[-1]
-        return self.weight - before
+            self.weights.append(weight)
+            self.weight += self.num_bytes[-1] * max(1, math.ceil(weight))
+            return self.num_bytes[-1]
+        return 0
 
     def without_copies(self, seen: SeenHashes) -> HashedDocuments:
-        """The documents that were not seen before; the others are counted in `info`."""
+        """The documents that were not seen before, as often as their weights say; copies are counted in `info`.
+
+        All that are taken come once, then all that are taken twice come again, and so on: the same text does not stand
+        side by side.
+        """
         hashes = np.array(self.hashes, dtype=np.uint64)
         new = seen.add(hashes)
         self.info.num_duplicates = int(len(new) - new.sum())
-        kept = [document for document, is_new in zip(self.documents, new.tolist(), strict=True) if is_new]
-        return HashedDocuments(kept, hashes[new], np.array(self.num_bytes, dtype=np.int32)[new])
+        times = np.where(new, times_taken(hashes, np.array(self.weights, dtype=np.float64)), 0)
+        taken = np.concatenate([np.flatnonzero(times > turn) for turn in range(max(1, times.max(initial=0)))])
+        documents = [self.documents[index] for index in taken.tolist()]
+        return HashedDocuments(documents, hashes[taken], np.array(self.num_bytes, dtype=np.int32)[taken])
+
+
+def times_taken(hashes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(N,) how often each document is taken: its weight, rounded up or down by its hash, so that the mean is right."""
+    whole = np.floor(weights)
+    mixed = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)  # independent of other choices by hash
+    return (whole + ((mixed >> np.uint64(32)) < (weights - whole) * 2**32)).astype(np.int64)
 
 
 def read_into_chunks(
@@ -105,6 +123,7 @@ def read_into_chunks(
     on_chunk: Callable[[int, int], None],
     note: Callable[[str], None],
     forms: Sequence[Form] = FORMS,
+    weights: Mapping[str, float] | None = None,
 ) -> None:
     """Read the files into chunks of text; chunks that are complete already stay.
 
@@ -112,6 +131,7 @@ def read_into_chunks(
         on_chunk: is told how far reading has come: the number of the file, and about how many of its bytes are read.
         note: is told the format and the columns that were recognised, once for each source.
         forms: in which columns the text of rows is looked for.
+        weights: how often the documents of a source are taken, where that is not once.
     """
     seen, number, info = SeenHashes(), chunks.count(), ChunkInfo()
     for done in range(number):
@@ -135,7 +155,8 @@ def read_into_chunks(
 
     chunk, current, done = _OpenChunk(), -1, 0
     for item, (index, next_item) in _items(files, info.next_file, info.next_item, say, forms):
-        done = chunk.add(item) + (done if index == current else 0)
+        weight = (weights or {}).get(files[index].argument, 1.0)
+        done = chunk.add(item, weight) + (done if index == current else 0)
         current = index
         if chunk.is_full:
             write(chunk, next_file=index, next_item=next_item)
