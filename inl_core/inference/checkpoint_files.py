@@ -137,12 +137,16 @@ def read_manifest(path: Path) -> CheckpointManifest:
         raise ArtefactError(f"{file}: damaged: {reason}") from None
 
 
-def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = True) -> CheckpointManifest:
+def verify_checkpoint(
+    path: Path, *, purpose: Purpose = "any", contents: bool = True, share: tuple[int, int] = (0, 1)
+) -> CheckpointManifest:
     """Check that a checkpoint is as it was saved, and return its manifest.
 
     Args:
         purpose: "evaluate" does not read the contents of `training_state`; "resume" demands that it is there.
         contents: False checks only that the files are there and have their sizes, not checksums or NaN.
+        share: (i, n) reads the contents of one file in n, from the i-th largest on, so that n processes, with i from 0
+            to n - 1, read every file once. The checkpoint is intact if none of them raises.
 
     Raises:
         ArtefactError: names the first thing that is wrong.
@@ -158,16 +162,18 @@ def verify_checkpoint(path: Path, *, purpose: Purpose = "any", contents: bool = 
                 f"{path}: its {MANIFEST} says step {manifest.step}, so the directory was renamed; call it "
                 f"step-{manifest.step:08d}, or anything that does not begin with step-"
             )
+        first, processes = share
+        by_size = sorted(manifest.files, key=lambda name: manifest.files[name].bytes, reverse=True)
+        own = set(by_size[first::processes]) if contents else set()
         for name, entry in manifest.files.items():
             if PurePosixPath(name).as_posix() != name:
                 raise ArtefactError(f"{path / MANIFEST}: damaged: {name!r} is not a plain name of a file")
-            with_digest = contents and (purpose != "evaluate" or not _is_training_state(name))
+            with_digest = name in own and (purpose != "evaluate" or not _is_training_state(name))
             _check_file(entry_path(path, name), entry, with_digest=with_digest)
         _check_complete(path, manifest, purpose)
-        if contents:
-            for name in filter(_holds_tensors, manifest.files):
-                if purpose == "resume" or not _is_training_state(name):
-                    _check_numbers(path / name, manifest.step)
+        for name in filter(_holds_tensors, manifest.files):
+            if name in own and (purpose == "resume" or not _is_training_state(name)):
+                _check_numbers(path / name, manifest.step)
     except ArtefactError as error:
         raise ArtefactError(f"{error}; use an earlier checkpoint") from None
     return manifest

@@ -11,6 +11,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ from inl_core.inference.checkpoint_files import (
 )
 from inl_core.inference.tensor_sets import check_tensors, read_tensors
 from inl_core.model import IntegratorLanguageModel
-from inl_core.training.distributed import World
+from inl_core.training.distributed import ALONE, World
 from inl_core.training.optimizers import Optimizers
 from inl_core.training.run_status import START_ANEW
 
@@ -138,16 +139,20 @@ def load_weights(directory: Path, model: IntegratorLanguageModel, prefix: str = 
     read_tensors(directory, weights)
 
 
-def newest_valid(parent: Path, skipped: Callable[[str], None]) -> Path:
+def newest_valid(parent: Path, skipped: Callable[[str], None], readers: World = ALONE) -> Path:
     """The newest checkpoint whose every file is intact; `skipped` hears about each one passed over.
+
+    Args:
+        readers: the processes that share the reading; all call this, and all get the same path.
 
     Raises:
         ArtefactError: there is none.
     """
-    candidates = list_checkpoints(parent)
+    candidates = readers.on_main(lambda: list_checkpoints(parent))
+    share = readers.rank, readers.size
     for path in reversed(candidates):
         try:
-            verify_checkpoint(path, purpose="resume")
+            readers.on_each(partial(verify_checkpoint, path, purpose="resume", share=share))
         except ArtefactError as error:
             skipped(str(error))
         else:

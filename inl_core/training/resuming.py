@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inl_core.errors import ArtefactError, InlError, RecipeError
 from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints
@@ -22,6 +23,9 @@ from inl_core.recipe.differences import (
 from inl_core.recipe.load import load_recipe, problem_with_path
 from inl_core.training.metrics import stream_metrics
 from inl_core.training.run_status import START_ANEW, check_is_run_directory, is_taken
+
+if TYPE_CHECKING:
+    from inl_core.training.distributed import World
 
 Say = Callable[[str], None]
 
@@ -89,30 +93,46 @@ def check_given_recipe(
 
 
 def choose_checkpoint(
-    run: Path, recipe: Recipe, allowed: Collection[str], *, warn: Say, must_advance: bool = False
+    run: Path,
+    recipe: Recipe,
+    allowed: Collection[str],
+    *,
+    warn: Say,
+    must_advance: bool = False,
+    readers: "World | None" = None,
 ) -> Path | None:
     """The newest intact checkpoint, verified; None when the run stopped before it could save one.
 
     Args:
         must_advance: whether a run that has reached the recipe's last step already is refused too.
+        readers: the processes that share the reading of the files; all call this. By default this one does it alone.
 
     Raises:
         ArtefactError: no checkpoint is intact, all are gone, or the newest was trained with another recipe.
         RecipeError: the run is beyond the recipe's last step.
     """
+    from inl_core.training.checkpoint import newest_valid
+    from inl_core.training.distributed import ALONE
+
+    readers = readers or ALONE
     parent = run / "checkpoints"
-    if not list_checkpoints(parent):
-        _check_none_was_saved(run, recipe)
+    if not readers.on_main(lambda: list_checkpoints(parent)):
+        readers.on_main(lambda: _check_none_was_saved(run, recipe))
         warn(f"{run}: it stopped before its first checkpoint; starting again from step 0")
         return None
-    from inl_core.training.checkpoint import newest_valid
+    checkpoint = newest_valid(parent, lambda text: warn(f"skipped: {text}"), readers)
+    readers.on_main(lambda: _check_fits(run, checkpoint, recipe, allowed, warn, must_advance))
+    return checkpoint
 
-    checkpoint = newest_valid(parent, lambda text: warn(f"skipped: {text}"))
+
+def _check_fits(
+    run: Path, checkpoint: Path, recipe: Recipe, allowed: Collection[str], warn: Say, must_advance: bool
+) -> None:
+    """Refuse a checkpoint that is beyond the recipe's last step, or was trained with another recipe."""
     step, last = checkpoint_step(checkpoint), recipe.training.num_steps
     if last < step or (must_advance and last == step):
         raise RecipeError(f"{run}: has done {step:,} steps already, so {last:,} adds none; give more than {step:,}")
     _check_recipe(run, checkpoint, recipe, allowed, warn)
-    return checkpoint
 
 
 def _recipe_file(run: Path, warn: Say) -> Path:

@@ -185,8 +185,8 @@ class Session:
         if wanted is None:
             return None
         warn, must_advance = self.observer.on_warning, wanted.must_advance
-        return self.world.on_main(
-            lambda: choose_checkpoint(self.directory, self.recipe, wanted.allowed, must_advance=must_advance, warn=warn)
+        return choose_checkpoint(
+            self.directory, self.recipe, wanted.allowed, must_advance=must_advance, warn=warn, readers=self.world
         )
 
     def choose_beginning(self, branch_from: str | Path | None) -> None:

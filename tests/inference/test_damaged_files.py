@@ -22,7 +22,7 @@ from inl_core.inference.loading import find_checkpoint, load_model, open_checkpo
 from inl_core.recipe import OptimizerSettings
 from inl_core.training.checkpoint import load_checkpoint, restore_rng
 from inl_core.training.optimizers import build_optimizers
-from tests.damage import NOT_A_RECORD, WHOLE_FILE, drop, edit_header, put, write_header
+from tests.damage import NOT_A_RECORD, WHOLE_FILE, drop, edit_header, flip_a_bit, put, write_header
 from tests.inference.tiny import reseal, tiny_model, write_checkpoint
 
 STEP = "step-00000007"
@@ -96,6 +96,26 @@ def test_a_damaged_file_is_named(checkpoint: Path, file: str, damage: Callable[[
         return  # may be white space
     said = refused(checkpoint, resume, inspect) if unread_by_evaluation else refused(checkpoint)
     assert all(file in line for line in said)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_processes_that_share_the_reading_read_every_file_once(checkpoint: Path, processes: int) -> None:
+    shares = [(process, processes) for process in range(processes)]
+    finders = {}
+    for file in set(FILES) - {CONFIG}:  # which every process parses
+        before = (checkpoint / file).read_bytes()
+        flip_a_bit(checkpoint / file)
+        finders[file] = []
+        for share in shares:
+            try:
+                verify_checkpoint(checkpoint, purpose="resume", share=share)
+            except ArtefactError:
+                finders[file].append(share)
+        (checkpoint / file).write_bytes(before)
+        assert len(finders[file]) == 1, file
+    for share in shares:
+        verify_checkpoint(checkpoint, purpose="resume", share=share)
+    assert len({finders[WEIGHTS][0], finders[OPTIMIZER][0]}) == min(processes, 2)  # the two large files
 
 
 @pytest.mark.parametrize("file", [MANIFEST, CONFIG, "tokenizer.json", PROGRESS, WEIGHTS, OPTIMIZER])

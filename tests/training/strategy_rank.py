@@ -6,6 +6,7 @@ from pathlib import Path
 
 from inl_core.inference.checkpoint_files import list_checkpoints
 from inl_core.recipe.load import load_recipe
+from inl_core.training.checkpoint import newest_valid
 from inl_core.training.distributed import World, start_world
 from inl_core.training.observer import Observer
 from inl_core.training.run import RunFiles
@@ -25,8 +26,8 @@ def train(path: Path, world: World) -> None:
     run = RunFiles(path.with_suffix(""), recipe, data.tokenizer, data.directory)
     trainer = Trainer(empty_model(recipe, data.tokenizer), data, run, world, Observer())
     world.on_main(trainer.run.create)
-    if saved := world.on_main(lambda: list_checkpoints(run.checkpoints)):
-        trainer.resume(saved[-1])
+    if world.on_main(lambda: list_checkpoints(run.checkpoints)):
+        trainer.resume(newest_valid(run.checkpoints, lambda text: None, world))
     if str(world.rank) == os.environ.get("FULL_RANK"):
         before_each_step(trainer, lambda step, stop: limit_files(20_000 if step in (4, 5) else None))
     trainer.fit()
