@@ -316,6 +316,16 @@ def test_sources_are_taken_as_often_as_their_weights_say(tmp_path: Path) -> None
     assert default_directory(chosen) != default_directory(chosen.model_copy(update={"weights": ()}))
 
 
+def test_a_document_that_its_weight_leaves_out_is_taken_from_another_source(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"row {i}"} for i in range(50)])
+    chosen = settings(tmp_path / "first.jsonl", tmp_path / "second.jsonl", weights=(0.5, 1.0))
+    manifest = prepare(chosen, tmp_path / "out")
+    found = [text for split in SPLITS for text in texts_of(tmp_path / "out", split)]
+    assert sorted(found) == sorted(f"row {i}" for i in range(50))
+    assert 0 < manifest.duplicates < 50  # of those that the first source gave
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match="weights has 2 numbers for 1 sources; give one for each"):

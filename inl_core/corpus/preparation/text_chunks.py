@@ -101,9 +101,12 @@ class _OpenChunk:
         side by side.
         """
         hashes = np.array(self.hashes, dtype=np.uint64)
-        new = seen.add(hashes)
+        times = times_taken(hashes, np.array(self.weights, dtype=np.float64))
+        # A document that its source's weight leaves out is not seen: a restart, which reads the chunks, knows none.
+        wanted = np.flatnonzero(times)
+        new = seen.add(hashes[wanted])
         self.info.num_duplicates = int(len(new) - new.sum())
-        times = np.where(new, times_taken(hashes, np.array(self.weights, dtype=np.float64)), 0)
+        times[wanted[~new]] = 0
         taken = np.concatenate([np.flatnonzero(times > turn) for turn in range(max(1, times.max(initial=0)))])
         documents = [self.documents[index] for index in taken.tolist()]
         return HashedDocuments(documents, hashes[taken], np.array(self.num_bytes, dtype=np.int32)[taken])
