@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from inl_cli.app import app
 from inl_core.analysis.report.build import compare_runs, report_runs
 from inl_core.analysis.report.history import MOST_RECORDS
-from inl_core.analysis.report.page import to_page
+from inl_core.analysis.report.page import LIBRARIES, to_page
 from inl_core.analysis.report.parts import Finding, Part, Report, Section
 from inl_core.analysis.report.tasks import results_path
 from inl_core.errors import ArtefactError, RecipeError
@@ -152,6 +152,13 @@ def test_a_page_is_small_and_names_nothing_to_load(runs: list[Path]) -> None:
     outside = re.sub(r"(<script[^>]*>).*?(</script>)", r"\1\2", page, flags=re.DOTALL)
     assert not re.search(r"""\ssrc=|href="(?!#)""", outside)
     assert "default-src 'none'" in page
+
+
+def test_the_libraries_of_a_page_are_those_whose_licences_lie_beside_them() -> None:
+    licences = (Path(to_page.__code__.co_filename).parent / "assets" / "LICENSES.txt").read_text(encoding="utf-8")
+    assert all(f"\n{name} {version} (" in licences for name, version in LIBRARIES.items())
+    commands = Path(__file__).parents[2].joinpath("docs", "commands.md").read_text(encoding="utf-8")
+    assert all(version in commands for version in LIBRARIES.values())
 
 
 def test_text_of_a_report_is_never_taken_for_markup() -> None:

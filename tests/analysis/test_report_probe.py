@@ -157,7 +157,9 @@ def test_a_plain_transformer_has_losses_and_no_shares(workplace: Path) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("preset", ["v5", "v4", "v3", "transformer"])
+@pytest.mark.parametrize(
+    "preset", ["v5", "v4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v3", "transformer"))]
+)
 def test_a_run_with_a_checkpoint_is_examined_and_drawn(
     workplace: Path, tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +182,7 @@ def test_a_run_with_a_checkpoint_is_examined_and_drawn(
 
 
 @needs_chromium
-@pytest.mark.parametrize("preset", ["v5", "v4"])
+@pytest.mark.parametrize("preset", ["v5", pytest.param("v4", marks=pytest.mark.slow)])
 def test_the_page_of_the_parameters_is_drawn(
     workplace: Path, tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
