@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_checkpoint
 from inl_cli.loading import check_source, open_model, open_source
 from inl_cli.options import (
     CheckpointArgument,
@@ -79,6 +80,7 @@ def evaluate(
     """Score text: loss, perplexity, bits per byte, accuracy, iterations; or, with --tasks, benchmarks of lm-eval."""
     console = Console(json=json, quiet=quiet)
     check_source(data, text)
+    check_checkpoint(checkpoint)
     names = _task_names(
         tasks, others=(data, text, window, stride, max_tokens), settings=(task_path, num_fewshot, limit)
     )

@@ -8,6 +8,7 @@ import typer
 
 from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.early import check_file
 from inl_cli.options import JsonOption, QuietOption, path_argument
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def watch(
 
     inl watch runs/tiny
     """
+    check_file(run, f"no such run; `inl train RECIPE --run-dir {run}` would start it")
     from inl_cli.watch_view import lines_of
     from inl_core.analysis.watching import RunWatcher
 

@@ -14,6 +14,8 @@ CASES = (
     ("resume nope", 4, "nope: not a run"),
     ("watch nope", 4, "nope: no such run"),
     ("eval nope", 4, "nope: no such run or checkpoint"),
+    ("eval nope --tasks any", 4, "nope: no such run or checkpoint"),
+    ("chat nope", 4, "nope: no such run or checkpoint"),
     ("eval . --text nope", 2, "nope: no such file or directory"),
     ("eval . --data nope", 4, "nope: no data set here"),
     ("generate nope", 4, "nope: no such run or checkpoint"),
