@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 RunsArgument = Annotated[
     list[Path], path_argument("RUN...", "One or several runs, e.g. runs/tiny runs/tiny-v4.", complete_run)
 ]
+CsvOption = Annotated[
+    Path | None, path_option("--csv", help="Also write every table to this directory, each as a CSV file.")
+]
 _LONGEST_TABLE = 24
 
 
@@ -33,6 +36,7 @@ def report(
         int, typer.Option("--max-tokens", "--tokens", min=1, help="Measure each checkpoint on the first N tokens.")
     ] = 8192,
     device: DeviceOption = "auto",
+    csv: CsvOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -60,13 +64,14 @@ def report(
             return examine(run.name, loaded, source, max_tokens=max_tokens, progress=progress.update)
 
     found = report_runs(runs, examine_run=examine_run)
-    _hand_over(console, found, output or runs[0] / "reports" / "report.html")
+    _hand_over(console, found, output or runs[0] / "reports" / "report.html", csv)
 
 
 @errors_to_exit_codes
 def compare(
     runs: RunsArgument,
     output: Annotated[Path | None, path_option("--output", "-o", help="Also write it to this HTML file.")] = None,
+    csv: CsvOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -81,11 +86,14 @@ def compare(
     check_runs(runs)
     from inl_core.analysis.report.build import compare_runs
 
-    _hand_over(console, compare_runs(runs), output)
+    _hand_over(console, compare_runs(runs), output, csv)
 
 
-def _hand_over(console: Console, found: "Report", output: Path | None) -> None:
-    """Write the page, if one is wanted, and show the same numbers."""
+def _hand_over(console: Console, found: "Report", output: Path | None, csv: Path | None) -> None:
+    """Write the page and the tables that are wanted, and show the same numbers."""
+    if csv:
+        _write_tables(found, csv)
+        console.info(f"{len(found.parts)} tables written to {csv}")
     if output:
         from inl_core.analysis.report.page import write_page
 
@@ -94,6 +102,16 @@ def _hand_over(console: Console, found: "Report", output: Path | None) -> None:
     console.result(data, lambda: _show(console, found))
     if output:
         console.info(f"written to {output}")
+
+
+def _write_tables(found: "Report", directory: Path) -> None:
+    """KEY.csv for each part, without what a file's name cannot hold."""
+    import pandas as pd
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for part in found.parts:
+        name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in part.key)
+        pd.DataFrame(part.rows, columns=list(part.columns)).to_csv(directory / f"{name}.csv", index=False)
 
 
 def _show(console: Console, found: "Report") -> None:

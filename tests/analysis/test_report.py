@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -174,6 +175,16 @@ def test_the_terminal_shows_the_findings_and_the_short_tables(runs: list[Path]) 
     assert result.exit_code == 0, result.stderr
     assert "- At equal tokens (384) a is ahead" in result.stdout
     assert "What the recipes differ in" in result.stdout
+
+
+def test_every_table_is_a_csv_file_too(runs: list[Path], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["compare", *map(str, runs), "--csv", str(tmp_path / "tables")])
+    assert result.exit_code == 0, result.stderr
+    parts = compare_runs(runs).parts
+    assert {path.stem for path in (tmp_path / "tables").iterdir()} == {part.key for part in parts}
+    table = pd.read_csv(tmp_path / "tables" / "validation.csv")
+    wanted = records(compare_runs(runs), "validation")
+    assert table["validation_bits_per_byte"].tolist() == [row["validation_bits_per_byte"] for row in wanted]
 
 
 def test_a_comparison_needs_two_runs(runs: list[Path]) -> None:
