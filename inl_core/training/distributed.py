@@ -1,8 +1,9 @@
 """The processes of a run: one is world size 1, torchrun or srun give more, and the code above sees no difference.
 
 - Gloo on CPUs, NCCL on GPUs. What the processes do with one model is in parallel.py.
-- The default group carries tensors of a step, and its timeout finds a rank that hangs. What ranks tell each other
-  besides goes over a group of its own, in which a rank may wait as long as another prepares data or saves.
+- The default group carries tensors of a step, and a second one what the hosts tell each other in every step. Both have
+  a timeout, which finds a rank that hangs or whose machine was lost. Everything else goes over a third group, in which
+  a rank may wait as long as another prepares data or saves.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from inl_core.launcher import Place, read_place
 
 Result = TypeVar("Result")
 
+STEP_WAIT = timedelta(minutes=10)
+"""For another rank in the middle of a step; it is NCCL's own."""
 LONGEST_WAIT = timedelta(days=7)
 """For what one rank does while the others wait: preparing data, saving, reading a checkpoint back."""
 
@@ -33,6 +36,8 @@ class World:
     device: torch.device
     control: Any = None
     """The gloo group of messages between hosts, which no GPU is waited for in; None where this process is alone."""
+    steps: Any = None
+    """The gloo group of what the hosts exchange in every step, in which nobody is waited for longer than STEP_WAIT."""
 
     @property
     def is_main(self) -> bool:
@@ -46,11 +51,16 @@ class World:
         return values
 
     def sum_numbers(self, *values: float) -> list[float]:
-        """Sums over ranks of numbers that the hosts know, so that no GPU is waited for."""
+        """Sums over ranks of numbers that the hosts know, so that no GPU is waited for.
+
+        Raises:
+            ConnectionError: another rank is gone, or has not come here within STEP_WAIT.
+        """
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
+        with _peers():
+            dist.all_reduce(total, group=self.steps or self.control)
         return total.tolist()
 
     def on_each(self, work: Callable[[], Result]) -> list[Result]:
@@ -73,7 +83,8 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        with _peers():
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -81,7 +92,8 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=self.control, device=torch.device("cpu"))
+        with _peers():
+            dist.broadcast_object_list(box, group=self.control, device=torch.device("cpu"))
         if not self.is_main and isinstance(box[0], InlError):
             box[0].is_shared = True
         return box[0]
@@ -98,6 +110,16 @@ class World:
         if isinstance(found, Exception):
             raise found
         return found
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """In this context gloo's error for a rank that is gone, or silent for too long, is a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"another process of this run is gone, or does not answer: {reason}") from error
 
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -128,13 +150,16 @@ def start_world(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     control: Any = None
+    steps: Any = None
     if size > 1:
         _meet(chosen, place)
         control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+        steps = dist.new_group(backend="gloo", timeout=STEP_WAIT)
     try:
-        yield World(rank, size, chosen, control)
+        yield World(rank, size, chosen, control, steps)
         if size > 1:
-            dist.barrier(group=control)  # nobody takes the group down while another rank still uses it
+            with _peers():
+                dist.barrier(group=control)  # nobody takes the group down while another rank still uses it
     finally:
         if size > 1:
             dist.destroy_process_group()

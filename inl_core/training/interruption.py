@@ -34,7 +34,8 @@ _LAUNCHED = "TORCHELASTIC_RUN_ID"
 _PATIENCE = 10.0
 """Seconds that the work outside the training loop is given to be interrupted; a long call into a library cannot be."""
 _ORPHAN_PATIENCE = 60.0
-"""Seconds that a worker without its launcher is given to save; it may be waiting for another worker that is gone."""
+"""Seconds that a worker without its launcher is given until it saves, and after that; it may be waiting for another
+worker that is gone. How long a save itself takes does not count."""
 
 
 class StopSignal:
@@ -56,6 +57,8 @@ class StopSignal:
         """When the run must have saved, where somebody has said so."""
         self.leave_word: Callable[[], None] | None = None
         """Is called before the process is ended because it was busy for too long outside of the loop."""
+        self.is_saving: Callable[[], bool] = lambda: False
+        """Whether the state is being saved just now."""
         self._end = end
         self._defers = self._is_second = False
         self._first = 0.0
@@ -143,6 +146,8 @@ class StopSignal:
                     first = first or now
                     if self._end and is_second and signal.Signals(number).name != _REPEATED:
                         self._end(128 + number)
+            if orphaned and self.is_saving():
+                orphaned = now
             is_busy = first and not self._defers and now - first > _PATIENCE
             if self._end and (is_busy or (orphaned and now - orphaned > _ORPHAN_PATIENCE)):
                 self._end_unsaved(self._end)

@@ -81,6 +81,11 @@ class Saver:
         the one before; of what this process saved rank 0 alone knows it."""
         self._pending: _Pending | None = None
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save has begun and is not known to be over, on this rank."""
+        return self._pending is not None
+
     def try_before_first_step(self, state: TrainState) -> None:
         """Save, read back, compare and time a real checkpoint, then remove it; better now than after a night.
 

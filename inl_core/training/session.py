@@ -329,7 +329,8 @@ def _claim_directory(
 def _leaves_word(directory: Path, stop: StopSignal) -> Iterator[None]:
     """Leave word of what ends this session: an error, or, outside of the training loop, a signal that `stop` heard.
 
-    In the loop the trainer does the latter, once it has saved.
+    In the loop the trainer does the latter, once it has saved. Where another process is gone, this one leaves no word:
+    the other has left its own, or was killed.
     """
 
     def leave_word() -> None:
@@ -345,7 +346,9 @@ def _leaves_word(directory: Path, stop: StopSignal) -> Iterator[None]:
             leave_word()
         raise
     except (InlError, OSError) as error:
-        if not isinstance(error, Interrupted) and holds_run(directory):  # of a refused start nothing is left
+        if not isinstance(error, Interrupted | ConnectionError) and holds_run(
+            directory
+        ):  # of a refused start nothing is left
             with suppress(OSError):
                 write_failed(directory, error)
         raise

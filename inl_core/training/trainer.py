@@ -38,7 +38,7 @@ from inl_core.training.run_status import PREEMPTED, write_preempted
 from inl_core.training.saving import Saver
 from inl_core.training.schedules import is_due
 from inl_core.training.step import Stepper
-from inl_core.training.time_limit import TimeLimit, find_limit
+from inl_core.training.time_limit import find_limit
 from inl_core.training.validation import Validation
 
 
@@ -106,11 +106,11 @@ class Trainer:
                 return self.fit(stop)
         if self.world.is_main:
             stop.limit = find_limit(self.settings.max_hours, stop.started)
+        stop.is_saving = lambda: self.saver.is_saving
         try:
             with self.log, closing(self.saver):
                 self._begin()
-                if stop.limit is not None:
-                    self._check_time(stop.limit)
+                self._check_time(stop)
                 with stop.deferred(), closing(self.stepper):
                     evaluation = self._train(stop)
         except NonFiniteError as error:
@@ -136,10 +136,15 @@ class Trainer:
         tokens = self.validation.sequence_length * self.validation.batch_size
         self.parallel.run(lambda model: self.validation.score(model, tokens))
 
-    def _check_time(self, limit: TimeLimit) -> None:
-        """Warn of a time limit that leaves no time for training, since a job queue would start the run for ever."""
+    def _check_time(self, stop: StopSignal) -> None:
+        """See that every session gets further: one that has steps to take takes one, another its final evaluation."""
+        if self.state.step == self.settings.num_steps:
+            stop.limit = None
+        if stop.limit is None:
+            return
+        limit = stop.limit
         limit.needed = self._seconds_to_leave()
-        if self.state.step < self.settings.num_steps and limit.is_near():
+        if limit.is_near():
             self.observer.on_warning(
                 f"{limit.name}: all of the time goes into starting and saving, so only one step is taken; allow more"
             )

@@ -154,6 +154,15 @@ def test_a_crash_is_repeated_only_while_the_run_gets_further(job: Job) -> None:
     assert sorted(path.name for path in (job.base / "logs/tiny/30001").glob("[0-9]*")) == ["0", "1", "2", "3", "4"]
 
 
+def test_a_job_that_is_stopped_three_times_at_one_step_is_not_queued_again(job: Job) -> None:
+    steps = [0, 0, 6, 6, 6, 9]
+    requeued = []
+    for restarts, step in enumerate(steps):
+        job.run(srun=1, state=75, step=step, restarts=restarts)
+        requeued.append(bool(job.asked("scontrol")))
+    assert requeued == [True, True, True, True, False, True]
+
+
 def test_words_of_an_earlier_attempt_are_gone_before_the_run_starts(job: Job) -> None:
     (job.base / "runs/tiny").mkdir(parents=True)
     for name in ("preempted.json", "failed.json"):

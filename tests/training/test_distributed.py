@@ -185,3 +185,30 @@ def test_on_gpus_the_host_s_messages_go_over_a_group_of_their_own(monkeypatch):
     assert groups[0]["backend"] == "gloo"
     assert groups[0]["timeout"].days >= 1
     assert used == ["control"] * 3
+
+
+SILENT = """
+import sys, threading
+from datetime import timedelta
+from inl_core.training import distributed
+distributed.STEP_WAIT = timedelta(seconds=2)
+with distributed.start_world("cpu") as world:
+    world.on_main(lambda: None)
+    if world.rank:
+        threading.Event().wait(30)  # a rank that hangs in the middle of a step
+        sys.exit()
+    try:
+        world.sum_numbers(1.0)
+    except ConnectionError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(7)
+"""
+
+
+def test_a_rank_that_hangs_in_a_step_is_not_waited_for_longer_than_the_steps_timeout(tmp_path):
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT)
+    outcome = run_torchrun(2, [str(script)], tmp_path)
+    assert outcome.returncode != 0
+    assert "another process of this run is gone, or does not answer" in outcome.stderr
+    assert "exitcode  : 7" in outcome.stderr.replace("exitcode: 7", "exitcode  : 7")

@@ -152,3 +152,30 @@ def test_a_worker_without_its_launcher_is_asked_to_leave():
     process.kill()
     said, _ = process.communicate(timeout=50)  # ends when the worker has closed its output too
     assert "Interrupted: stopped by SIGTERM" in said
+
+
+ORPHAN = """
+import os, sys, threading, time
+os.environ["TORCHELASTIC_RUN_ID"] = "x"
+from inl_core.training import interruption
+from inl_core.training.interruption import StopSignal
+interruption._ORPHAN_PATIENCE = 0.5
+parent, gone = os.getppid(), threading.Event()
+interruption.os.getppid = lambda: 1 if gone.is_set() else parent
+with StopSignal(os._exit) as stop, stop.deferred():
+    saving = {saving}
+    stop.is_saving = lambda: saving
+    gone.set()
+    time.sleep(4)  # a save that takes longer than the patience
+    print("saved", flush=True)
+    saving = False
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(("saving", "said"), [(True, "saved\n"), (False, "")])
+def test_a_worker_without_its_launcher_may_save_for_as_long_as_it_takes(saving, said):
+    outcome = subprocess.run(
+        [sys.executable, "-c", ORPHAN.format(saving=saving)], capture_output=True, text=True, timeout=60
+    )
+    assert (outcome.returncode, outcome.stdout) == (75, said), outcome.stderr
