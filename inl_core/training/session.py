@@ -346,9 +346,8 @@ def _leaves_word(directory: Path, stop: StopSignal) -> Iterator[None]:
             leave_word()
         raise
     except (InlError, OSError) as error:
-        if not isinstance(error, Interrupted | ConnectionError) and holds_run(
-            directory
-        ):  # of a refused start nothing is left
+        is_told = isinstance(error, Interrupted | ConnectionError)
+        if not is_told and holds_run(directory):  # of a refused start nothing is left
             with suppress(OSError):
                 write_failed(directory, error)
         raise
