@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inl_core.errors import ArtefactError
+from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import expand_home, is_directory
 from inl_core.launcher import place_or_alone
 
@@ -42,7 +42,11 @@ def check_text(source: str | None) -> None:
     from inl_core.corpus.reading.paths import local_path, refuse_missing
 
     if source is not None and source != "-" and not source.startswith("builtin:"):
-        refuse_missing(local_path(source))
+        try:
+            path = local_path(source)
+        except RecipeError:
+            return  # no path at all: who reads it says so, and in which option
+        refuse_missing(path)
 
 
 def check_data(directory: Path | None) -> None:
