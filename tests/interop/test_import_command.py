@@ -70,6 +70,42 @@ def test_json_accounts_for_every_tensor(tmp_path: Path, file: Path) -> None:
     assert len(data["warnings"]) == result.stderr.count("warning: ")
 
 
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_run_begins_with_imported_weights(
+    tmp_path: Path, file: Path, tokenizer_file: Path, has_tokenizer: bool
+) -> None:
+    output = tmp_path / "imported"
+    given = ("--tokenizer", tokenizer_file) if has_tokenizer else ()
+    assert inl("import-reference", file, "--output", output, "--iterations", 2, *given).exit_code == 0
+    config = json.loads((output / "config.json").read_text())
+    rows = "".join(json.dumps({"text": f"{number} {TEXT}"}) + "\n" for number in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    tokenizer = output / "tokenizer.json" if has_tokenizer else tokenizer_file
+    recipe = {
+        "name": "onward",
+        "model": config["model"] | {"init_from": str(output), "vocab_size": None},
+        "data": {
+            "sources": [str(tmp_path / "rows.jsonl")],
+            "directory": str(tmp_path / "data"),
+            "tokenizer": {"file": str(tokenizer)},
+        },
+        "training": {"steps": 1, "sequence_length": 32, "batch_tokens": 64, "evaluation": {"final_tokens": 64}},
+    }
+    (tmp_path / "onward.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    outcome = inl("train", tmp_path / "onward.yaml", "--run-dir", tmp_path / "run")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert ("has no tokenizer, so nothing can tell" in outcome.stderr) != has_tokenizer
+    made = json.loads((tmp_path / "run/checkpoints/step-00000001/config.json").read_text())
+    assert [event["event"] for event in made["provenance"]] == ["import", "init", "train"]
+    recipe["data"] |= {"directory": str(tmp_path / "other"), "tokenizer": {"vocab_size": 280}}
+    (tmp_path / "onward.yaml").write_text(json.dumps(recipe))
+    refused = inl("train", tmp_path / "onward.yaml", "--run-dir", tmp_path / "refused")
+    assert refused.exit_code == 4
+    assert (
+        f"set data.tokenizer.file to {tokenizer if has_tokenizer else 'the tokenizer it was trained'}" in refused.stderr
+    )
+
+
 def test_without_a_tokenizer_the_checkpoint_can_be_inspected_and_says_what_it_lacks(tmp_path: Path, file: Path) -> None:
     output = tmp_path / "out"
     assert inl("import-reference", file, "--output", output, "--iterations", 2).exit_code == 0
