@@ -29,6 +29,7 @@ from inl_cli.commands import (
     run_status,
     serve,
     slurm,
+    sweep,
     train,
     watch,
 )
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.command("prepare-data")(data.prepare_data)
 app.command("train")(train.train)
 app.command("resume")(train.resume)
+app.command("sweep", cls=sweep.SeveralSeeds)(sweep.sweep)
 app.command("run-status")(run_status.run_status)
 app.command("watch")(watch.watch)
 app.command("eval")(evaluate.evaluate)

@@ -1,4 +1,4 @@
-"""The job scripts for Slurm that `inl slurm` prints: checked against the recipe, and written by a template.
+"""The job scripts for Slurm of `inl slurm` and `inl sweep`: checked against the recipe, and written by a template.
 
 The templates are in templates/. What the user gave is quoted for the shell, but for lines of setup and options of
 sbatch, which are put in as they are.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from inl_core.analysis.sweep import PlannedRun
 from inl_core.errors import RecipeError
 from inl_core.recipe import DataSettings, Recipe
 
@@ -70,6 +71,33 @@ def train_script(
     Raises:
         RecipeError: the recipe cannot be trained by so many processes, or a value cannot be used.
     """
+    words = [*command, "--run-dir", str(run), "--resume-or-start"]
+    options = [*_training_options(job, processes, recipe), "--output=%x-%j.out"]
+    values = {field.name: getattr(processes, field.name) for field in fields(processes)}
+    return _script("train", job, recipe.name, options, **values, run=run, logs=logs, command=shlex.join(words))
+
+
+def sweep_script(job: Job, processes: Processes, runs: Sequence[tuple[PlannedRun, Sequence[str]]]) -> str:
+    """The script of an array of jobs, each of which trains one run of a sweep as the script of `train_script` does.
+
+    Args:
+        processes: of each run.
+        runs: each with what `inl` is given to train it or to go on with it.
+
+    Raises:
+        RecipeError: a recipe cannot be trained by so many processes, or a value cannot be used.
+    """
+    of_runs = [_training_options(job, processes, run.recipe) for run, _ in runs]  # checks each; they are all alike
+    options = [*of_runs[0], f"--array=1-{len(runs)}", "--output=%x-%A-%a.out"]
+    name = f"sweep-{runs[0][0].recipe.name}"
+    values = {field.name: getattr(processes, field.name) for field in fields(processes)}
+    commands = [(run.path, shlex.join(words)) for run, words in runs]
+    # The template calls `inl` with the words that `set --` has put there.
+    return _script("sweep", job, name, options, **values, runs=commands, logs=Path("logs", name), command='"$@"')
+
+
+def _training_options(job: Job, processes: Processes, recipe: Recipe) -> list[str]:
+    """The options of sbatch for a job that trains; RecipeError where so many processes cannot train the recipe."""
     size = processes.nodes * processes.per_node
     try:
         recipe.training.micro_batch(size)
@@ -77,7 +105,7 @@ def train_script(
         raise RecipeError(f"training.batch_tokens: {error}; change the recipe, the nodes or what each has") from None
     _check_lead(job, processes.lead)
     is_direct = processes.launcher == "srun"
-    options = [
+    return [
         f"--nodes={processes.nodes}",
         f"--ntasks-per-node={processes.per_node if is_direct else 1}",
         f"--cpus-per-task={processes.cpus * (1 if is_direct else processes.per_node)}",
@@ -85,12 +113,8 @@ def train_script(
         # Slurm sends this signal to the processes that srun started, and not to the script, which waits for them.
         f"--signal=TERM@{processes.lead}",
         "--requeue",
-        "--output=%x-%j.out",
         "--open-mode=append",
     ]
-    values = {field.name: getattr(processes, field.name) for field in fields(processes)}
-    words = [*command, "--run-dir", str(run), "--resume-or-start"]
-    return _script("train", job, recipe.name, options, **values, run=run, logs=logs, command=shlex.join(words))
 
 
 def prepare_script(job: Job, recipe: Recipe, *, parts: int, cpus: int, lead: int) -> str:

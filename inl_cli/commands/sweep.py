@@ -1,0 +1,229 @@
+"""`inl sweep`: a recipe with every combination of some values and seeds, one run after another, and a table of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from inl_cli.commands.slurm import AccountOption, PartitionOption, SbatchOption, SetupOption
+from inl_cli.console import Console, errors_to_exit_codes
+from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, check_page, path_option
+from inl_core.errors import InlError, RecipeError
+
+if TYPE_CHECKING:
+    from inl_core.analysis.sweep import PlannedRun
+    from inl_core.training.run_status import RunStatus
+
+    Found = list[tuple[PlannedRun, RunStatus]]
+
+
+class SeveralSeeds(TyperCommand):
+    """Accepts `--seeds 0 1 2`, where Typer alone would want the option's name before each number."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Put the option's name before each further number."""
+        given: list[str] = []
+        is_list = False
+        for place, word in enumerate(args):
+            is_number = word.isascii() and word.isdecimal()
+            if is_list and is_number and args[place - 1] != "--seeds":
+                given.append("--seeds")
+            is_list = word == "--seeds" or (is_list and is_number)
+            given.append(word)
+        return super().parse_args(ctx, given)
+
+
+@errors_to_exit_codes
+def sweep(
+    recipe: RecipeArgument,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option("--grid", metavar="KEY=VALUE,...", help="Values of a recipe's key; may be repeated."),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seeds", metavar="N ...", min=0, help="Train each point with these seeds.")
+    ] = None,
+    overrides: SetOption = None,
+    runs_dir: Annotated[
+        Path | None, path_option("--runs-dir", help="Where the runs go; default runs/NAME-sweep.")
+    ] = None,
+    output: Annotated[
+        Path | None, path_option("--output", "-o", help="Also write the runs' `inl compare` to this HTML file.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how they stand; train none.")] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Print a job script that trains them as a Slurm array; train none here.")
+    ] = False,
+    time: Annotated[
+        str | None, typer.Option("--time", metavar="TIME", help="With --slurm: the time limit of each job.")
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option("--gpus", metavar="N", min=0, max=1000, help="With --slurm: GPUs of each run, on one node.")
+    ] = 1,
+    cpus: Annotated[
+        int, typer.Option("--cpus", metavar="N", min=1, max=10_000, help="With --slurm: processors of each process.")
+    ] = 8,
+    partition: PartitionOption = None,
+    account: AccountOption = None,
+    sbatch: SbatchOption = None,
+    setup: SetupOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a recipe with every combination of some values and seeds, and show which is best.
+
+    inl sweep tiny --grid training.optimizer.learning_rate=1e-3,3e-3 --seeds 0 1 2
+
+    The same command goes on after a stop: runs that are done are skipped.
+    """
+    from inl_core.analysis.sweep import plan_runs
+
+    console = Console(json=json, quiet=quiet)
+    _check_options(
+        grid, seeds, output, slurm=slurm, dry_run=dry_run, of_slurm=(time, partition, account, sbatch, setup)
+    )
+    runs = plan_runs(recipe, grid or (), seeds or (), overrides or (), runs_dir)
+    if slurm:
+        from inl_cli.job_scripts import Job, Processes, sweep_script
+
+        job = Job(time or "", partition, account, sbatch or (), setup or ())
+        script = sweep_script(job, Processes(1, gpus, max(gpus, 1), cpus, "srun", 300, None), _commands(recipe, runs))
+        return console.result({"script": script}, lambda: console.write(script))
+    if dry_run:
+        return _list(console, runs)
+    failed = _train(console, recipe, runs)
+    _hand_over(console, _read(runs), output)
+    if failed:
+        raise InlError(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command tries them again"
+        )
+
+
+def _check_options(
+    grid: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    output: Path | None,
+    *,
+    slurm: bool,
+    dry_run: bool,
+    of_slurm: tuple[Any, ...],
+) -> None:
+    if not grid and not seeds:
+        raise RecipeError("inl sweep: nothing to sweep; give --grid KEY=VALUE,VALUE or --seeds 0 1 2")
+    if slurm and of_slurm[0] is None:
+        raise RecipeError("--slurm: needs --time, the time limit of each job, as 4:00:00")
+    if not slurm and any(of_slurm):
+        raise RecipeError("--time, --partition, --account, --sbatch and --setup: are for --slurm")
+    if output and (slurm or dry_run):
+        raise RecipeError("--output: is written when the runs are done; leave out --slurm and --dry-run")
+    check_page(output)
+
+
+def _commands(recipe: Path, runs: "Sequence[PlannedRun]") -> "list[tuple[PlannedRun, list[str]]]":
+    """What `inl` is given to train each run, or to go on with it."""
+    return [
+        (
+            run,
+            [
+                *("train", str(recipe)),
+                *(word for given in run.overrides for word in ("--set", given)),
+                *("--run-dir", str(run.path), "--resume-or-start"),
+            ],
+        )
+        for run in runs
+    ]
+
+
+def _read(runs: "Sequence[PlannedRun]") -> "Found":
+    from inl_core.analysis.sweep import read_run
+
+    return [(run, read_run(run)) for run in runs]
+
+
+def _train(console: Console, recipe: Path, runs: "Sequence[PlannedRun]") -> list[str]:
+    """Train what is not done, once all directories are checked; the names of the runs that failed."""
+    from inl_cli.sweep_runs import Sessions
+
+    sessions, failed = Sessions(), []
+    done = {run.path for run, status in _read(runs) if status.state == "done"}
+    with sessions.listening():
+        for number, (run, command) in enumerate(_commands(recipe, runs), 1):
+            what = f"run {number} of {len(runs)}, {run.path}"
+            if run.path in done:
+                console.info(f"{what}: done already")
+                continue
+            console.info(what)
+            code = sessions.train([*command, *(["--quiet"] if console.quiet else [])])
+            if code:
+                console.warn(f"{run.path}: failed (exit code {code})")
+                failed.append(run.path.name)
+    return failed
+
+
+def _list(console: Console, runs: "Sequence[PlannedRun]") -> None:
+    found = _read(runs)
+    data = {"runs": [_run_data(*one) for one in found]}
+    rows = [(str(run.path), status.state, status.step, _loss(status)) for run, status in found]
+    console.result(data, lambda: console.table(f"{len(runs)} runs", ("run", "state", "step", "loss"), rows))
+
+
+def _run_data(run: "PlannedRun", status: "RunStatus") -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "values": run.values,
+        "seed": run.seed,
+        "state": status.state,
+        "step": status.step,
+        "evaluation": status.ending.evaluation if status.ending else None,
+    }
+
+
+def _loss(status: "RunStatus") -> float | None:
+    return (status.ending.evaluation or {}).get("loss") if status.ending else None
+
+
+def _hand_over(console: Console, found: "Found", output: Path | None) -> None:
+    """The table, and the page of the runs that are done."""
+    from inl_core.analysis.sweep import deviation_of, mean_of, summarise
+
+    done = [run.path for run, status in found if status.state == "done"]
+    if output and len(done) > 1:
+        from inl_core.analysis.report.build import compare_runs
+        from inl_core.analysis.report.page import write_page
+
+        write_page(compare_runs(done), output)
+        console.info(f"written to {output}")
+    elif output:
+        console.warn(f"{output}: not written, as a comparison needs two runs that are done")
+    rows = [
+        {
+            "values": point.values,
+            "runs": point.runs,
+            "done": len(point.losses),
+            "loss": mean_of(point.losses),
+            "loss_deviation": deviation_of(point.losses),
+            "bits_per_byte": mean_of(point.bits_per_byte),
+            "bits_per_byte_deviation": deviation_of(point.bits_per_byte),
+            "best": point.is_best,
+        }
+        for point in summarise(found)
+    ]
+    data = {"points": rows, "runs": [_run_data(*one) for one in found]}
+    console.result(data, lambda: _show(console, rows))
+
+
+def _show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    keys = list(rows[0]["values"])
+    columns = (*keys, "done", "loss", "s.d.", "bits per byte", "s.d.", "")
+    cells = [
+        (
+            *(str(row["values"][key]) for key in keys),
+            f"{row['done']} of {row['runs']}",
+            *(row[name] for name in ("loss", "loss_deviation", "bits_per_byte", "bits_per_byte_deviation")),
+            "best" if row["best"] else "",
+        )
+        for row in rows
+    ]
+    console.table("mean and standard deviation over the seeds", columns, cells)
