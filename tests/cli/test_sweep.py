@@ -204,7 +204,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_training(tmp_path: Path)
     process = sweep(tmp_path, "--grid", f"{RATE}=1e30,1e-3")
     printed, told = process.communicate()
     assert process.returncode == 1, told
-    assert told.splitlines()[-1].startswith("1 of 2 runs failed: learning_rate=1e-30_seed=0")
+    assert told.splitlines()[-1].startswith("1 of 2 runs failed: learning_rate=1e+30_seed=0")
     points = json.loads(printed)["points"]
     assert [point["done"] for point in points] == [0, 1]
     assert [point["loss"] is None for point in points] == [True, False]
