@@ -68,7 +68,7 @@ def train(
         tell_of_shipped(console, recipe)
         if not resume_or_start:
             check_training(given, branch_from)
-        result = _find_ending(console, given, run_dir, allowed) if resume_or_start and run_dir else None
+        result = _find_ending(console, given, run_dir, allowed, branch_from) if resume_or_start and run_dir else None
         if result is None:
             if resume_or_start:
                 from inl_core.training.session import Resumption
@@ -120,7 +120,9 @@ def _check_options(run_dir: Path | None, allowed: tuple[str, ...], *, resume_or_
         raise RecipeError("--allow-change: is for a run that is resumed; give --resume-or-start too, or `inl resume`")
 
 
-def _find_ending(console: Console, recipe: "Recipe", run: Path, allowed: tuple[str, ...]) -> dict[str, Any] | None:
+def _find_ending(
+    console: Console, recipe: "Recipe", run: Path, allowed: tuple[str, ...], branch_from: Path | None
+) -> dict[str, Any] | None:
     """The outcome of a run that is done already, found without torch; None where there is something left to do.
 
     Several processes look later, together, since not each of their machines may see the directory.
@@ -138,6 +140,10 @@ def _find_ending(console: Console, recipe: "Recipe", run: Path, allowed: tuple[s
     for change in changes:
         console.info(f"{change.kind}: {change}")
     check_changes(run, changes, allowed)
+    if branch_from is not None:
+        from inl_core.training.resuming import check_origin
+
+        check_origin(run, status.ending.checkpoint, branch_from, warn=console.warn)
     return _outcome_at_end(console, run, status.ending)
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inl_core.errors import ArtefactError, InlError, RecipeError
-from inl_core.inference.checkpoint_files import checkpoint_step, list_checkpoints
+from inl_core.files import expand_home
+from inl_core.inference.checkpoint_files import (
+    MANIFEST,
+    checkpoint_step,
+    file_digest,
+    is_checkpoint,
+    list_checkpoints,
+    read_config,
+)
 from inl_core.recipe import Recipe
 from inl_core.recipe.differences import (
     Difference,
@@ -123,6 +131,30 @@ def choose_checkpoint(
     checkpoint = newest_valid(parent, lambda text: warn(f"skipped: {text}"), readers)
     readers.on_main(lambda: _check_fits(run, checkpoint, recipe, allowed, warn, must_advance))
     return checkpoint
+
+
+def check_origin(run: Path, checkpoint: Path, branch_from: str | Path, *, warn: Say) -> None:
+    """Refuse to go on with a run that did not begin with the checkpoint, or the run, that `branch_from` names.
+
+    Args:
+        checkpoint: the one that the run goes on from, which knows where it branched off.
+        warn: hears that the run began there, but that what it began with is gone.
+
+    Raises:
+        RecipeError: the run is no branch, or one of another checkpoint.
+    """
+    events = [event for event in read_config(checkpoint).provenance if event.get("event") != "train"]
+    if not events or events[-1].get("event") != "branch":
+        raise RecipeError(f"{run}: is no branch, so it does not go on from {branch_from}; leave out --branch-from")
+    given, origin = expand_home(branch_from), Path(str(events[-1]["checkpoint"]))
+    files = [path / MANIFEST for path in ([given] if is_checkpoint(given) else list_checkpoints(given / "checkpoints"))]
+    if events[-1]["manifest_sha256"] in [file_digest(file) for file in files if file.is_file()]:
+        return
+    if os.path.lexists(origin) or Path(os.path.realpath(given)) not in (origin, origin.parent.parent):
+        raise RecipeError(
+            f"{run}: branched from {origin}, which {given} does not hold; leave out --branch-from, or start a new run"
+        )
+    warn(f"{origin}: is gone, from which {run} branched off; the run goes on without it")
 
 
 def _check_fits(

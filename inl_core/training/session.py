@@ -39,7 +39,7 @@ from inl_core.training.mirrors import check_mirrors
 from inl_core.training.observer import LogObserver, Observer
 from inl_core.training.precision import uses_bf16
 from inl_core.training.records import cut_records
-from inl_core.training.resuming import check_given_recipe, choose_checkpoint
+from inl_core.training.resuming import check_given_recipe, check_origin, choose_checkpoint
 from inl_core.training.run import RunFiles
 from inl_core.training.run_data import Prepare, RunData, open_data, prepare_or_wait
 from inl_core.training.run_status import (
@@ -85,12 +85,14 @@ def open_session(
     Args:
         run_dir: where the run is or goes; None takes runs/NAME, or NAME-2, NAME-3, ... if that is taken.
         resumption: continues the run in `run_dir` instead of starting a new one.
-        branch_from: the checkpoint, or the run, that a new run begins with (branching.py).
+        branch_from: the checkpoint, or the run, that a new run begins with (branching.py), and a
+            resumed one must have begun with.
         observer: hears what happens, on rank 0; by default Python's `logging` does, under the name "inl".
         stop: who listens for signals outside of the training loop, if anybody does.
 
     Raises:
-        RecipeError: the recipe does not fit the number of processes, the machine or the run.
+        RecipeError: the recipe does not fit the number of processes, the machine or the run, or the run did not begin
+            with `branch_from`.
         ArtefactError: the run is damaged or not empty, or another process is at work on it.
     """
     with start_world(recipe.training.device) as world, ExitStack() as held:
@@ -106,6 +108,9 @@ def open_session(
         session.checkpoint = session.choose_checkpoint()
         if session.checkpoint is None:
             session.choose_beginning(branch_from)
+        elif branch_from is not None:
+            begun, warn = session.checkpoint, observer.on_warning
+            world.on_main(lambda: check_origin(directory, begun, branch_from, warn=warn))
         yield session
 
 

@@ -113,3 +113,48 @@ def test_a_branch_that_could_not_save_its_first_checkpoint_starts_again(trunk, i
     assert inl("resume", "branch").exit_code == 4  # it must not begin with other weights
     again = inl("train", recipe, "--branch-from", checkpoint, "--run-dir", "branch")
     assert again.exit_code == 0, again.stderr
+
+
+@pytest.fixture
+def branch(trunk, inl, tmp_path):
+    """The run `branch`, begun with step 4 of `trunk` and done; gives the command again by what it begins with."""
+    _, recipe = trunk
+    command = ("train", recipe, "--run-dir", "branch", "--resume-or-start", "--set", "training.checkpoint.every=2")
+    assert inl(*command, "--branch-from", "trunk").exit_code == 0
+    return lambda origin, *options: inl(*command, "--branch-from", origin, *options)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_branch_that_is_resumed_must_have_begun_with_what_is_named(trunk, branch, inl, tmp_path, is_done):
+    checkpoint, recipe = trunk
+    assert inl("train", recipe, "--run-dir", "other", "--set", "training.seed=9").exit_code == 0
+    last, kept = tmp_path / "branch/checkpoints/step-00000008", tmp_path / "branch/checkpoints/step-00000006"
+    if not is_done:
+        shutil.rmtree(last)
+    for origin in ("other", tmp_path / "other/checkpoints/step-00000004", "nothing", kept):
+        refused = branch(origin)
+        assert refused.exit_code == 2, refused.stderr
+        assert f"branch: branched from {checkpoint}, which {origin} does not hold" in refused.stderr
+    shutil.move(tmp_path / "trunk", tmp_path / "moved")  # known by its checksum
+    again = branch("moved")
+    assert again.exit_code == 0
+    assert "is gone" not in again.stderr
+
+
+def test_a_branch_goes_on_without_its_origin_and_says_that_it_is_gone(trunk, branch, tmp_path):
+    checkpoint, _ = trunk
+    shutil.rmtree(checkpoint)  # as retention does, when the run has gone on
+    for origin in ("trunk", checkpoint):
+        again = branch(origin)
+        assert again.exit_code == 0, again.stderr
+        assert f"{checkpoint}: is gone, from which branch branched off" in again.stderr
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_run_that_is_no_branch_is_not_taken_for_one(trunk, inl, tmp_path, steps):
+    _, recipe = trunk
+    command = ("train", recipe, "--run-dir", "plain", "--set", "training.schedule.name=constant", "--resume-or-start")
+    assert inl(*command, "--set", f"training.steps={steps}").exit_code == 0
+    refused = inl(*command, "--branch-from", "trunk")
+    assert refused.exit_code == 2
+    assert "plain: is no branch, so it does not go on from trunk; leave out --branch-from" in refused.stderr
