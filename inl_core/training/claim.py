@@ -28,6 +28,7 @@ _RETRIES = 1.0
 _HEARTBEAT = 10.0
 _SILENCE = 30.0
 """Seconds without a sign of life after which a holder on another machine counts as gone."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "JOB_ID")
 """Where Slurm, PBS, LSF, Flux and Grid Engine say in the environment which job this is."""
 
@@ -85,7 +86,7 @@ def find_holder(directory: Path) -> str | None:
     who = _read_holder(directory)
     if False in is_free.values():
         return _holder_text(directory)
-    has_ended = is_free.get(OWNER) and who.get("host") == _host()
+    has_ended = is_free.get(OWNER) and _is_here(who)
     with suppress(FileNotFoundError):  # it may end just now
         if who and not has_ended and _age(directory / OWNER) < _SILENCE:
             return _holder_text(directory)
@@ -100,12 +101,13 @@ def _try_claim(directory: Path, say: Callable[[str], None], held: ExitStack) -> 
     held.enter_context(owner)
     before = _read_holder(directory)
     # Whoever has the lock is alone on this machine: the kernel does not give it twice.
-    is_ended = (is_locked and before.get("host") == _host()) or not before
+    is_ended = (is_locked and _is_here(before)) or not before
     if _rank_lives(directory) or not (is_ended or _is_silent(directory, say)):
         return False
     if before:
         say(f"{directory}: {_holder_text(directory)} ended without letting it go; taken over")
-    text = {"host": _host(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+    text = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid()}
+    text["since"] = time.strftime("%Y-%m-%d %H:%M:%S%z")
     text |= {"job": job} if (job := next(filter(None, map(os.environ.get, _JOBS)), None)) else {}
     with suppress(OSError):  # a full disk: the lock holds all the same
         owner.truncate(0)
@@ -183,8 +185,19 @@ def _release(directory: Path) -> None:
         directory.rmdir()
 
 
-def _host() -> str:
-    return socket.gethostname()
+def _boot() -> str:
+    """What Linux calls the running kernel, anew at each start of a machine; empty where that cannot be read.
+
+    A host name tells no machines apart: a job of Kubernetes keeps its own when it is started again on another node.
+    """
+    with suppress(OSError):
+        return _BOOT.read_text("ascii").strip()
+    return ""
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    """Whether a holder runs, or ran, on this machine since it was started; False where that is not known."""
+    return bool(boot := _boot()) and holder.get("boot") == boot
 
 
 def _read_holder(directory: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -26,10 +27,11 @@ def is_free(path):
     return not is_taken(path)
 
 
-def leave(directory, host):
+def leave(directory, host, **more):
     """What a process that was killed leaves."""
     directory.mkdir()
-    (directory / OWNER).write_text(json.dumps({"host": host, "pid": 12, "since": "yesterday", "job": "77"}))
+    holder = {"host": host, "pid": 12, "since": "yesterday", "job": "77"} | more
+    (directory / OWNER).write_text(json.dumps(holder))
 
 
 def test_a_second_owner_is_refused_and_told_who_has_it(tmp_path):
@@ -84,13 +86,37 @@ def test_a_silent_holder_on_another_machine_is_taken_over(tmp_path):
     assert "process 12 on elsewhere (job 77)" in said[-1]
 
 
-def test_a_holder_on_another_machine_that_gives_signs_of_life_is_respected(tmp_path, monkeypatch):
-    leave(tmp_path / "run", "elsewhere")
+@pytest.mark.parametrize(
+    ("host", "more"),
+    [
+        ("elsewhere", {"boot": "8ad50b1c"}),
+        (socket.gethostname(), {"boot": "8ad50b1c"}),  # a pod that was started again on another node
+        (socket.gethostname(), {"boot": ""}),
+        (socket.gethostname(), {}),  # an earlier version left it
+    ],
+)
+def test_a_holder_on_another_machine_that_gives_signs_of_life_is_respected(tmp_path, monkeypatch, host, more):
+    leave(tmp_path / "run", host, **more)
     monkeypatch.setattr(claims, "_SILENCE", 1000.0)
     beats = iter(range(1, 10))
     monkeypatch.setattr(claims.time, "sleep", lambda seconds: os.utime(tmp_path / "run" / OWNER, ns=(0, next(beats))))
-    with pytest.raises(ArtefactError, match="process 12 on elsewhere"), claim(tmp_path / "run", print):
+    with pytest.raises(ArtefactError, match=f"process 12 on {host}"), claim(tmp_path / "run", print):
         pass
+
+
+def test_a_holder_that_ended_on_this_machine_is_not_waited_for_whatever_its_name_was(tmp_path, monkeypatch):
+    leave(tmp_path / "run", "a container", boot=claims._boot())
+    monkeypatch.setattr(claims, "_SILENCE", 1000.0)
+    assert claims.find_holder(tmp_path / "run") is None
+    with claim(tmp_path / "run", print):
+        pass
+
+
+def test_where_the_kernel_has_no_boot_id_every_holder_is_listened_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_BOOT", tmp_path / "none")
+    leave(tmp_path / "run", socket.gethostname(), boot="")
+    monkeypatch.setattr(claims, "_SILENCE", 1000.0)
+    assert "process 12" in (claims.find_holder(tmp_path / "run") or "")
 
 
 def test_where_the_file_system_has_no_locks_the_holders_sign_of_life_decides(tmp_path, monkeypatch):
