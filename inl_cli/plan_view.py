@@ -151,9 +151,10 @@ def _memory_table(plan: "ModelPlan") -> Table:
         row = [row for row in plan.memory if row.recomputation == mode]
         sizes = [amount(entry.total, "B") for entry in row]
         rows.append((mode, amount(row[0].activations, "B"), amount(row[0].working, "B"), *sizes))
+    passes = ", all of the gradient while passes add up" if any(row.gradient for row in plan.memory) else ""
     title = (
         f"memory of one device, {'bf16' if plan.bf16 else 'fp32'}, micro-batch {plan.memory[0].rows} x "
-        f"{plan.recipe.training.sequence_length:,}, training state sharded over N devices (ddp: N = 1)"
+        f"{plan.recipe.training.sequence_length:,}, training state sharded over N devices (ddp: N = 1){passes}"
     )
     return title, ("recomputation", "activations", "working", *(f"N = {degree}" for degree in degrees)), rows
 

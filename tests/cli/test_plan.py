@@ -255,6 +255,8 @@ def test_the_whole_gradient_counts_where_several_passes_make_a_step(inl: Callabl
     assert "rest of the gradient" not in one_pass.stderr
     assert several.exit_code == 2
     assert "+ the rest of the gradient while micro-batches add up" in several.stderr
+    assert "all of the gradient while passes add up" in several.stdout
+    assert "all of the gradient while passes add up" not in one_pass.stdout
 
 
 @pytest.mark.parametrize("size", ["", "80", "0GB", "80 TB", "-1GB", "9" * 400 + "GB"])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from inl_core.analysis.planning.memory import Memory
+from inl_core.analysis.planning.memory import Memory, others_gradient
 from inl_core.analysis.planning.plan import ModelPlan
 from inl_core.errors import RecipeError
 from inl_core.training.layout import Layout, choose_layout
@@ -28,7 +28,9 @@ def check_fit(plan: ModelPlan, devices: Devices) -> Layout:
     row = _row(plan, settings.recomputation, layout.shard_size)
     parts = {
         "weights, gradients and moments": plan.states.total // layout.shard_size,
-        "the rest of the gradient while micro-batches add up": _rest_of_gradient(plan, layout.shard_size, devices),
+        "the rest of the gradient while micro-batches add up": others_gradient(
+            plan.recipe, plan.states, devices=devices.number, degree=layout.shard_size
+        ),
         "activations": row.activations,
         "working memory": row.working,
     }
@@ -42,17 +44,6 @@ def check_fit(plan: ModelPlan, devices: Devices) -> Layout:
     )
 
 
-def _rest_of_gradient(plan: ModelPlan, shard_size: int, devices: Devices) -> int:
-    """Bytes of the gradient that a process keeps besides its own part.
-
-    Where a step takes several passes, FSDP divides the gradient after the last one alone, and each process has all of
-    it until then.
-    """
-    settings = plan.recipe.training
-    in_one_pass = settings.micro_batch_size is None or settings.batch_size <= settings.micro_batch_size * devices.number
-    return 0 if in_one_pass else plan.states.gradients - plan.states.gradients // shard_size
-
-
 def _row(plan: ModelPlan, recomputation: str, degree: int) -> Memory:
     """The figures of the nearest number of devices that the plan has: up to it, more than one where it is."""
     rows = [row for row in plan.memory if row.recomputation == recomputation and row.sharding <= degree]
@@ -62,15 +53,26 @@ def _row(plan: ModelPlan, recomputation: str, degree: int) -> Memory:
 def _what_fits(plan: ModelPlan, devices: Devices) -> str:
     """The least change that makes it fit, among those that the plan has figures for."""
 
-    def fits(row: Memory) -> bool:
-        return row.total + _rest_of_gradient(plan, row.sharding, devices) <= devices.memory
+    def needs(row: Memory) -> int:
+        number = max(devices.number, row.sharding)
+        gradient = others_gradient(plan.recipe, plan.states, devices=number, degree=row.sharding)
+        return row.total - row.gradient + gradient
 
     for row in plan.memory:
-        if fits(row) and row.sharding <= devices.number:
+        if needs(row) <= devices.memory and row.sharding <= devices.number:
             how = "ddp" if row.sharding == 1 else f"a model divided among {row.sharding} (training.distributed)"
-            return f"{how} with training.recomputation {row.recomputation} would need {row.total / 1e9:.1f} GB"
-    fitting = [row for row in plan.memory if fits(row)]
-    if not fitting:
+            return f"{how} with training.recomputation {row.recomputation} would need {needs(row) / 1e9:.1f} GB"
+    if fitting := [row for row in plan.memory if needs(row) <= devices.memory]:
+        row = min(fitting, key=lambda row: row.sharding)
+        return f"fsdp over {row.sharding} devices with training.recomputation {row.recomputation} would fit"
+    if fitting := [row for row in plan.memory if row.total - row.gradient <= devices.memory]:
+        row = min(fitting, key=lambda row: (row.sharding > devices.number, row.total - row.gradient))
+        less, windows = row.total - row.gradient, plan.recipe.training.batch_size
+        return (
+            f"fsdp over {row.sharding} devices with training.recomputation {row.recomputation} would need "
+            f"{less / 1e9:.1f} GB if a step took one pass: raise training.micro_batch_size, take more devices, or lower "
+            f"training.batch_tokens, until micro_batch_size x devices is the number of windows in a step, now {windows:,}"
+        )
+    if any(row.rows > 1 for row in plan.memory):
         return "lower training.micro_batch_size"
-    row = min(fitting, key=lambda row: row.sharding)
-    return f"fsdp over {row.sharding} devices with training.recomputation {row.recomputation} would fit"
+    return "take devices with more memory, or lower training.sequence_length"

@@ -4,6 +4,8 @@
   training builds: AdamW keeps two values a parameter, Muon one.
 - Sharding degree N is FSDP's: every device keeps 1/N of weights, gradients and optimizer, and gathers the block it
   computes and the next one. Degree 1 is one device, or plain data parallelism, in which every device keeps all.
+- Where a step takes several passes, FSDP divides the gradient after the last one alone, and every device keeps all of
+  it until then. How many they are depends on the number of devices, which is N where nothing else is said.
 - Working memory comes on top of what is kept: the block (or integrator) that is recomputed in the backward pass, and
   autocast's bfloat16 copies of the weights, which live to the end of the forward pass.
 - Not counted: the allocator's fragmentation, the backward pass's own temporaries (a few tensors of one block), the
@@ -16,7 +18,7 @@ from inl_core.analysis.planning.activations import RECOMPUTATIONS, Recomputation
 from inl_core.analysis.planning.parameters import meta_model
 from inl_core.kernels.apply import TORCH, Choice
 from inl_core.recipe import ModelConfig, Recipe
-from inl_core.training.optimizers import FLOAT32_BYTES, count_states
+from inl_core.training.optimizers import FLOAT32_BYTES, States, count_states
 
 SHARDING_DEGREES = (1, 2, 4, 8, 16, 32)
 CACHE_TYPES = {"float32": 4, "bfloat16": 2}
@@ -35,13 +37,15 @@ class Memory:
     """Weights, gradients and optimizer that this device keeps."""
     activations: int
     """Kept from the forward to the backward pass."""
+    gradient: int
+    """The other devices' parts of the gradient, where a step takes several passes."""
     working: int
     """At most this much more: what is recomputed or gathered, or autocast's copies of the weights."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.states + self.activations + self.working
+        return self.states + self.gradient + self.activations + self.working
 
 
 def cache_bytes(config: ModelConfig, value_bytes: int) -> int:
@@ -110,8 +114,15 @@ def memory_table(
                 gathered = (rest + _GATHERED_BLOCKS * block) * (2 if bf16 else FLOAT32_BYTES)
                 activations = round(kept.per_row * rows)
                 working = round(again.per_row * rows) + gathered
-            table.append(Memory(mode, degree, rows, -(-states.total // degree), activations, working))
+            own, others = -(-states.total // degree), others_gradient(recipe, states, devices=degree, degree=degree)
+            table.append(Memory(mode, degree, rows, own, activations, others, working))
     return table
+
+
+def others_gradient(recipe: Recipe, states: States, *, devices: int, degree: int) -> int:
+    """Bytes of the other devices' parts of the gradient that one of them keeps at `degree`, of all `devices`."""
+    is_one_pass = recipe.training.batch_size <= _rows(recipe, devices) * devices
+    return 0 if is_one_pass else states.gradients - states.gradients // degree
 
 
 def _rows(recipe: Recipe, world_size: int) -> int:
