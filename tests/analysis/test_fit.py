@@ -17,7 +17,7 @@ def test_what_is_refused_for_its_gradient_needs_what_the_table_says_and_is_told_
     with pytest.raises(RecipeError) as refused:
         check_fit(plan, Devices(8, 40_000_000_000))
     assert f"= {row.total / 1e9:.1f} GB on each" in str(refused.value)
-    assert f"would need {(row.total - row.gradient) / 1e9:.1f} GB if a step took one pass: raise" in str(refused.value)
+    assert f"would need {(row.total - row.gradient) / 1e9:.1f} GB in one pass a step: raise" in str(refused.value)
     assert "lower training.micro_batch_size" not in str(refused.value)
 
 

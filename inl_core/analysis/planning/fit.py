@@ -70,8 +70,8 @@ def _what_fits(plan: ModelPlan, devices: Devices) -> str:
         less, windows = row.total - row.gradient, plan.recipe.training.batch_size
         return (
             f"fsdp over {row.sharding} devices with training.recomputation {row.recomputation} would need "
-            f"{less / 1e9:.1f} GB if a step took one pass: raise training.micro_batch_size, take more devices, or lower "
-            f"training.batch_tokens, until micro_batch_size x devices is the number of windows in a step, now {windows:,}"
+            f"{less / 1e9:.1f} GB in one pass a step: raise training.micro_batch_size, take more devices, or lower "
+            f"training.batch_tokens, until micro_batch_size x devices is the windows of a step, now {windows:,}"
         )
     if any(row.rows > 1 for row in plan.memory):
         return "lower training.micro_batch_size"
