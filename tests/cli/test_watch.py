@@ -129,7 +129,13 @@ def test_on_a_terminal_it_goes_on_until_control_c(run: Path) -> None:
     main, other = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     command = [sys.executable, "-m", "inl_cli", "watch", str(run), "--every", "0.1"]
-    with subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment) as watching:
+
+    def hear() -> None:  # what a shell starts in the background ignores Ctrl-C, and what that starts in turn
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdin=other, stdout=other, stderr=other, env=environment, preexec_fn=hear
+    ) as watching:
         os.close(other)
         shown = b""
         while b"step 10/100" not in shown:
