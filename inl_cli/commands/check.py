@@ -1,8 +1,10 @@
 """`inl check`: proofs on one's own recipe or checkpoint, each with an exit code other than 0 when it fails."""
 
+import math
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,7 +32,9 @@ from inl_cli.options import (
 from inl_core.errors import ArtefactError, InlError, RecipeError
 
 if TYPE_CHECKING:
+    from inl_core.analysis.checks.equivalence import WayCheck
     from inl_core.analysis.checks.resume import ResumeCheck
+    from inl_core.inference.loading import LoadedModel
 
 WorkOption = Annotated[
     Path | None,
@@ -114,6 +118,8 @@ def equivalence(
             compiled=not no_compile,
             tell=lambda name: console.info(f"computing: {name}"),
         )
+        console.info("computing: exported")
+        found.append(_check_export(loaded, work, found[0].tolerance))
     failed = [way.name for way in found if not way.passed]
     ways = [{**asdict(way), "passed": way.passed} for way in found]
     result = {"checkpoint": loaded.path, "step": loaded.step, "text": source.name, "passed": not failed, "ways": ways}
@@ -200,6 +206,27 @@ def _work_directory(given: Path | None) -> Iterator[Path]:
         raise RecipeError(f"--work-dir {given}: is there already; name a directory that is empty or does not exist")
     given.mkdir(parents=True, exist_ok=True)
     yield given
+
+
+def _check_export(loaded: "LoadedModel", work: Path, tolerance: float) -> "WayCheck":
+    """The proof of `inl export` as one more way; it belongs to interop, which only commands may import."""
+    from importlib.util import find_spec
+
+    import torch
+
+    from inl_core.analysis.checks.equivalence import WayCheck
+
+    name, what = "exported", "as `inl export` writes it, by transformers: in one pass, with a cache, with padding"
+    if find_spec("transformers") is None:
+        return WayCheck(name, what, None, tolerance, left_out="transformers is not installed")
+    if loaded.model.embedding.table.weight.dtype != torch.float32:
+        return WayCheck(name, what, None, tolerance, left_out="exports are compared in single precision")
+
+    from inl_core.interop.huggingface.export import export
+
+    start = time.perf_counter()
+    differences = export(loaded.path, work / name, tolerance=math.inf).differences  # judged as all ways are
+    return WayCheck(name, what, differences.relative, tolerance, time.perf_counter() - start)
 
 
 def _show_resume(console: Console, recipe: Path, found: "ResumeCheck") -> None:

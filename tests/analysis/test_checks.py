@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,29 @@ def test_every_way_of_computing_logits_is_within_rounding(workplace, tmp_path, p
     assert [name for name, way in found.items() if way["left_out"]] == ["compiled", "compiled cached"]
     assert all(0 <= way["difference"] < 1e-5 for way in found.values() if not way["left_out"])
     assert found["recomputed gradient"]["difference"] == 0
-    assert [path.name for path in work.iterdir()] == ["saved"]
+    assert sorted(path.name for path in work.iterdir()) == ["exported", "saved"]
+
+
+def test_an_export_that_computes_something_else_is_found(workplace, monkeypatch):
+    from inl_core.interop.huggingface import export as exporting
+
+    compare = exporting.compare_logits
+    monkeypatch.setattr(
+        exporting,
+        "compare_logits",
+        lambda own, exported: replace(compare(own, exported), padded=1.0, largest_logit=4.0),
+    )
+    done = inl("check", "equivalence", workplace / "runs" / "v5", "--no-compile", "--json", "--tokens", 16)
+    assert done.exit_code == 1
+    assert ways(done)["exported"]["difference"] == 0.25
+    assert done.stderr.splitlines()[-1].endswith("beyond rounding: exported")
+
+
+def test_without_transformers_the_export_is_left_out(workplace, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = inl("check", "equivalence", workplace / "runs" / "v5", "--no-compile", "--json", "--tokens", 16)
+    assert done.exit_code == 0
+    assert ways(done)["exported"]["left_out"] == "transformers is not installed"
 
 
 def test_a_tolerance_that_rounding_exceeds_fails(workplace):
@@ -53,8 +76,9 @@ def test_a_cached_path_that_is_broken_is_found(workplace, monkeypatch):
     monkeypatch.setattr(KVCache, "new_slots", lambda self, count: new_slots(self, count) - int(self.length == 32))
     done = inl("check", "equivalence", workplace / "runs" / "v5", "--no-compile", "--json")
     assert done.exit_code == 1
-    assert [name for name, way in ways(done).items() if not way["passed"]] == ["cached", "chunked", "padded"]
-    assert done.stderr.splitlines()[-1].endswith("beyond rounding: cached, chunked, padded")
+    broken = ["cached", "chunked", "padded", "exported"]  # the export has the same cache
+    assert [name for name, way in ways(done).items() if not way["passed"]] == broken
+    assert done.stderr.splitlines()[-1].endswith(f"beyond rounding: {', '.join(broken)}")
 
 
 def test_recomputation_that_is_broken_is_found(workplace, monkeypatch):

@@ -21,7 +21,7 @@ from inl_core.inference.checkpoint_files import TOKENIZER_CONFIG, read_config
 from inl_core.inference.loading import load_tokenizer, load_weights, read_model_config
 from inl_core.interop.huggingface.llama import llama_config, llama_weights, why_not_llama
 from inl_core.interop.huggingface.modeling import InlConfig, InlForCausalLM
-from inl_core.interop.huggingface.proof import Differences, compare_logits
+from inl_core.interop.huggingface.proof import TOLERANCE, Differences, compare_logits
 from inl_core.interop.huggingface.tokenizer import convert_tokenizer
 from inl_core.model import IntegratorLanguageModel
 
@@ -45,11 +45,12 @@ class Exported:
     """Of the logits of what was written, read again, to the checkpoint's."""
 
 
-def export(checkpoint: Path, output: Path, *, format: Format = "huggingface") -> Exported:
+def export(checkpoint: Path, output: Path, *, format: Format = "huggingface", tolerance: float = TOLERANCE) -> Exported:
     """Write a verified checkpoint as the directory `output`.
 
     Args:
         format: "llama" and "inl" are the two kinds of model; "huggingface" takes llama where the model is one.
+        tolerance: how much the logits may differ, in parts of the largest one.
 
     Raises:
         RecipeError: `output` is not new or empty, or the model is no Llama where it must be.
@@ -69,7 +70,7 @@ def export(checkpoint: Path, output: Path, *, format: Format = "huggingface") ->
         _write(aside, own, tokenizer, kind, read_chat_template(checkpoint / TOKENIZER_CONFIG))
         written = _load(aside, kind)
         differences = compare_logits(own, written)
-        differences.check(str(output))
+        differences.check(str(output), tolerance)
         size = sum(file.stat().st_size for file in aside.iterdir())
     parameters = sum(parameter.numel() for parameter in written.parameters())
     return Exported(checkpoint, output, kind, reason, tokenizer is not None, parameters, size, differences)

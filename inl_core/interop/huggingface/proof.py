@@ -31,10 +31,15 @@ class Differences:
     """The largest logit itself, as the scale of these."""
     tokens: int
 
-    def check(self, name: str) -> None:
+    @property
+    def relative(self) -> float:
+        """The largest of all ways, over the largest logit."""
+        return max(self.full, self.cached, self.padded) / max(self.largest_logit, 1e-30)
+
+    def check(self, name: str, tolerance: float = TOLERANCE) -> None:
         """Raise an InlError where one of them is too large, or is not a number."""
         for way in ("full", "cached", "padded"):
-            found, limit = getattr(self, way), TOLERANCE * max(1.0, self.largest_logit)
+            found, limit = getattr(self, way), tolerance * max(1.0, self.largest_logit)
             if not found <= limit:
                 raise InlError(
                     f"{name}: its logits differ from the checkpoint's by {found:.3g} ({way}), more than {limit:.3g}; "
