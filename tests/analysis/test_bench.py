@@ -302,7 +302,7 @@ BAD = {
     ("train", "nowhere.yaml"): "nowhere.yaml: no such file",
     ("train", "a.yaml", "--preset", "v4"): "a.yaml together with --preset",
     ("train", "--preset", "v9"): "v9",
-    ("train", "--preset", "v4", "--d-model", "30"): "num_heads 4 must divide d_model 30",
+    ("train", "--preset", "v4", "--d-model", "30", "--heads", "4"): "num_heads 4 must divide d_model 30",
     ("train", "--preset", "transformer", "--iterations", "3"): "the transformer preset has no integrator",
     ("train", "--preset", "v4", "--against", "nothing"): "--against nothing: neither llama, uncached, v1, v2",
     ("train", "--preset", "v4", "--against", "uncached"): "--against uncached: only decoding has a cache",

@@ -131,7 +131,8 @@ def everything_observable(values: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def test_the_table_of_changes_names_every_field():
-    assert sorted(leaves(ModelConfig)) == sorted(CHANGES)
+    where_weights_come_from = {"init_from"}  # the model is the same, whoever fills it
+    assert set(leaves(ModelConfig)) - where_weights_come_from == set(CHANGES)
 
 
 @pytest.mark.parametrize("path", CHANGES)

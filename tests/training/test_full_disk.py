@@ -49,9 +49,9 @@ def test_a_line_after_a_torn_one_begins_anew(tmp_path):
 def test_rows_hold_no_word_that_json_does_not_know(make_recipe, make_trainer):
     trainer, _ = make_trainer(make_recipe())
     row = {"step": 1, "loss": float("nan"), "budget": [1.0, float("inf")], "word": "NaN"}
-    trainer.log.metrics.write(row)
+    trainer.log.metrics.write({"kind": "train", "time": 2.5} | row)
     text = trainer.log.metrics.path.read_text()
-    assert text == '{"step": 1, "loss": null, "budget": [1.0, null], "word": "NaN"}\n'
+    assert text == '{"kind": "train", "time": 2.5, "step": 1, "loss": null, "budget": [1.0, null], "word": "NaN"}\n'
 
 
 def test_a_full_disk_leaves_no_half_files_and_is_reported(make_recipe, make_trainer):
