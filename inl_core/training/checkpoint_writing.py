@@ -99,13 +99,6 @@ def write_snapshot(parent: Path, snapshot: Snapshot, writers: World = ALONE) -> 
     return final
 
 
-def save_checkpoint(
-    parent: Path, state: TrainState, model: IntegratorLanguageModel, optimizers: Optimizers, documents: dict[str, str]
-) -> Path:
-    """Write a snapshot of now at once; arguments and errors are those of `take_snapshot` and `write_snapshot`."""
-    return write_snapshot(parent, take_snapshot(state, model, optimizers, documents))
-
-
 def save_weights(final: Path, model: IntegratorLanguageModel, documents: dict[str, str]) -> None:
     """Write a checkpoint without training state at `final`, whole or not at all: to evaluate, not to resume.
 

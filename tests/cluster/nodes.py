@@ -6,11 +6,13 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+UNAVAILABLE = (OSError, RuntimeError, subprocess.CalledProcessError)
+"""What is raised where the system allows no namespaces, or has no programs to make them."""
 _HOLDER = 'hostname "$0" && mount --bind "$1" /etc/hosts && ip link set lo up && echo ready && exec sleep infinity'
 
 
 class Nodes:
-    """Nodes by name, which see each other under their names; RuntimeError or OSError where the system allows none."""
+    """Nodes by name, which see each other under their names; UNAVAILABLE where the system allows none."""
 
     def __init__(self, names: tuple[str, str], hosts: Path) -> None:
         self.names, self._hosts, self._cables = names, hosts, 0

@@ -2,7 +2,7 @@
 
 - As with Slurm, the script runs on the first node; a signal before the end goes to the processes that srun started, and
   not to the script; a job that loses a node is killed, and repeated if it has asked for that.
-- Where the system allows no namespaces, both nodes are this machine.
+- The nodes are namespaces. Where the system allows none, there is no cluster.
 """
 
 import json
@@ -25,7 +25,7 @@ _SCONTROL = 'case "$1" in show) cat "$STANDIN/names" ;; requeue) echo "$2" >"$ST
 
 
 class Cluster:
-    """Two nodes and the queue. Everything is below `base`, which both nodes see."""
+    """Two nodes and the queue. Everything is below `base`, which both nodes see; raises as Nodes does."""
 
     def __init__(self, base: Path) -> None:
         self.base, self._script = base, ""
@@ -37,11 +37,8 @@ class Cluster:
         }.items():
             (base / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
             (base / "bin" / name).chmod(0o755)
-        try:
-            self.nodes = Nodes(NAMES, base / "hosts")
-        except (OSError, RuntimeError, subprocess.CalledProcessError):
-            self.nodes = None
-        (base / "names").write_text("node1\nnode2\n" if self.nodes else "localhost\nlocalhost\n")
+        self.nodes = Nodes(NAMES, base / "hosts")
+        (base / "names").write_text("node1\nnode2\n")
 
     def run(self, script: Path, *disturbances: Callable[[], None], row: int = 6) -> list[str]:
         """Run a job until it does not come back into the queue; what each of its attempts wrote, and its exit code.
@@ -57,7 +54,7 @@ class Cluster:
             (self.base / "requeue").unlink(missing_ok=True)
             with self._fifo("reached") as reached, self._fifo("go") as go, (self.base / "job.out").open("wb") as output:
                 job = subprocess.Popen(
-                    [*self._enter(NAMES[0]), "sh", "-c", 'cd "$0" && exec bash "$1"', str(self.base), str(script)],
+                    [*self.nodes.enter(NAMES[0]), "sh", "-c", 'cd "$0" && exec bash "$1"', str(self.base), str(script)],
                     env=self._environment(restarts=len(told), row=row if disturbance else 0),
                     stdout=output,
                     stderr=output,
@@ -81,15 +78,11 @@ class Cluster:
 
     def lose_second_node(self) -> None:
         """A node loses its power: Slurm ends the job, and repeats it."""
-        if self.nodes:
-            self.nodes.lose(NAMES[1])
-        else:
-            self.kill(b"SLURM_NODEID=1\0")
+        self.nodes.lose(NAMES[1])
         self.kill(b"SLURM_JOB_ID=")
         if "\n#SBATCH --requeue\n" in self._script:
             (self.base / "requeue").touch()
-        if self.nodes:
-            self.nodes.repair(NAMES[1])
+        self.nodes.repair(NAMES[1])
 
     def kill_a_task(self) -> None:
         """What srun started on the second node is killed, as when there is no memory left."""
@@ -105,15 +98,14 @@ class Cluster:
 
     def close(self) -> None:
         """End the nodes."""
-        if self.nodes:
-            self.nodes.close()
+        self.nodes.close()
 
     def _environment(self, *, restarts: int, row: int) -> dict[str, str]:
         tasks = re.search(r"^#SBATCH --ntasks-per-node=(\d+)$", self._script, re.MULTILINE)
         assert tasks
-        nodes = [self._enter(name) for name in NAMES]
+        nodes = [self.nodes.enter(name) for name in NAMES]
         (self.base / "nodes.json").write_text(json.dumps(nodes))
-        job = {"JOB_ID": "4242", "JOB_NODELIST": "node[1-2]" if self.nodes else "localhost", "PROCID": "0"}
+        job = {"JOB_ID": "4242", "JOB_NODELIST": "node[1-2]", "PROCID": "0"}
         job |= {"NTASKS": str(len(nodes) * int(tasks[1]))} | ({"RESTART_COUNT": str(restarts)} if restarts else {})
         mine = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         return mine | {
@@ -123,9 +115,6 @@ class Cluster:
             "PATH": f"{self.base / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": f"{PROJECT / 'tests/cluster/pause'}:{PROJECT}",
         }
-
-    def _enter(self, name: str) -> list[str]:
-        return self.nodes.enter(name) if self.nodes else []
 
     @contextmanager
     def _fifo(self, name: str) -> Iterator[int]:

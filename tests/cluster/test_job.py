@@ -3,6 +3,7 @@
 What the undisturbed run of two ranks computes does not depend on who started them, so one such run is the reference.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +12,48 @@ import pytest
 from typer.testing import CliRunner
 
 from inl_cli.app import app
+from tests.cluster import standin
+from tests.cluster.nodes import UNAVAILABLE
 from tests.cluster.standin import Cluster
 from tests.faults.subject import RECIPE, rows, tensors
 
 pytestmark = pytest.mark.slow
 
 
+def open_cluster(base: Path) -> Cluster:
+    """Two nodes. Where none can be made, the tests are skipped, or fail if INL_NEEDS_NODES is set, as in CI."""
+    try:
+        return Cluster(base)
+    except UNAVAILABLE as error:
+        if os.environ.get("INL_NEEDS_NODES"):
+            raise
+        pytest.skip(f"no two nodes here, for want of namespaces: {error}")
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes that see a directory with a recipe and its text."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster = open_cluster(tmp_path_factory.mktemp("cluster"))
     (cluster.base / "recipe.yaml").write_text(RECIPE + "  device: cpu\n")
     text = Path(__file__).parents[2] / "docs" / "commands.md"
     shutil.copy(text, cluster.base / "text.md")
     yield cluster
     cluster.close()
+
+
+def test_one_machine_is_not_taken_for_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("no namespaces here")
+
+    monkeypatch.setattr(standin, "Nodes", refuse)
+    monkeypatch.delenv("INL_NEEDS_NODES", raising=False)
+    (tmp_path / "one").mkdir()
+    with pytest.raises(pytest.skip.Exception, match="no two nodes here"):
+        open_cluster(tmp_path / "one")
+    monkeypatch.setenv("INL_NEEDS_NODES", "1")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(RuntimeError, match="no namespaces"):
+        open_cluster(tmp_path / "other")
 
 
 def write_script(cluster: Cluster, run: str, launcher: str) -> Path:

@@ -15,8 +15,8 @@ from inl_core.model import IntegratorLanguageModel
 from inl_core.recipe import DataSettings, ModelConfig, OptimizerSettings, Recipe, TokenizerSettings
 from inl_core.recipe.load import recipe_from_mapping
 from inl_core.training.checkpoint import TrainState
-from inl_core.training.checkpoint_writing import save_checkpoint
-from inl_core.training.optimizers import build_optimizers
+from inl_core.training.checkpoint_writing import take_snapshot, write_snapshot
+from inl_core.training.optimizers import Optimizers, build_optimizers
 from inl_core.training.run import RunFiles
 
 TEXT = (
@@ -79,6 +79,13 @@ def recipe(preset: str, **changes: Any) -> Recipe:
         "training": {"steps": 10, "sequence_length": 32, "batch_tokens": 64},
     }
     return recipe_from_mapping(values)
+
+
+def save_checkpoint(
+    parent: Path, state: TrainState, model: IntegratorLanguageModel, optimizers: Optimizers, documents: dict[str, str]
+) -> Path:
+    """Write a snapshot of now at once; arguments and errors are those of `take_snapshot` and `write_snapshot`."""
+    return write_snapshot(parent, take_snapshot(state, model, optimizers, documents))
 
 
 def write_checkpoint(run: Path, preset: str = "v4", *, step: int = 7, data: Path | None = None, **changes: Any) -> Path:

@@ -13,7 +13,8 @@ from inl_core.errors import ArtefactError, NonFiniteError
 from inl_core.inference.checkpoint_files import list_checkpoints, verify_checkpoint
 from inl_core.inference.tensor_files import first_nonfinite
 from inl_core.training.checkpoint import newest_valid
-from inl_core.training.checkpoint_writing import save_checkpoint, save_weights
+from inl_core.training.checkpoint_writing import save_weights
+from tests.inference.tiny import save_checkpoint
 from tests.training.test_retention import SCORE
 
 
