@@ -118,6 +118,8 @@ def torchrun(stage: Stage, command: list[str], faults: dict[int, Fault]) -> subp
 LAUNCHED = {
     "torchrun is killed": Fault("^step$", 15, signal=signal.SIGKILL, to_parent=True),
     "torchrun is told to stop": Fault("^step$", 15, signal=signal.SIGTERM, to_parent=True),
+    "torchrun is interrupted": Fault("^step$", 15, signal=signal.SIGINT, to_parent=True),
+    "torchrun gets a signal that it does not pass on": Fault("^step$", 15, signal=signal.SIGUSR1, to_parent=True),
     "a rank is killed": Fault("^step$", 15, signal=signal.SIGKILL),
     "a rank is told to stop": Fault("^step$", 15, signal=signal.SIGUSR1),
 }
