@@ -9,7 +9,7 @@ import typer
 
 from inl_cli.completion import complete_preset, complete_recipe, complete_run, complete_set, complete_size
 from inl_core.errors import RecipeError
-from inl_core.files import refuse_remote, shortened
+from inl_core.files import expand_home, output_file, refuse_remote, shortened
 
 
 def given_path(text: str) -> Path:
@@ -41,9 +41,9 @@ def path_option(*names: str, help: str) -> Any:
 
 
 def check_page(output: Path | None) -> None:
-    """Refuse a directory where a page is to be written."""
-    if output and output.is_dir():
-        raise RecipeError(f"{output}: is a directory; --output names an HTML file")
+    """Refuse a directory, a FIFO or a device where a page is to be written, before the work is done."""
+    if output:
+        output_file(expand_home(output))
 
 
 def path_argument(metavar: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:

@@ -151,6 +151,31 @@ def refuse_filled(output: Path) -> None:
         raise RecipeError(f"--output {output}: exists and is not an empty directory; name a new one")
 
 
+def output_file(path: Path) -> Path:
+    """The file that `--output` names, behind all links: `write_whole` puts a new file in the place of what is there.
+
+    Raises:
+        RecipeError: there is something else than a regular file, which would be lost, or the place cannot be looked at.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):  # a new file; a directory that is missing is told on writing
+        return Path(os.path.realpath(path))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {error.strerror or error}") from None
+    if not stat.S_ISREG(mode):
+        raise RecipeError(f"{path}: is {_kind(mode)}; --output names a file, which is replaced, or a new one")
+    return Path(os.path.realpath(path))
+
+
+def refuse_no_directory(path: Path, option: str) -> None:
+    """RecipeError where `option` names a directory that cannot be made, as a file or a link to nothing is there."""
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), None)
+    if there is not None and not is_directory(there):
+        what = "a file" if there.exists() else "a link that leads nowhere"
+        raise RecipeError(f"{there}: is {what}; {option} names a directory")
+
+
 def expand_home(path: str | os.PathLike[str]) -> Path:
     """The path with the home directory for `~` or `~user` at its start, which shells keep behind `=` and in quotes.
 

@@ -4,8 +4,18 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from inl_core.errors import ArtefactError
-from inl_core.files import entry_path, open_regular, read_bytes, read_json, read_record, read_text, write_whole
+from inl_core.errors import ArtefactError, RecipeError
+from inl_core.files import (
+    entry_path,
+    open_regular,
+    output_file,
+    read_bytes,
+    read_json,
+    read_record,
+    read_text,
+    refuse_no_directory,
+    write_whole,
+)
 
 
 class Entry(BaseModel):
@@ -103,3 +113,39 @@ def test_a_written_file_has_the_usual_rights(tmp_path):
     plain.write_text("")
     write_whole(whole, "")
     assert whole.stat().st_mode == plain.stat().st_mode
+
+
+def test_a_file_is_written_where_links_lead(tmp_path):
+    link, other = tmp_path / "link.html", tmp_path / "other"
+    link.symlink_to("target.html")
+    other.symlink_to("link.html")
+    assert output_file(other) == tmp_path / "target.html"
+    write_whole(output_file(other), "page")
+    assert (link.is_symlink(), other.is_symlink(), read_text(tmp_path / "target.html")) == (True, True, "page")
+    assert output_file(other) == tmp_path / "target.html"
+
+
+def test_what_is_no_file_is_refused_as_an_output(tmp_path):
+    pipe, link, loop = (tmp_path / name for name in ("pipe", "link", "loop"))
+    os.mkfifo(pipe)
+    link.symlink_to("pipe")
+    loop.symlink_to("loop")
+    for path, reason in (
+        (pipe, "is a FIFO"),
+        (link, "is a FIFO"),
+        (tmp_path, "is a directory"),
+        (loop, "symbolic links"),
+    ):
+        with pytest.raises(RecipeError, match=f"{path}: .*{reason}"):
+            output_file(path)
+
+
+def test_an_output_directory_is_new_or_a_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "new" / "one", tmp_path / "linked" / "new"):
+        refuse_no_directory(path, "--csv")
+    for name, reason in (("file", "is a file"), ("file/new", "is a file"), ("gone", "is a link that leads nowhere")):
+        with pytest.raises(RecipeError, match=f"{reason}; --csv names a directory"):
+            refuse_no_directory(tmp_path / name, "--csv")

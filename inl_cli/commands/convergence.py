@@ -18,7 +18,7 @@ from inl_cli.options import (
     TextOption,
     path_option,
 )
-from inl_core.errors import RecipeError
+from inl_core.files import refuse_no_directory
 
 OutputOption = Annotated[
     Path | None,
@@ -62,8 +62,8 @@ def convergence_report(
     """Report what each layer's states do on real text: tables, trajectories, figures and a verdict in words."""
     console = Console(json=json, quiet=quiet)
     check_source(data, text)
-    if output and output.exists() and not output.is_dir():
-        raise RecipeError(f"{output}: is a file; --output names a directory")
+    if output:
+        refuse_no_directory(output, "--output")
     check_checkpoint(checkpoint)
     from inl_core.analysis.convergence.report import (
         default_directory,

@@ -11,6 +11,7 @@ from inl_cli.early import check_runs, check_text
 from inl_cli.loading import open_default_or_text, open_model
 from inl_cli.options import DeviceOption, JsonOption, QuietOption, TextOption, check_page, path_argument, path_option
 from inl_core.errors import RecipeError
+from inl_core.files import output_file, refuse_no_directory
 
 if TYPE_CHECKING:
     from inl_core.analysis.report.parts import Report
@@ -45,9 +46,10 @@ def report(
     inl report runs/tiny --output tiny.html
     """
     console = Console(json=json, quiet=quiet)
+    page = output or runs[0] / "reports" / "report.html"
+    _check_outputs(page, csv)
     check_runs(runs)
     check_text(text)
-    check_page(output)
     from inl_core.analysis.report.build import report_runs
     from inl_core.analysis.report.examination import Examined, examine
     from inl_core.analysis.report.runs import RunRecord
@@ -64,7 +66,7 @@ def report(
             return examine(run.name, loaded, source, max_tokens=max_tokens, progress=progress.update)
 
     found = report_runs(runs, examine_run=examine_run)
-    _hand_over(console, found, output or runs[0] / "reports" / "report.html", csv)
+    _hand_over(console, found, page, csv)
 
 
 @errors_to_exit_codes
@@ -81,12 +83,18 @@ def compare(
     """
     if len(runs) < 2:
         raise RecipeError(f"{runs[0]}: a comparison needs two runs or more; `inl report {runs[0]}` shows one")
-    check_page(output)
+    _check_outputs(output, csv)
     console = Console(json=json, quiet=quiet)
     check_runs(runs)
     from inl_core.analysis.report.build import compare_runs
 
     _hand_over(console, compare_runs(runs), output, csv)
+
+
+def _check_outputs(output: Path | None, csv: Path | None) -> None:
+    check_page(output)
+    if csv:
+        refuse_no_directory(csv, "--csv")
 
 
 def _hand_over(console: Console, found: "Report", output: Path | None, csv: Path | None) -> None:
@@ -111,7 +119,7 @@ def _write_tables(found: "Report", directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for part in found.parts:
         name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in part.key)
-        pd.DataFrame(part.rows, columns=list(part.columns)).to_csv(directory / f"{name}.csv", index=False)
+        pd.DataFrame(part.rows, columns=list(part.columns)).to_csv(output_file(directory / f"{name}.csv"), index=False)
 
 
 def _show(console: Console, found: "Report") -> None:

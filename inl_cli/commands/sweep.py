@@ -11,6 +11,7 @@ from inl_cli.commands.slurm import AccountOption, PartitionOption, SbatchOption,
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, check_page, path_option
 from inl_core.errors import InlError, RecipeError
+from inl_core.files import refuse_no_directory
 
 if TYPE_CHECKING:
     from inl_core.analysis.sweep import PlannedRun
@@ -81,6 +82,8 @@ def sweep(
     from inl_core.analysis.sweep import plan_runs
 
     console = Console(json=json, quiet=quiet)
+    if runs_dir:
+        refuse_no_directory(runs_dir, "--runs-dir")
     _check_options(
         grid, seeds, output, slurm=slurm, dry_run=dry_run, of_slurm=(time, partition, account, sbatch, setup)
     )

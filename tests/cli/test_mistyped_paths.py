@@ -1,6 +1,7 @@
 """A mistyped path is refused before torch is imported, by every command and option that takes one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ CASES = (
     ("check checkpoint nope", 4, "nope: no such run or checkpoint"),
     ("slurm nope.yaml --time 1:00:00", 2, "nope.yaml: no such file"),
     ("recipe show nope.yaml", 2, "nope.yaml: no such file"),
+    ("report . --output pipe", 2, "pipe: is a FIFO; --output names a file"),
+    ("report . --csv pipe", 2, "pipe: is a file; --csv names a directory"),
+    ("compare . . --output pipe", 2, "pipe: is a FIFO"),
+    ("inspect-params . --output pipe", 2, "pipe: is a FIFO"),
+    ("slurm tiny --time 1:00:00 --output pipe", 2, "pipe: is a FIFO"),
+    ("sweep tiny --seeds 1 --output pipe", 2, "pipe: is a FIFO"),
+    ("sweep tiny --seeds 1 --runs-dir pipe", 2, "pipe: is a file; --runs-dir names a directory"),
     ("prepare-data nope", 2, "nope: no such file or directory"),
     ("prepare-data . --tokenizer nope", 4, "nope: missing"),
 )
@@ -61,6 +69,7 @@ print(json.dumps(answers))
 
 
 def test_every_command_refuses_a_mistyped_path_before_torch_is_imported(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # writing an output would put a file in its place
     commands = json.dumps([command for command, _, _ in CASES])
     run = [sys.executable, "-c", WITHOUT_TORCH, commands]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
@@ -69,4 +78,5 @@ def test_every_command_refuses_a_mistyped_path_before_torch_is_imported(tmp_path
         lines = [line for line in text.splitlines() if not line.startswith("tiny: the shipped recipe")]
         assert (found, len(lines)) == (code, 1), f"{command}: {text}"
         assert lines[0].startswith(message), command
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inl_core.analysis.report.parts import Report
-from inl_core.files import write_whole
+from inl_core.files import output_file, write_whole
 
 _ASSETS = Path(__file__).with_name("assets")
 LIBRARIES = {"vega": "6.4.0", "vega-lite": "6.5.0", "vega-embed": "7.3.0"}
@@ -20,13 +20,15 @@ LIBRARIES = {"vega": "6.4.0", "vega-lite": "6.5.0", "vega-embed": "7.3.0"}
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write the report over `path`, whole or not at all.
+    """Write the report over `path`, or the file that a link there leads to, whole or not at all.
 
     Raises:
+        RecipeError: there is something else than a file.
         OSError: it could not be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, to_page(report))
+    file = output_file(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, to_page(report))
 
 
 def to_page(report: Report) -> str:
