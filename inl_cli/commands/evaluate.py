@@ -50,6 +50,9 @@ TaskPathOption = Annotated[
     Path | None,
     path_option("--task-path", help="A folder of task files besides lm-eval's own; its paths count from it."),
 ]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-task-code", help="Let the files of --task-path run Python code; else it is refused.")
+]
 FewshotOption = Annotated[
     int | None, typer.Option(min=0, help="Solved examples before each question; default the task's own.")
 ]
@@ -70,6 +73,7 @@ def evaluate(
     batch_size: BatchSizeOption = 16,
     tasks: TasksOption = None,
     task_path: TaskPathOption = None,
+    trust_task_code: TrustOption = False,
     num_fewshot: FewshotOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
@@ -81,9 +85,8 @@ def evaluate(
     console = Console(json=json, quiet=quiet)
     check_source(data, text)
     check_checkpoint(checkpoint)
-    names = _task_names(
-        tasks, others=(data, text, window, stride, max_tokens), settings=(task_path, num_fewshot, limit)
-    )
+    others = (data, text, window, stride, max_tokens)
+    names = _task_names(tasks, task_path, trust_task_code, others=others, settings=(num_fewshot, limit))
     loaded = open_model(console, checkpoint, device, iterations=iterations)
 
     from inl_core.model import Options
@@ -94,7 +97,8 @@ def evaluate(
     if names:
         from inl_core.interop.harness import TaskSettings
 
-        run_tasks(console, loaded, names, TaskSettings(task_path, num_fewshot, limit, batch_size, options, bf16))
+        settings = TaskSettings(task_path, num_fewshot, limit, batch_size, options, bf16, trust_task_code)
+        run_tasks(console, loaded, names, settings)
         return
     source = open_source(console, loaded, data, text, split)
     result = _score(
@@ -157,10 +161,19 @@ def _score(
     }
 
 
-def _task_names(tasks: str | None, *, others: tuple[object, ...], settings: tuple[object, ...]) -> list[str]:
+def _task_names(
+    tasks: str | None,
+    task_path: Path | None,
+    trust_task_code: bool,
+    *,
+    others: tuple[object, ...],
+    settings: tuple[object, ...],
+) -> list[str]:
     """The tasks that were asked for; together with what scores a text they are refused, as are their settings alone."""
+    if trust_task_code and task_path is None:
+        raise RecipeError("--trust-task-code is about --task-path: give it, too")
     if tasks is None:
-        if any(value is not None for value in settings):
+        if any(value is not None for value in (task_path, *settings)):
             raise RecipeError("--task-path, --num-fewshot and --limit are about --tasks: give it, too")
         return []
     if any(value is not None for value in others):
@@ -168,9 +181,11 @@ def _task_names(tasks: str | None, *, others: tuple[object, ...], settings: tupl
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise RecipeError("--tasks: names no task")
-    from inl_core.interop.harness import require_harness
+    from inl_core.interop.harness import check_folder, require_harness
 
     require_harness()
+    if task_path is not None:
+        check_folder(task_path)
     return names
 
 

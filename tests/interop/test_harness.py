@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,7 @@ def test_results_stay_with_the_run_and_tasks_add_up(run: Path, folder: Path) -> 
     ("arguments", "message"),
     [
         (("--tasks", "mini_choice", "--window", "8"), "those score a text; choose"),
+        (("--tasks", "mini_choice", "--trust-task-code"), "is about --task-path: give it, too"),
         (("--limit", "3"), "are about --tasks: give it, too"),
         (("--tasks", ","), "--tasks: names no task"),
         (("--tasks", "mini_choice", "--task-path", "nowhere"), "--task-path nowhere: no such directory"),
@@ -222,6 +224,52 @@ def test_a_task_that_cannot_be_loaded_is_named_with_the_reason(run: Path, folder
     (folder / "rows.jsonl").unlink()
     result = inl("eval", run, "--tasks", "mini_choice", "--task-path", folder)
     assert_refused(result, 2, "--tasks mini_choice: a task or its data cannot be loaded (FileNotFoundError")
+
+
+def write_task(folder: Path, body: str) -> tuple[str, ...]:
+    """A task whose file may ask for anything, beside the others; the arguments that run it."""
+    lines = {"output_type": "generate_until", "doc_to_text": '"{{ask}}"', "doc_to_target": '"{{expected}}"'}
+    text = body + "".join(f"{key}: {value}\n" for key, value in lines.items() if f"{key}:" not in body)
+    (folder / "brought.yaml").write_text(f"task: brought\n{COMMON}{text}generation_kwargs: {{max_gen_toks: 1}}\n")
+    return "--tasks", "brought", "--task-path", str(folder)
+
+
+CODE = {
+    "function": ("process_docs: !function evil.f\n", "runs Python code (!function evil.f); if you trust it: --trust-"),
+    "template": (
+        "doc_to_text: \"{{cycler.__init__.__globals__.os.system('touch ran')}}\"\n",
+        "a template in a task file reaches for '__init__' of a type",
+    ),
+    "metric": ("metric_list: [{metric: ./evil.py}]\n", "the metric './evil.py' is not lm-eval's"),
+}
+
+
+@pytest.mark.parametrize("way", CODE)
+def test_no_code_of_a_task_file_runs_unless_it_is_trusted(run: Path, folder: Path, way: str) -> None:
+    (folder / "evil.py").write_text("open('ran', 'w').close()\nf = lambda documents: documents\n")
+    body, message = CODE[way]
+    arguments = write_task(folder, body)
+    assert_refused(inl("eval", run, *arguments), 2, message)
+    assert not (folder / "ran").exists()
+    if way == "function":  # the folder is the working directory while a task's file is read
+        assert inl("eval", run, *arguments, "--trust-task-code", "--limit", 1).exit_code == 0
+        assert (folder / "ran").exists()
+
+
+def test_what_lm_eval_cannot_run_is_one_line_that_names_the_task(run: Path, folder: Path) -> None:
+    arguments = write_task(folder, "")
+    too_many = "--num-fewshot 50: the task brought has fewer solved examples than that"
+    assert_refused(inl("eval", run, *arguments, "--num-fewshot", 50), 2, too_many)
+    (folder / "rows.jsonl").write_text("")
+    assert_refused(inl("eval", run, *arguments), 2, "--tasks brought: the task has no rows")
+    os.mkfifo(folder / "pipe.yaml")
+    assert_refused(inl("eval", run, *arguments), 4, "pipe.yaml: a FIFO, not a file")
+
+
+def test_the_folder_of_tasks_is_checked_before_the_model_is_loaded(tmp_path: Path, run: Path) -> None:
+    result = inl("eval", run, "--tasks", "mini_choice", "--task-path", tmp_path / "nowhere")
+    assert_refused(result, 2, "no such directory")
+    assert "using " not in result.stderr
 
 
 @pytest.mark.slow

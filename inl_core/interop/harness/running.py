@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from inl_core.analysis.report.tasks import results_path
-from inl_core.errors import RecipeError
-from inl_core.files import is_directory, read_json, write_whole
+from inl_core.errors import InlError, RecipeError
+from inl_core.files import read_json, write_whole
 from inl_core.inference.loading import LoadedModel
+from inl_core.interop.harness.folder import check_folder, no_code_from_tasks
 from inl_core.interop.harness.settings import Progress, TaskSettings
 from inl_core.recipe.problems import did_you_mean
 
@@ -74,25 +78,31 @@ def run_tasks(
     """Run lm-eval's tasks, groups or tags of these names, or those that match a pattern with `*`.
 
     Raises:
-        RecipeError: there is no such task, its data cannot be loaded, or lm-eval is not installed.
+        RecipeError: there is no such task, its data cannot be loaded, its file runs code that is not trusted, lm-eval
+            cannot run it, or lm-eval is not installed.
+        ArtefactError: something in the folder of task files cannot be read.
     """
     require_harness()
+    if settings.task_path is not None:
+        check_folder(settings.task_path)
     start = time.perf_counter()
-    with _quiet():
+    is_trusted = settings.task_path is None or settings.trust_task_code
+    with _quiet(), contextlib.nullcontext() if is_trusted else no_code_from_tasks():
         import lm_eval
         from lm_eval.evaluator import simple_evaluate
 
         from inl_core.interop.harness.model import InlLM
 
         manager = _load_tasks(names, settings.task_path)
-        found = simple_evaluate(
-            model=InlLM(loaded, settings, progress),
-            tasks=list(names),
-            num_fewshot=settings.num_fewshot,
-            limit=settings.limit,
-            task_manager=manager,
-            log_samples=False,
-        )
+        with _one_line(names, settings.num_fewshot):
+            found = simple_evaluate(
+                model=InlLM(loaded, settings, progress),
+                tasks=list(names),
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                task_manager=manager,
+                log_samples=False,
+            )
     assert found is not None
     tasks = {name: _result(name, dict(found)) for name in found.get("results", {})}
     return TaskResults(tasks, lm_eval.__version__, time.perf_counter() - start)
@@ -123,8 +133,6 @@ def _load_tasks(names: Sequence[str], task_path: Path | None) -> Any:
     """A task manager that has these tasks ready, data included."""
     from lm_eval.tasks import TaskManager
 
-    if task_path is not None and not is_directory(task_path):
-        raise RecipeError(f"--task-path {task_path}: no such directory")
     # lm-eval's own folder has ten thousand files, which take many seconds to look through.
     manager, wanted = None, []
     for with_defaults in (False, True) if task_path else (True,):
@@ -142,7 +150,11 @@ def _load_tasks(names: Sequence[str], task_path: Path | None) -> Any:
     try:
         with contextlib.chdir(task_path) if task_path else contextlib.nullcontext():
             ready = manager.load([name for matching in wanted for name in matching])
+    except (InlError, MemoryError):
+        raise
     except Exception as error:  # whatever a task's file, its code and the reader of its data set may raise
+        if isinstance(error, StopIteration):  # lm-eval looks at the first row
+            raise RecipeError(f"--tasks {_task_of(error, names)}: the task has no rows") from None
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise RecipeError(
             f"--tasks {','.join(names)}: a task or its data cannot be loaded ({type(error).__name__}: {reason}); tasks "
@@ -150,6 +162,32 @@ def _load_tasks(names: Sequence[str], task_path: Path | None) -> Any:
         ) from None
     manager.load = lambda task_list: ready  # type: ignore[method-assign] - or all data would be read twice
     return manager
+
+
+@contextmanager
+def _one_line(names: Sequence[str], num_fewshot: int | None) -> Iterator[None]:
+    """What lm-eval raises while a task runs becomes a RecipeError of one line that names the task."""
+    try:
+        yield
+    except (InlError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a task's templates, metrics and data may raise anything
+        task, reason = _task_of(error, names), next(iter(str(error).splitlines()), "")
+        if any(sign in reason for sign in ("Sample larger than population", "fewshot samples requested exceeds")):
+            shots = "its num_fewshot" if num_fewshot is None else f"--num-fewshot {num_fewshot}"
+            raise RecipeError(f"{shots}: the task {task} has fewer solved examples than that; ask for fewer") from None
+        raise RecipeError(
+            f"--tasks {task}: lm-eval cannot run the task ({type(error).__name__}: {reason}); mend its file or its data"
+        ) from None
+
+
+def _task_of(error: Exception, names: Sequence[str]) -> str:
+    """The name of the task that raised an error; where no method of a task did, the names that were asked for."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        config = getattr(frame.f_locals.get("self"), "config", None)
+        if isinstance(name := getattr(config, "task", None), str):
+            return name
+    return ",".join(names)
 
 
 def _result(name: str, found: dict[str, Any]) -> TaskResult:

@@ -24,3 +24,5 @@ class TaskSettings:
     options: Options = field(default_factory=Options)
     """Iterations and early stopping."""
     bf16: bool = False
+    trust_task_code: bool = False
+    """Whether the files in that folder may run Python code; without it, such files are refused."""
