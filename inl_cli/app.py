@@ -122,7 +122,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point of the console script and of `python -m inl_cli`."""
+    """Run the command that the arguments name; `inl_cli.__main__` is where both entry points begin."""
     prepare_streams()
     if place_or_alone().size > 1:
         _run_as_rank()

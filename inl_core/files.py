@@ -223,7 +223,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())  # only its owner may read a temporary file
+        aside.chmod(0o666 & ~umask())  # only its owner may read a temporary file
         aside.replace(path)
     except BaseException as error:
         if aside is not None:
@@ -307,6 +307,13 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def umask() -> int:
+    """The rights that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _read_pipe(descriptor: int, path: Path, limit: int) -> bytes:
     """What is written to a FIFO until it is closed, or a little more than `limit`; ArtefactError when nobody writes."""
     poll, data = select.poll(), b""
@@ -319,12 +326,6 @@ def _read_pipe(descriptor: int, path: Path, limit: int) -> bytes:
             break
         data += piece
     return data
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _kind(mode: int) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -137,6 +138,30 @@ def test_version() -> None:
 def test_the_module_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "inl_cli", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == inl("--version").stdout
+
+
+CONTROL_C_WHILE_IMPORTING = """
+import sys
+class Impatient:
+    def find_spec(self, name, *rest):
+        if name == "inl_cli.console":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Impatient())
+"""
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "import runpy; runpy.run_module('inl_cli', run_name='__main__')",
+        "from importlib.metadata import EntryPoint; EntryPoint('inl', {script!r}, 'console_scripts').load()()",
+    ],
+)
+def test_control_c_while_importing_is_exit_130_and_silent(entry: str) -> None:
+    script = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]["inl"]
+    run = [sys.executable, "-c", CONTROL_C_WHILE_IMPORTING + entry.format(script=script)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_a_closed_pipe_ends_quietly() -> None:

@@ -263,6 +263,24 @@ def test_bad_arguments_are_one_line_and_leave_nothing(tmp_path: Path, monkeypatc
     assert_refused(inl("export", tmp_path / "run", "--output", tmp_path / "out"), 2, 'pip install "inl[hf]"')
 
 
+def test_of_two_exports_to_one_place_the_slower_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "run", "transformer")
+    command = ("export", tmp_path / "run", "--output", tmp_path / "out")
+    compare, codes = exporting.compare_logits, []
+
+    def while_another_exports(own: IntegratorLanguageModel, exported: Any) -> Any:
+        monkeypatch.setattr(exporting, "compare_logits", compare)
+        codes.append(inl(*command).exit_code)
+        return compare(own, exported)
+
+    monkeypatch.setattr(exporting, "compare_logits", while_another_exports)
+    assert_refused(inl(*command), 2, "out: exists and is not an empty directory")
+    assert codes == [0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "run").stat().st_mode
+    LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
 REMOTE = """
 import sys
 class Hidden:

@@ -7,6 +7,7 @@
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from inl_core.corpus.chat_template import end_of_answer, read_chat_template
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import RecipeError
-from inl_core.files import ASIDE, named_errors, refuse_filled
+from inl_core.files import ASIDE, named_errors, refuse_filled, umask
 from inl_core.inference.checkpoint_files import TOKENIZER_CONFIG, read_config
 from inl_core.inference.loading import load_tokenizer, load_weights, read_model_config
 from inl_core.interop.huggingface.llama import llama_config, llama_weights, why_not_llama
@@ -116,14 +117,21 @@ def _load(directory: Path, kind: str) -> Any:
 
 @contextmanager
 def _directory_aside(output: Path) -> Iterator[Path]:
-    """A new directory that becomes `output` at the end, and is removed where an error comes before."""
-    aside = output.with_name(f".{output.name}{ASIDE}")
+    """A new directory that becomes `output` at the end, and is removed where an error comes before.
+
+    Its name is its own, so of several exports to one place each is whole, and the first to end has the place.
+    """
     with named_errors(output):
-        shutil.rmtree(aside, ignore_errors=True)  # a kill may have left one
-        aside.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{output.name[:100]}.", suffix=ASIDE, dir=output.parent))
         try:
             yield aside
-            aside.rename(output)
+            aside.chmod(0o777 & ~umask())  # only its owner may enter a temporary directory
+            try:
+                aside.rename(output)
+            except OSError:
+                refuse_filled(output)  # another export was faster
+                raise
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
