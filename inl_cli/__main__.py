@@ -1,6 +1,6 @@
 """`inl` and `python -m inl_cli`: one path, so `torchrun ... -m inl_cli train RECIPE` is `inl train RECIPE`, too.
 
-Everything else is imported in here, so that Ctrl-C ends the command without a traceback while it is being imported, too.
+Everything else is imported in here, so that Ctrl-C ends the command without a traceback while that is done, too.
 """
 
 import sys
