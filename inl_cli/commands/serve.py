@@ -25,7 +25,7 @@ NameOption = Annotated[
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Completions computed side by side, at most.")]
 WaitingOption = Annotated[int, typer.Option(min=1, help="Requests that may wait; more are turned away with 429.")]
 TimeoutOption = Annotated[
-    float, typer.Option(min=0.001, help="Seconds that a request may take, waiting included; then it gets 408.")
+    float, typer.Option(min=0.001, help="Seconds that a request may take, sending it included; then it gets 408.")
 ]
 
 
@@ -69,7 +69,7 @@ def serve(
     data = {"url": url_of(bound), "model": settings.name, "checkpoint": loaded.path, "step": loaded.step}
     console.result(data, lambda: console.write(f"{data['url']} serves {settings.name}, {loaded.path}\n"))
     try:
-        build_server(build_app(engine, settings)).run(sockets=[bound])
+        build_server(build_app(engine, settings), engine).run(sockets=[bound])
     except KeyboardInterrupt:  # uvicorn ends in good order, and then passes the signal on
         console.info("stopped")
 

@@ -44,6 +44,9 @@ _MOST_PIECES = 2000
 _SEPARATORS = dict.fromkeys(range(0x1C, 0x20), "-")
 """White space in Python, but not for the pre-tokenizer."""
 
+_LONG_TEXT = 20_000
+"""Characters of a text that takes so long that other threads must not wait for Python's global lock meanwhile."""
+
 _MOST_IDS = 1 << 24
 """Ids must be below this, which is sixteen times the largest vocabulary in use: some tables have a row for each id."""
 
@@ -143,6 +146,8 @@ class Tokenizer:
         Raises:
             ArtefactError: a tokenizer made elsewhere has nothing but a special token for some of the text.
         """
+        if len(text) > _LONG_TEXT:
+            return self.encode_documents([text])[0]
         return self._special_text.replace(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:

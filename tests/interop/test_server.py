@@ -1,10 +1,12 @@
 """`inl serve` on loopback, with the real openai client: what it answers, how it shares batches, and what it refuses."""
 
 import json
+import logging
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ class Served:
     loaded: LoadedModel
     engine: Engine
     url: str
+    server: Any
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url, api_key="any", max_retries=0)
@@ -53,11 +56,11 @@ class Served:
 @contextmanager
 def serving_of(loaded: LoadedModel, *, timeout: float = 60, max_waiting: int = 512) -> Iterator[Served]:
     engine, bound = Engine(loaded, max_waiting=max_waiting), serving.bind("127.0.0.1", 0)
-    server = serving.build_server(build_app(engine, ServerSettings("tiny", timeout=timeout, largest_body=1 << 20)))
+    server = serving.build_server(build_app(engine, ServerSettings("tiny", timeout=timeout)), engine)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        yield Served(loaded, engine, serving.url_of(bound))
+        yield Served(loaded, engine, serving.url_of(bound), server)
     finally:
         server.should_exit = True
         thread.join()
@@ -95,10 +98,8 @@ def test_completions_are_those_of_generate(served: Served) -> None:
     assert [choice.text for choice in sampled.choices] == [completion.text for completion in both]
     ids = tokenizer.encode("def ")
     for prompt in (ids, [tokenizer.bos_id, *ids], [ids]):
-        assert (
-            client.completions.create(model="tiny", prompt=prompt, max_tokens=9, temperature=0).choices[0].text
-            == wanted[0]
-        )
+        again = client.completions.create(model="tiny", prompt=prompt, max_tokens=9, temperature=0)
+        assert again.choices[0].text == wanted[0]
 
 
 def test_streams_join_to_the_same_text(served: Served) -> None:
@@ -182,9 +183,15 @@ GOOD = {"model": "tiny", "prompt": "a", "max_tokens": 1}
         (GOOD | {"temperature": -1}, 400, "temperature: "),
         (GOOD | {"top_p": 0}, 400, "top_p: "),
         (GOOD | {"stop": ""}, 400, "stop: "),
-        (GOOD | {"prompt": []}, 400, "prompt: "),
-        (GOOD | {"prompt": [[]]}, 400, "prompt: "),
-        (GOOD | {"prompt": ["a", 1]}, 400, "prompt: "),
+        (GOOD | {"stop": ["a"] * 17}, 400, "stop: List should have at most 16 items, not 17"),
+        (GOOD | {"stop": 3}, 400, "stop: must be a text or a list of texts"),
+        (GOOD | {"prompt": []}, 400, "prompt: List should have at least 1 item, not 0"),
+        (GOOD | {"prompt": [[]]}, 400, "prompt: List should have at least 1 item, not 0"),
+        (GOOD | {"prompt": [-1]}, 400, "prompt: Input should be greater than or equal to 0"),
+        (GOOD | {"prompt": ["a", 1]}, 400, "prompt: must be a text, a list of tokens, or a list of either"),
+        (GOOD | {"prompt": ["a"] * 257}, 400, "prompt: Value should have at most 256 items, not 257"),
+        (GOOD | {"prompt": [[1]] * 257}, 400, "prompt: Value should have at most 256 items, not 257"),
+        (GOOD | {"prompt": "x" * 500_000}, 400, "500,000 characters cannot fit, the model's context holds 64 tokens"),
         (GOOD | {"prompt": [300]}, 400, "token 300: the model has 300"),
         (GOOD | {"prompt": "word " * 99}, 400, "the model's context holds 64"),
         (GOOD | {"stream": True, "logprobs": 1}, 400, "logprobs are not streamed"),
@@ -212,20 +219,8 @@ def test_unknown_paths_and_methods_are_answered_in_the_same_form(served: Served)
 
 
 def test_null_means_not_given_as_clients_write_it(served: Served) -> None:
-    keys = (
-        "temperature",
-        "top_p",
-        "n",
-        "seed",
-        "stop",
-        "stream",
-        "stream_options",
-        "user",
-        "logprobs",
-        "echo",
-        "suffix",
-    )
-    nulls = dict.fromkeys((*keys, "best_of", "logit_bias", "frequency_penalty", "presence_penalty"))
+    keys = "temperature top_p n seed stop stream stream_options user logprobs echo suffix best_of logit_bias"
+    nulls = dict.fromkeys((*keys.split(), "frequency_penalty", "presence_penalty"))
     assert served.post(GOOD | nulls).status_code == 200
     assert served.post(GOOD | {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}}).status_code == 200
 
@@ -270,6 +265,56 @@ def test_a_request_that_takes_too_long_is_ended_and_no_longer_computed(
         assert (answer.status_code, answer.json()["error"]["message"]) == (408, "not done within 0.2 seconds")
         assert blocked.given_up.wait(30)
         blocked.released.set()
+
+
+def send_part_of_a_body(served: Served) -> socket.socket:
+    url = httpx.URL(served.url)
+    connection = socket.create_connection((url.host, url.port), timeout=30)
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: 1000\r\n\r\n{")
+    return connection
+
+
+def test_a_body_that_does_not_come_in_time_is_answered_and_its_connection_closed(loaded: LoadedModel) -> None:
+    with serving_of(loaded, timeout=0.2) as served, send_part_of_a_body(served) as connection:
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"not done within 0.2 seconds" in answer
+
+
+def test_while_a_prompt_is_tokenised_others_are_served(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, released, encode = threading.Event(), threading.Event(), served.loaded.tokenizer.encode
+
+    def slow(text: str) -> list[int]:
+        entered.set()
+        assert released.wait(30)
+        return encode(text)
+
+    monkeypatch.setattr(served.loaded.tokenizer, "encode", slow)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(served.post, GOOD)
+        assert entered.wait(30)
+        assert httpx.get(served.url.replace("/v1", "/health"), timeout=20).status_code == 200
+        released.set()
+        assert answer.result().status_code == 200
+
+
+def test_a_server_that_is_stopped_ends_open_requests_and_logs_no_error(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = Blocked(monkeypatch)
+    monkeypatch.setattr(serving, "_SECONDS_TO_FINISH", 0.1)
+    with serving_of(loaded) as served, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+        stream = pool.submit(served.post, GOOD | {"stream": True, "max_tokens": 50})
+        assert blocked.entered.wait(30)
+        with send_part_of_a_body(served) as connection:
+            served.server.should_exit = True
+            assert blocked.given_up.wait(30)
+            blocked.released.set()
+            assert "the server is shutting down" in stream.result().text
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+    assert not caplog.records
 
 
 def test_a_client_that_goes_away_is_no_longer_computed_for(
@@ -319,6 +364,8 @@ def test_a_chat_is_the_one_of_inl_chat(loaded: LoadedModel) -> None:
         long: Any = [{"role": "user", "content": "x" * 300}]
         with pytest.raises(openai.BadRequestError, match="the conversation: 3"):
             client.create(model="tiny", messages=long)
+        with pytest.raises(openai.BadRequestError, match="65 messages cannot fit"):
+            client.create(model="tiny", messages=wrong * 65)
 
 
 def test_a_model_without_a_chat_template_says_so(served: Served) -> None:
@@ -343,7 +390,7 @@ def test_the_command_says_where_it_serves_and_what_is_wrong(
         def run(self, sockets: Any) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(serving, "build_server", lambda app: Done())
+    monkeypatch.setattr(serving, "build_server", lambda app, engine: Done())
     result = inl("serve", run, "--port", 0, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

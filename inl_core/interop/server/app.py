@@ -5,16 +5,18 @@
   body that is too large 413. So do no room in the queue, 429, and a time that is up, 408. A 5xx means that the server
   is at fault: 503 while it shuts down, 500 where the model fails (its logits are not finite).
 - A client that goes away is no longer computed for.
+- Bodies are parsed and tokenised in other threads: in this one, which serves all connections, nobody else would be
+  answered meanwhile.
 """
 
 import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -23,10 +25,14 @@ from starlette.requests import ClientDisconnect
 
 from inl_core.errors import InlError
 from inl_core.inference.generate import Completion, Piece
+from inl_core.inference.generate import Request as GenerationRequest
 from inl_core.interop.server.answers import ChatAnswers, CompletionAnswers, Usage
 from inl_core.interop.server.bodies import BadRequest, Body, ChatBody, CompletionBody, parse
 from inl_core.interop.server.chat import chat_request
 from inl_core.interop.server.engine import Closed, Engine, Event, QueueFull, Ticket, TokenScores
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+Result = TypeVar("Result")
 
 _log = logging.getLogger("inl.server")
 
@@ -38,8 +44,8 @@ class ServerSettings:
     name: str
     """What the model is called."""
     timeout: float = 600.0
-    """Seconds that a request may take, waiting included."""
-    largest_body: int = 8 << 20
+    """Seconds that a request may take, the sending of its body and waiting included."""
+    largest_body: int = 1 << 20
     """Bytes of a request."""
 
 
@@ -76,18 +82,18 @@ def build_app(engine: Engine, settings: ServerSettings) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
-        body: CompletionBody = await _read(request, CompletionBody, settings)
-        requests = body.requests(loaded.tokenizer, longest)
-        return await _answer(
-            engine, settings, request, body, requests, CompletionAnswers(settings.name, loaded.tokenizer)
-        )
+        def prepare(body: CompletionBody) -> list[GenerationRequest]:
+            return body.requests(loaded.tokenizer, longest)
+
+        exchange = _Exchange(engine, settings)
+        body, requests = await exchange.read(request, CompletionBody, prepare)
+        return await _answer(exchange, request, body, requests, CompletionAnswers(settings.name, loaded.tokenizer))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
-        body: ChatBody = await _read(request, ChatBody, settings)
-        requests = [chat_request(loaded, body)]
-        answers = ChatAnswers(settings.name, loaded.tokenizer)
-        return await _answer(engine, settings, request, body, requests, answers)
+        exchange = _Exchange(engine, settings)
+        body, requests = await exchange.read(request, ChatBody, lambda body: [chat_request(loaded, body)])
+        return await _answer(exchange, request, body, requests, ChatAnswers(settings.name, loaded.tokenizer))
 
     _handle_errors(app)
     return app
@@ -133,6 +139,8 @@ def error_body(status: int, message: str, *, parameter: str | None = None, code:
 
 
 def _headers(status: int) -> dict[str, str]:
+    if status in (408, 413):  # the rest of the body is not waited for
+        return {"Connection": "close"}
     return {"Retry-After": "1"} if status in (429, 503) else {}
 
 
@@ -142,18 +150,16 @@ def _check_model(name: str, settings: ServerSettings) -> None:
         raise BadRequest(message, parameter="model", status=404, code="model_not_found")
 
 
-async def _read(request: Request, kind: type[Body], settings: ServerSettings) -> Any:
+async def _received(request: Request, largest: int) -> bytes:
     data = bytearray()
     try:
         async for part in request.stream():
             data += part
-            if len(data) > settings.largest_body:
-                raise BadRequest(f"a body of more than {settings.largest_body:,} bytes", status=413)
+            if len(data) > largest:
+                raise BadRequest(f"a body of more than {largest:,} bytes", status=413)
     except ClientDisconnect:
         raise BadRequest("the connection ended inside the body") from None
-    body = parse(kind, bytes(data))
-    _check_model(body.model, settings)
-    return body
+    return bytes(data)
 
 
 @dataclass
@@ -167,7 +173,34 @@ class _Exchange:
     began: float = field(default_factory=time.monotonic)
     num_left: int = 0
 
-    def submit(self, requests: Sequence[Any], num_top: int | None) -> None:
+    async def read(
+        self, http: Request, kind: type[AnyBody], prepare: Callable[[AnyBody], list[GenerationRequest]]
+    ) -> tuple[AnyBody, list[GenerationRequest]]:
+        """The body, and what `prepare` makes of it.
+
+        Raises:
+            BadRequest: it cannot be used.
+            TimeIsUp: its last byte did not come in time.
+        """
+
+        def understand(data: bytes) -> tuple[AnyBody, list[GenerationRequest]]:
+            body = parse(kind, data)
+            _check_model(body.model, self.settings)
+            return body, prepare(body)
+
+        return await self._in_time(self._understood(http, understand))
+
+    async def _understood(self, http: Request, understand: Callable[[bytes], Result]) -> Result:
+        return await asyncio.to_thread(understand, await _received(http, self.settings.largest_body))
+
+    async def _in_time(self, awaited: Awaitable[Result]) -> Result:
+        left = self.began + self.settings.timeout - time.monotonic()
+        try:
+            return await asyncio.wait_for(awaited, max(left, 0))
+        except TimeoutError:
+            raise TimeIsUp(f"not done within {self.settings.timeout:g} seconds") from None
+
+    def submit(self, requests: Sequence[GenerationRequest], num_top: int | None) -> None:
         """Queue all prompts of the request.
 
         Raises:
@@ -195,11 +228,7 @@ class _Exchange:
         """
         try:
             while self.num_left:
-                left = self.began + self.settings.timeout - time.monotonic()
-                try:
-                    index, event = await asyncio.wait_for(self.events.get(), max(left, 0))
-                except TimeoutError:
-                    raise TimeIsUp(f"not done within {self.settings.timeout:g} seconds") from None
+                index, event = await self._in_time(self.events.get())
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Piece):
@@ -217,14 +246,12 @@ class _Exchange:
 
 
 async def _answer(
-    engine: Engine,
-    settings: ServerSettings,
+    exchange: _Exchange,
     http: Request,
     body: Body,
-    requests: Sequence[Any],
+    requests: Sequence[GenerationRequest],
     answers: CompletionAnswers | ChatAnswers,
 ) -> Any:
-    exchange = _Exchange(engine, settings)
     exchange.submit(requests, body.num_top)
     usage = Usage(sum(len(request.prompt_ids) for request in requests))
     samples = body.n or 1

@@ -20,8 +20,13 @@ _COMPLETION_TOKENS = 16
 """What OpenAI takes where a completion names no max_tokens."""
 
 Stop = Annotated[str, StringConstraints(min_length=1)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# Of a long list only the first bad item is looked for: a report of a million would take long, too.
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+ListOfIds = Annotated[list[Ids], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 Tokens = Annotated[int, Field(ge=1)]
+
+_SEVERAL_TYPES = {"prompt": "a text, a list of tokens, or a list of either", "stop": "a text or a list of texts"}
 
 
 class BadRequest(Exception):
@@ -60,7 +65,7 @@ class Body(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -103,7 +108,7 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """POST /v1/completions."""
 
-    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)] = ""
+    prompt: str | Ids | Annotated[Texts | ListOfIds, Field(min_length=1, max_length=MOST_PROMPTS)] = ""
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: int | None = None
@@ -155,7 +160,7 @@ class Message(BaseModel):
 class ChatBody(Body):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -182,19 +187,44 @@ def parse(kind: type[Body], data: bytes) -> Any:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        keys = [str(part) for part in first["loc"]]
-        # Of a union pydantic names every kind that a value is not; the key itself says enough.
-        key = keys[0] if keys and keys[0] in kind.model_fields else None
-        place = f"{'.'.join(keys[: 3 if key == 'messages' else 1])}: " if keys else ""
-        is_unknown = first["type"] == "extra_forbidden"
-        message = "this server does not know it" if is_unknown else first["msg"].removeprefix("Value error, ")
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        keys = errors[0]["loc"]
+        key = str(keys[0]) if keys and keys[0] in kind.model_fields else None
+        keys = keys[: 3 if key == "messages" else 1]
+        # Where a value may be of several types, pydantic names each that it is not, among them perhaps the one that was
+        # meant, with what is wrong there.
+        errors = [error for error in errors if error["loc"][: len(keys)] == keys]
+        meant = next((error for error in errors if not error["type"].endswith("_type")), None)
+        if meant is None and key in _SEVERAL_TYPES:
+            message = f"must be {_SEVERAL_TYPES[key]}"
+        elif meant and meant["type"] == "extra_forbidden":
+            message = "this server does not know it"
+        else:
+            message = (meant or errors[0])["msg"].removeprefix("Value error, ").replace(" after validation", "")
+        place = f"{'.'.join(map(str, keys))}: " if keys else ""
         raise BadRequest(f"{place}{message}", parameter=key) from None
+
+
+def check_size(num_characters: int, name: str, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """RecipeError where a text is so long that it cannot fit the model's context, whatever its tokens are.
+
+    This is told before the text is tokenised, which takes a second for some megabytes. Of tokenizers that may drop or
+    rewrite text nothing can be told beforehand.
+    """
+    if not tokenizer.has_exact_bytes:
+        return
+    longest = int(tokenizer.token_num_bytes.max())
+    if num_characters > max_seq_len * longest:
+        raise RecipeError(
+            f"{name}: {num_characters:,} characters cannot fit, the model's context holds {max_seq_len:,} tokens of at "
+            f"most {longest} bytes; shorten it"
+        )
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | list[int], max_seq_len: int) -> tuple[int, ...]:
     try:
         if isinstance(prompt, str):
+            check_size(len(prompt), "the prompt", tokenizer, max_seq_len)
             return tuple(encode_prompt(tokenizer, prompt, max_seq_len=max_seq_len))
         largest = max(prompt)
         if largest >= tokenizer.vocab_size:

@@ -1,13 +1,19 @@
 """Bind, serve until a signal ends it, and say what is missing before anything is loaded."""
 
+import asyncio
 import importlib.util
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inl_core.errors import InlError, RecipeError
 
-_SECONDS_TO_FINISH = 10
-"""What requests that are being answered get when the server is told to end."""
+if TYPE_CHECKING:
+    from inl_core.interop.server.engine import Engine
+
+_SECONDS_TO_FINISH = 3
+"""What requests that are being answered get when the server is told to end; then they are told that it ends."""
+_SECONDS_TO_LEAVE = 1
+"""What clients get to take that last answer; then their connections are cut."""
 
 
 def require_server() -> None:
@@ -40,14 +46,33 @@ def url_of(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
-def build_server(app: Any) -> Any:
-    """uvicorn's server for the application; `server.run(sockets=[bound])` serves until a signal."""
+def build_server(app: Any, engine: "Engine") -> Any:
+    """uvicorn's server for the application; `server.run(sockets=[bound])` serves until a signal.
+
+    uvicorn would cancel the requests that are still open after a while, and log a traceback for each. Here they end
+    before that: the engine tells them so, and a client that takes no answer, or sends none of its body, is cut off.
+    """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            ending = asyncio.create_task(self._end_requests())
+            await super().shutdown(sockets)
+            ending.cancel()
+
+        async def _end_requests(self) -> None:
+            await asyncio.sleep(_SECONDS_TO_FINISH)
+            closing = asyncio.create_task(asyncio.to_thread(engine.close))  # waits for the token being computed
+            await asyncio.wait([closing], timeout=_SECONDS_TO_LEAVE)
+            await asyncio.sleep(_SECONDS_TO_LEAVE)
+            for connection in list(self.server_state.connections):
+                if connection.transport is not None:
+                    connection.transport.abort()
 
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=_SECONDS_TO_FINISH,
+        timeout_graceful_shutdown=_SECONDS_TO_FINISH + 4 * _SECONDS_TO_LEAVE,
     )
-    return uvicorn.Server(config)
+    return Server(config)
