@@ -156,15 +156,15 @@ def errors_to_exit_codes(command: Callable[P, R]) -> Callable[P, R]:
                 return command(*args, **kwargs)
         except InlError as error:
             if is_main_process():
-                show_error(str(error))
+                show_error(_escaped(str(error), kwargs.values()))
             elif isinstance(error, ArtefactError) and not error.is_shared:
-                show_error(f"rank {place_or_alone().rank}: {error}")
+                show_error(_escaped(f"rank {place_or_alone().rank}: {error}", kwargs.values()))
             raise typer.Exit(exit_code(error)) from None
         except BrokenPipeError:
             raise  # `inl ... | head`: Typer ends quietly
         except OSError as error:
             # Shown by every process: a full disk or a missing right may concern one machine only.
-            show_error(describe_os_error(error))
+            show_error(_escaped(describe_os_error(error), kwargs.values()))
             raise typer.Exit(EXIT_FAILURE) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -246,6 +246,16 @@ def show_error(text: str) -> None:
         lines[_MOST_ERROR_LINES - 1 :] = [f"... and {len(lines) - _MOST_ERROR_LINES + 1:,} more lines"]
     shown = (shortened(line, _LONGEST_ERROR_LINE).translate(_CONTROL_CHARACTERS) for line in lines)
     _write_line(sys.stderr, "\n".join(shown), style="red")
+
+
+def _escaped(text: str, given: Iterable[Any]) -> str:
+    """A message in which no argument of the command has a line end: a problem is one line, whatever a file's name."""
+    for value in given:
+        if isinstance(value, list):
+            text = _escaped(text, value)
+        elif isinstance(value, Path | str) and "\n" in str(value).strip():
+            text = text.replace(str(value), str(value).translate(_CONTROL_CHARACTERS))
+    return text
 
 
 def _write_line(stream: TextIO, text: str, *, style: str = "") -> None:

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError, RecipeError, naming_key
 from inl_core.files import expand_home, is_directory
 from inl_core.launcher import place_or_alone
 
@@ -68,7 +68,8 @@ def check_training(recipe: "Recipe", branch_from: Path | None) -> None:
     if branch_from is not None and not os.path.lexists(expand_home(branch_from)):
         raise ArtefactError(f"{branch_from}: no checkpoint to branch from; name one, or a run that has saved one")
     if begins_with is not None and begins_with.suffix != ".safetensors":
-        check_checkpoint(begins_with)
+        with naming_key("model.init_from"):
+            check_checkpoint(begins_with)
     if data.is_directory_alone:
         check_data(data.directory)
     elif not (data.directory is not None and _holds_data(data.directory)) and _is_any_missing(data.sources):

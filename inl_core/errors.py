@@ -4,6 +4,9 @@
 - A message is one line, or one line for each problem, and is shown to the user as it stands.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InlError(ValueError):
     """The base of all errors that are meant for the user (exit code 1)."""
@@ -34,3 +37,14 @@ class ArtefactError(InlError):
 
 class Interrupted(InlError):
     """A signal stopped the work after its state was saved; it can be continued (exit code 75)."""
+
+
+@contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """The recipe's key stands before the message of whatever a user's path in it is refused for."""
+    try:
+        yield
+    except InlError as error:
+        if key not in str(error):
+            error.args = (f"{key} {error}",)
+        raise

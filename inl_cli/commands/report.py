@@ -65,7 +65,7 @@ def report(
             progress.start(f"measuring {run.name}", "passes")
             return examine(run.name, loaded, source, max_tokens=max_tokens, progress=progress.update)
 
-    found = report_runs(runs, examine_run=examine_run)
+    found = report_runs(runs, examine_run=examine_run, note=console.warn)
     _hand_over(console, found, page, csv)
 
 
@@ -88,7 +88,7 @@ def compare(
     check_runs(runs)
     from inl_core.analysis.report.build import compare_runs
 
-    _hand_over(console, compare_runs(runs), output, csv)
+    _hand_over(console, compare_runs(runs, console.warn), output, csv)
 
 
 def _check_outputs(output: Path | None, csv: Path | None) -> None:

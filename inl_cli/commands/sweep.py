@@ -196,7 +196,7 @@ def _hand_over(console: Console, found: "Found", output: Path | None) -> None:
         from inl_core.analysis.report.build import compare_runs
         from inl_core.analysis.report.page import write_page
 
-        write_page(compare_runs(done), output)
+        write_page(compare_runs(done, console.warn), output)
         console.info(f"written to {output}")
     elif output:
         console.warn(f"{output}: not written, as a comparison needs two runs that are done")

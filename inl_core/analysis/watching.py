@@ -15,7 +15,7 @@ from inl_core.errors import ArtefactError
 from inl_core.files import open_regular
 from inl_core.inference.checkpoint_files import MANIFEST
 from inl_core.training.alarms import newest_record
-from inl_core.training.metrics import parse_row
+from inl_core.training.metrics import not_rows, parse_row
 from inl_core.training.run_status import RunStatus, read_status
 from inl_core.training.spikes import SpikeWatch
 
@@ -42,7 +42,10 @@ class Look:
     dynamics: dict[str, Any]
     """step and quantities of the newest record: quantity -> mean, min and max of its means over layers."""
     warnings: list[str]
-    """Of jumps of the loss, skipped steps and collapsed dynamics, by the rules of the run itself; the last twenty."""
+    """Of jumps of the loss, skipped steps and collapsed dynamics, by the rules of the run itself; the last twenty.
+
+    Before them, how many lines of metrics.jsonl are no rows.
+    """
     eta_seconds: float | None
     """Until the last step at the newest row's speed; None where nothing runs."""
     seconds_since_row: float | None
@@ -89,6 +92,10 @@ class _Curves:
     row: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    skipped: int = 0
+    """Whole lines that are no rows."""
+    is_torn: bool = False
+    """Whether the file ends within a line."""
 
     def __post_init__(self) -> None:
         self.spikes = SpikeWatch(self.warnings.append)
@@ -143,11 +150,15 @@ class RunWatcher:
             thinned(curves.training, _LONGEST_CURVE),
             curves.validation,
             {"step": step, "quantities": over_depth(rows)} if rows else {},
-            [*curves.warnings, *(f"step {step}: {alarm.text}" for alarm in alarms)],
+            [*self._left_out(status), *curves.warnings, *(f"step {step}: {alarm.text}" for alarm in alarms)],
             _eta(curves.row, num_steps) if status.state == "running" else None,
             since_row,
             _age(manifest) if manifest else None,
         )
+
+    def _left_out(self, status: RunStatus) -> list[str]:
+        skipped = self._curves.skipped + (self._curves.is_torn and status.state != "running")
+        return [not_rows(self.run / "metrics.jsonl", skipped)] if skipped else []
 
     def _read_rows(self) -> float | None:
         """Take in what was added to metrics.jsonl; the seconds since it was written, None where there is no file."""
@@ -161,10 +172,13 @@ class RunWatcher:
             if identity != self._file or found.st_size < self._offset:
                 self._curves, self._file, self._offset = _Curves(), identity, 0
             file.seek(self._offset)
-            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):  # the last one may be still being written
+            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n") or len(line) == _LONGEST_LINE:
                 self._offset += len(line)
                 if row := parse_row(line):
                     self._curves.add(row)
+                elif line.strip():
+                    self._curves.skipped += 1
+            self._curves.is_torn = bool(line.strip())  # the last line may be still being written
         return max(0.0, time.time() - found.st_mtime)
 
 

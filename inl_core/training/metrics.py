@@ -104,7 +104,12 @@ def stream_metrics(run: Path, note: Callable[[str], None] = lambda text: None) -
             if skipped > _MOST_SKIPPED:
                 raise ArtefactError(f"{path}: damaged: more than {_MOST_SKIPPED:,} lines are no rows; move it away")
     if skipped:
-        note(f"{path}: left out what is no row of metrics: {skipped:,} line(s)")
+        note(not_rows(path, skipped))
+
+
+def not_rows(path: Path, skipped: int) -> str:
+    """What is said of a file of which `skipped` lines are no rows."""
+    return f"{path}: left out what is no row of metrics: {skipped:,} line(s)"
 
 
 def read_last_row(run: Path) -> dict[str, Any] | None:

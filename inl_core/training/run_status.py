@@ -151,9 +151,13 @@ def check_is_run_directory(path: Path) -> None:
     """Refuse a path that can never be a run's: a file, or a checkpoint, into which nothing may be written.
 
     Raises:
-        RecipeError: it is a file.
+        RecipeError: it is a file, or a link that leads nowhere.
         ArtefactError: it is a checkpoint.
     """
+    if path.is_symlink() and not path.exists():
+        raise RecipeError(
+            f"{path}: a link that leads nowhere; make the directory {path.readlink()}, or remove the link"
+        )
     if path.exists() and not path.is_dir():
         raise RecipeError(
             f"{path}: a file, not a run's directory; `inl train RECIPE` starts a run, `inl resume RUN` continues one"

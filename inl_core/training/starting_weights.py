@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError, RecipeError, naming_key
 from inl_core.files import is_directory, read_json
 from inl_core.inference.checkpoint_files import CONFIG, MANIFEST, TOKENIZER, file_digest, read_config, read_manifest
 from inl_core.inference.loading import find_checkpoint, read_model_config
@@ -69,7 +69,8 @@ def find_weights(model: ModelConfig, *, tell: Callable[[str], None]) -> Starting
             f"model.init_from {path}: a single file; name its directory, or if it holds weights of the reference, the "
             f"directory that `inl import-reference {path} --output DIR` makes"
         )
-    found = _exported(path) if _is_exported(path) else _checkpoint(path, tell)
+    with naming_key("model.init_from"):
+        found = _exported(path) if _is_exported(path) else _checkpoint(path, tell)
     changes = model_differences(found.model, model.with_vocab_size(found.model.vocab_size or 0))
     refuse_misfits(f"model.init_from {found.path}: its weights do not", changes)
     for change in changes:

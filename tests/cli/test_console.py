@@ -19,6 +19,7 @@ import torch.distributed as dist
 import typer
 from typer.testing import CliRunner
 
+from inl_cli.app import app as inl
 from inl_cli.console import Console, errors_to_exit_codes, format_value, to_plain
 from inl_cli.progress import LineProgress, Progress, amount
 from inl_core.errors import (
@@ -171,6 +172,15 @@ def test_errors_are_shortened_and_their_control_characters_shown() -> None:
     assert len(lines) < 50_000
     assert lines.startswith("0 \\x1b[31m\\x0dxxx")
     assert lines.endswith("... and 961 more lines\n")
+
+
+def test_a_file_name_with_line_ends_does_not_divide_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(inl, ["import-reference", "s6 \ne.safetensors", "--output", "new", "--iterations", "2"])
+    assert (result.exit_code, result.stderr.count("\n")) == (4, 1), result.stderr
+    assert result.stderr.startswith("s6 \\x0ae.safetensors: no such file")
+    result = CliRunner().invoke(inl, ["compare", "a\nb", "c", "--csv", "tables"])
+    assert (result.exit_code, result.stderr.count("\n")) == (4, 1), result.stderr
 
 
 def test_a_home_directory_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

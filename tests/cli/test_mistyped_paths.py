@@ -11,7 +11,7 @@ CASES = (
     ("train tiny --set data.sources=[nope.txt]", 2, "nope.txt: no such file or directory"),
     ("train tiny --set data.directory=nope --set data.sources=[]", 4, "nope: no data set here (no manifest.json); "),
     ("train tiny --branch-from nope", 4, "nope: no checkpoint to branch from"),
-    ("train tiny --set model.init_from=nope", 4, "nope: no such run or checkpoint"),
+    ("train tiny --set model.init_from=nope", 4, "model.init_from nope: no such run or checkpoint"),
     ("resume nope", 4, "nope: not a run"),
     ("watch nope", 4, "nope: no such run"),
     ("eval nope", 4, "nope: no such run or checkpoint"),

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,15 @@ def test_on_a_terminal_it_goes_on_until_control_c(run: Path) -> None:
             pass
         assert watching.wait() == 0
     os.close(main)
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 100, b"\x00\n\xff" * 50, b"x" * (3 << 20)])
+def test_a_file_without_rows_is_named(run: Path, content: bytes) -> None:
+    shutil.copytree(run, run.with_name("other"))
+    (run / "metrics.jsonl").write_bytes(content)
+    said = f"warning: {run}/metrics.jsonl: left out what is no row of metrics: "
+    assert said in inl("watch", run).stdout
+    assert said in inl("compare", run, run.with_name("other")).stderr
 
 
 def test_what_is_no_run_is_refused_in_one_line(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run that begins with other weights than drawn ones: `model.init_from`."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -76,19 +77,27 @@ def test_weights_of_another_preset_are_refused_before_anything_is_written(first,
     ("changes", "code", "expected"),
     [
         ({"model.d_model": 64}, 2, "do not fit the recipe: model.d_model (32, not 64)"),
-        ({"model.init_from": "nowhere"}, 4, "nowhere: no such run or checkpoint"),
+        ({"model.init_from": "nowhere"}, 4, "model.init_from nowhere: no such run or checkpoint"),
+        ({"model.init_from": "pipe"}, 4, "model.init_from pipe: holds no intact checkpoint"),
         ({"model.init_from": "first/weights.safetensors"}, 2, "inl import-reference first/weights.safetensors"),
         ({"data.tokenizer.vocab_size": 300, "data.directory": "other"}, 4, "first/checkpoints/step-00000004/tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(first, recipe_file, inl, changes, code, expected):
     overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    os.mkfifo("pipe")
     refused = inl("train", recipe_file(model={"init_from": "first"}), "--run-dir", "new", *overrides)
     assert refused.exit_code == code, refused.stderr
     assert expected in refused.stderr
     branched = inl("train", recipe_file(model={"init_from": "first"}), "--branch-from", "first", "--run-dir", "new")
     assert branched.exit_code == 2
     assert "--set model.init_from=null" in branched.stderr
+
+
+def test_a_run_directory_that_is_a_link_to_nothing_is_refused(recipe_file, inl, tmp_path):
+    (tmp_path / "gone").symlink_to("nowhere")
+    refused = inl("train", recipe_file(), "--run-dir", "gone")
+    assert (refused.exit_code, refused.stderr.count("gone: a link that leads nowhere")) == (2, 1), refused.stderr
 
 
 def test_damaged_and_foreign_weights_are_refused(made, first, recipe_file, inl, tmp_path):

@@ -12,21 +12,24 @@ from inl_core.analysis.report.tasks import task_findings, task_sections
 from inl_core.analysis.report.training import training_findings, training_section
 
 
-def compare_runs(paths: Sequence[Path]) -> Report:
-    """Curves, budgets and recipes of several runs, by their files alone; raises as `open_runs` does."""
-    findings, sections = _of_files(open_runs(paths))
+def compare_runs(paths: Sequence[Path], note: Callable[[str], None] = lambda text: None) -> Report:
+    """Curves, budgets and recipes of runs, by their files alone; `note` and what is raised are as in `open_runs`."""
+    findings, sections = _of_files(open_runs(paths, note))
     return Report(f"{len(paths)} runs compared", findings, sections)
 
 
 def report_runs(
-    paths: Sequence[Path], *, examine_run: Callable[[RunRecord], Examined | None] = lambda run: None
+    paths: Sequence[Path],
+    *,
+    examine_run: Callable[[RunRecord], Examined | None] = lambda run: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Everything there is to say of one or several runs; raises as `open_runs` does.
+    """Everything there is to say of one or several runs; `note` and what is raised are those of `open_runs`.
 
     Args:
         examine_run: what to say of the run's newest checkpoint; None where there is nothing.
     """
-    runs = open_runs(paths)
+    runs = open_runs(paths, note)
     findings, sections = _of_files(runs)
     for run in runs:
         if found := history_section(run):

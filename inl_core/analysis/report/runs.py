@@ -5,7 +5,7 @@
 - `flops` counts the model's work for the tokens so far (inl_core/model/flops.py), whatever the machine did besides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,11 @@ class RunRecord:
         return max(rows, key=lambda row: row["step"], default={})
 
 
-def open_runs(paths: Sequence[Path]) -> list[RunRecord]:
+def open_runs(paths: Sequence[Path], note: Callable[[str], None] = lambda text: None) -> list[RunRecord]:
     """Read runs, each under a name of its own: that of its directory, or the whole path where that is not enough.
+
+    Args:
+        note: hears of lines in metrics.jsonl that are no rows.
 
     Raises:
         RecipeError: a run is named twice.
@@ -67,19 +70,19 @@ def open_runs(paths: Sequence[Path]) -> list[RunRecord]:
     places = [path.resolve() for path in paths]
     if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
         raise RecipeError(f"{twice}: is named twice")
-    found = [open_run(path) for path in paths]
+    found = [open_run(path, note) for path in paths]
     names = [run.name for run in found]
     return [run if names.count(run.name) == 1 else replace(run, name=str(run.path)) for run in found]
 
 
-def open_run(path: Path) -> RunRecord:
-    """Read one run; raises as `open_runs` does."""
+def open_run(path: Path, note: Callable[[str], None] = lambda text: None) -> RunRecord:
+    """Read one run; `note` and what is raised are those of `open_runs`."""
     check_holds_run(path)
     status = read_status(path)
     recipe = status.recipe or load_recipe(path / "recipe.yaml", allow_pipe=False)  # which says what is wrong with it
     config = _model_of(path, recipe)
     cost = training_flops(config, recipe.training.sequence_length)
-    steps, evaluations = _with_spending(read_metrics(path), cost)
+    steps, evaluations = _with_spending(read_metrics(path, note), cost)
     return RunRecord(path, path.resolve().name, recipe, config, status, steps, evaluations)
 
 
