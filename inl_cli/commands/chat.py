@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from inl_core.inference.chat import Chat
 
 _DEFAULTS = GenerationSettings()
+_LONGEST_LINE = 1 << 20
+"""Bytes of a line from a pipe: far more than a message that fits a context."""
 _HELP = "/reset forgets what was said, /exit ends"
 
 SystemOption = Annotated[
@@ -86,7 +88,7 @@ def chat(
 
 def _converse(console: Console, chat: "Chat") -> None:
     is_terminal = sys.stdin.isatty()
-    for line in _typed_lines(console) if is_terminal else _piped_lines():
+    for line in _typed_lines(console) if is_terminal else _piped_lines(console):
         command, *_ = line.split(maxsplit=1)
         if command == "/exit":
             return
@@ -135,8 +137,15 @@ def _typed_lines(console: Console) -> Iterator[str]:
             yield line
 
 
-def _piped_lines() -> Iterator[str]:
-    for number, line in enumerate(sys.stdin.buffer, start=1):
+def _piped_lines(console: Console) -> Iterator[str]:
+    stdin, number = sys.stdin.buffer, 0
+    while line := stdin.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(line) > _LONGEST_LINE:
+            console.warn(f"stdin: line {number:,} is longer than {_LONGEST_LINE:,} bytes, and is passed over")
+            while line and not line.endswith(b"\n"):
+                line = stdin.readline(_LONGEST_LINE)
+            continue
         try:
             text = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:

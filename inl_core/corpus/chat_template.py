@@ -4,19 +4,18 @@
 
 - A checkpoint that was trained on conversations has the template in its tokenizer_config.json.
 - The template alone makes special tokens. Messages are put in after it has been read, so what they spell stays text.
-- A template may come from a stranger, so it runs in jinja2's sandbox.
+- A template may come from a stranger, so any but our own is filled in by a process with limits (fill_template.py).
 """
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from inl_core.corpus import fill_template
 from inl_core.corpus.tokenizer import ROLES, Tokenizer
 from inl_core.errors import ArtefactError
 from inl_core.files import read_json
@@ -37,7 +36,11 @@ Message = Mapping[str, str]
 """{"role": ..., "content": ...}"""
 
 _PLACE = "\ue000{}\ue001"
-"""What stands for the content of a message while the template is filled in: characters that no template has."""
+"""What stands for the content of a message while the template is filled in: characters that hardly a template has. One
+that writes them itself only says a message once more."""
+
+_SECONDS = 20
+"""How long the process that fills in a template may take, its start included."""
 
 
 def tokenizer_config(tokenizer: Tokenizer, template: str) -> str:
@@ -64,19 +67,36 @@ def read_chat_template(path: Path) -> str | None:
 
 
 def encode_chat(
-    tokenizer: Tokenizer, template: str, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    template: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    origin: Path | None = None,
 ) -> list[int]:
     """The ids of a conversation.
 
     Args:
         add_generation_prompt: whether the assistant speaks next; otherwise the conversation is over.
+        origin: the file that has the template, for errors.
 
     Raises:
-        ArtefactError: the template cannot be used, or refuses the messages.
+        ArtefactError: the template cannot be used, refuses the messages, or leaves the content of one out.
     """
-    filled = _fill(tokenizer, template, messages, add_generation_prompt=add_generation_prompt)
+    for role in {message["role"] for message in messages}.difference(ROLES):
+        # A template may write `<|` and the role and `|>`, so a role of the user's choice could be any special token.
+        if f"'{role}'" not in template and f'"{role}"' not in template:
+            problem = f"a role must be system, user or assistant, not {role}, which the template does not name"
+            raise _error(problem, origin)
+    parts = _parts(_fill(tokenizer, template, messages, add_generation_prompt=add_generation_prompt, origin=origin))
+    places = {place for place, _ in parts if place is not None}
+    if missing := set(range(len(messages))) - places:
+        role = messages[min(missing)]["role"]
+        raise _error(f"it leaves out what message {min(missing) + 1} (of the {role}) says", origin)
+    if places - set(range(len(messages))):
+        raise _error(f"it asks for message {max(places) + 1} of {len(messages)}", origin)
     ids: list[int] = []
-    for place, text in _parts(filled):
+    for place, text in parts:
         if place is None:
             ids += _encode_with_special_tokens(tokenizer, text)
         else:
@@ -84,44 +104,60 @@ def encode_chat(
     return ids
 
 
-def end_of_answer(tokenizer: Tokenizer, template: str) -> int:
+def end_of_answer(tokenizer: Tokenizer, template: str, *, origin: Path | None = None) -> int:
     """The special token that a template has after an answer; the end of text where it has none."""
     messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-    filled = _fill(tokenizer, template, messages, add_generation_prompt=False)
+    filled = _fill(tokenizer, template, messages, add_generation_prompt=False, origin=origin)
     after = next((text for place, text in _parts(filled.partition(_PLACE.format(1))[2]) if place is None), "")
     special = set(_special_ids(tokenizer).values())
     return next((id for id in _encode_with_special_tokens(tokenizer, after) if id in special), tokenizer.eos_id)
 
 
-def _fill(tokenizer: Tokenizer, template: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def _fill(
+    tokenizer: Tokenizer,
+    template: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    origin: Path | None,
+) -> str:
     """The text of the template, with a mark in the place of each message's content."""
     names = {id: name for name, id in tokenizer.special_ids.items()}
-    marked = [dict(message) | {"content": _PLACE.format(number)} for number, message in enumerate(messages)]
+    values = {
+        "messages": [dict(message) | {"content": _PLACE.format(number)} for number, message in enumerate(messages)],
+        "bos_token": names[tokenizer.bos_id],
+        "eos_token": names[tokenizer.eos_id],
+        "add_generation_prompt": add_generation_prompt,
+    }
+    if template == CHAT_TEMPLATE:
+        return fill_template.fill_template(template, values)
+    answer = _filled_apart(json.dumps({"template": template, "values": values}))
+    if "text" not in answer:
+        raise _error(" ".join(answer["error"].split())[:500], origin)
+    return answer["text"]
+
+
+@lru_cache(maxsize=16)
+def _filled_apart(request: str) -> dict[str, str]:
+    """The answer of fill_template.py to a request, by a process that cannot take this one with it."""
+    command = [sys.executable, "-P", fill_template.__file__]
     try:
-        return _compiled(template).render(
-            messages=marked,
-            bos_token=names[tokenizer.bos_id],
-            eos_token=names[tokenizer.eos_id],
-            add_generation_prompt=add_generation_prompt,
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-        raise ArtefactError(f"the chat template cannot be used for these messages: {error}") from None
+        done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_SECONDS, check=True)
+        return json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"it is not filled in after {_SECONDS} seconds"}
+    except (subprocess.CalledProcessError, ValueError):
+        return {"error": "it takes too long, or too much memory"}
 
 
-@lru_cache(maxsize=4)
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # as in transformers
-    environment.globals["raise_exception"] = _refuse
-    return environment.from_string(template)
-
-
-def _refuse(message: str) -> Any:
-    raise jinja2.TemplateError(message)
+def _error(problem: str, origin: Path | None) -> ArtefactError:
+    prefix = "" if origin is None else f"{origin}: "
+    return ArtefactError(f"{prefix}the chat template cannot be used for these messages: {problem}")
 
 
 def _parts(filled: str) -> list[tuple[int | None, str]]:
     """(None, text of the template) and (number of a message, "") in their order."""
-    parts = re.split(_PLACE.format(r"(\d+)"), filled)
+    parts = re.split(_PLACE.format("([0-9]{1,9})"), filled)
     return [(int(part), "") if index % 2 else (None, part) for index, part in enumerate(parts)]
 
 

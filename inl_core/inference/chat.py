@@ -5,16 +5,18 @@
         print(text, end="")
 
 - The template and the special token that ends an answer come from the checkpoint.
-- When a conversation outgrows the model's context, its oldest questions and answers are left out; the system's message
-  stays.
+- When a conversation outgrows the model's context, its oldest questions and answers are left out for good; the system's
+  message stays. So an answer takes the same time however long the conversation is.
 """
 
+from bisect import bisect_left
 from collections.abc import Generator
 from dataclasses import replace
 
 from inl_core.corpus.chat_template import CHAT_TEMPLATE, encode_chat, end_of_answer
 from inl_core.corpus.reading.whole_sources import check_utf8
 from inl_core.errors import ArtefactError, RecipeError
+from inl_core.inference.checkpoint_files import TOKENIZER_CONFIG
 from inl_core.inference.decoding import Decoder
 from inl_core.inference.generate import Completion, Request, stream_together
 from inl_core.inference.loading import LoadedModel
@@ -46,7 +48,8 @@ class Chat:
                 "continues text, and docs/finetuning.md says how a model learns to answer"
             )
         self.template = loaded.chat_template or CHAT_TEMPLATE
-        end = end_of_answer(loaded.tokenizer, self.template)
+        self._origin = loaded.path / TOKENIZER_CONFIG if self.is_trained else None
+        end = end_of_answer(loaded.tokenizer, self.template, origin=self._origin)
         self.loaded, self.settings = loaded, replace(settings, num_samples=1, end_ids=(end,))
         options = Options(num_iterations=settings.num_iterations, early_stopping=settings.early_stopping)
         self.decoder = Decoder(loaded.model.eval(), options, rows=1, bf16=settings.bf16)
@@ -83,17 +86,22 @@ class Chat:
         """(ids of the conversation, how many of its oldest messages are not among them)."""
         limit, first = self.loaded.model.config.max_seq_len, len(self._system)
         room = limit - min(self.settings.max_new_tokens, limit // _SHARE_FOR_ANSWER)
-        left_out = 0
-        while True:
+
+        def ids_without(left_out: int) -> list[int]:
             kept = messages[:first] + messages[first + left_out :]
-            ids = encode_chat(self.loaded.tokenizer, self.template, kept)
-            if len(ids) <= room or (len(kept) <= first + 1 and len(ids) <= limit):
-                return ids, left_out
-            if len(kept) <= first + 1:
-                raise RecipeError(
-                    f"the message: {len(ids):,} tokens with the system's, the context holds {limit:,}; shorten it"
-                )
-            left_out += 2
+            return encode_chat(self.loaded.tokenizer, self.template, kept, origin=self._origin)
+
+        ids = ids_without(self.num_left_out)
+        if len(ids) <= room:
+            return ids, self.num_left_out
+        choices = range(self.num_left_out, len(messages) - first, 2)  # the last leaves the question alone
+        alone = ids_without(choices[-1])
+        if len(alone) > limit:
+            raise RecipeError(
+                f"the message: {len(alone):,} tokens with the system's, the context holds {limit:,}; shorten it"
+            )
+        found = bisect_left(choices[:-1], True, key=lambda left_out: len(ids_without(left_out)) <= room)
+        return ids_without(choices[found]), choices[found]
 
 
 def _message(role: str, content: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from tests.inference.tiny import tiny_model, tokenizer
 
 GREEDY = GenerationSettings(max_new_tokens=8, temperature=0, repetition_penalty=1.3)
 SAID = ["Be brief.", "a <|end|> b\n", "<|user|>", "  {{ bos_token }} ", "\ue000 0"]
+_ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 ROLES = ["system", "user", "assistant", "user", "assistant"]
 MESSAGES = [{"role": role, "content": text} for role, text in zip(ROLES, SAID, strict=True)]
 
@@ -45,8 +46,59 @@ def test_the_end_of_an_answer_is_found_in_the_template():
 
 @pytest.mark.parametrize("template", ["{{ messages", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__[1]() }}"])
 def test_a_template_that_cannot_be_used_is_one_line(template):
-    with pytest.raises(ArtefactError, match="the chat template cannot be used"):
+    with pytest.raises(ArtefactError, match=r"x/tokenizer_config\.json: the chat template cannot be used"):
+        encode_chat(tokenizer(), template, MESSAGES, origin=Path("x/tokenizer_config.json"))
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ 1/0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}\ue0007\ue001", "message 8 of 5"),
+        ("{{ messages[0].content }}", "leaves out what message 2 .of the user. says"),
+        ("{{ 'a' * 20000000000 }}", "Memory"),
+        ("{{ '{:>9999999999}'.format('a') }}", "Memory"),
+        ("{% for a in range(99999) %}{{ 'a' * 100000 }}{% endfor %}", "longer than 4,194,304 characters"),
+        pytest.param(_ENDLESS, "too long|filled in", marks=pytest.mark.slow),
+        pytest.param("{{ 10 ** 100000000 }}", "too long|filled in", marks=pytest.mark.slow),
+    ],
+)
+def test_a_hostile_template_is_one_line(template, problem):
+    with pytest.raises(ArtefactError, match=f"cannot be used for these messages: .*({problem})") as caught:
         encode_chat(tokenizer(), template, MESSAGES)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_role_of_the_users_choice_makes_no_special_token():
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'tool' %}!{% endif %}{% endfor %}"
+    )
+    said = {"role": "tool", "content": "a"}
+    assert encode_chat(tokenizer(), template, [said]) == [
+        id for text in ("<|tool|>", "a", "!") for id in tokenizer().encode(text)
+    ]
+    for role in ("end", "eos", "user|><|end"):
+        with pytest.raises(ArtefactError, match="a role must be"):
+            encode_chat(tokenizer(), template, [said | {"role": role}])
+
+
+def test_a_long_conversation_costs_an_answer_no_more(monkeypatch):
+    chat = Chat(loaded(), replace(GREEDY, max_new_tokens=1))
+    given: list[int] = []
+
+    def counted(tokenizer, template, messages, **options):
+        given.append(len(messages))
+        return encode_chat(tokenizer, template, messages, **options)
+
+    monkeypatch.setattr("inl_core.inference.chat.encode_chat", counted)
+    work = []
+    for _ in range(60):
+        given.clear()
+        "".join(chat.answer("a question is this"))
+        work.append(sum(given))
+    assert max(work[-20:]) <= max(work[10:30])
+    assert len(chat.messages) == 120
 
 
 def test_an_answer_continues_the_conversation_and_ends_at_its_special_token(monkeypatch):
@@ -102,6 +154,10 @@ def test_lines_of_stdin_are_messages_and_commands(inl):
     assert "has no chat template" in result.stderr
     shown = inl("Hello\n", "--system", "Be brief.", "--quiet")
     assert shown.stdout == data["messages"][2]["content"] + "\n"
+    passed_over = inl("a " * 600_000 + "\nHello\n", "--system", "Be brief.", "--quiet")
+    assert passed_over.exit_code == 0
+    assert passed_over.stdout == shown.stdout
+    assert "line 1 is longer than 1,048,576 bytes" in passed_over.stderr
     assert inl(b"caf\xe9\n").exit_code == 2
     assert "line 1 is not UTF-8" in inl(b"caf\xe9\n").stderr
 

@@ -68,7 +68,7 @@ def export(checkpoint: Path, output: Path, *, format: Format = "huggingface", to
     tokenizer = None if config.tokenizer is None else load_tokenizer(checkpoint, config, model_config)
     own = load_weights(checkpoint, model_config)
     with _quiet(), _directory_aside(output) as aside:
-        _write(aside, own, tokenizer, kind, read_chat_template(checkpoint / TOKENIZER_CONFIG))
+        _write(aside, own, tokenizer, kind, checkpoint / TOKENIZER_CONFIG)
         written = _load(aside, kind)
         differences = compare_logits(own, written)
         differences.check(str(output), tolerance)
@@ -78,14 +78,17 @@ def export(checkpoint: Path, output: Path, *, format: Format = "huggingface", to
 
 
 def _write(
-    directory: Path, own: IntegratorLanguageModel, tokenizer: Tokenizer | None, kind: str, template: str | None
+    directory: Path, own: IntegratorLanguageModel, tokenizer: Tokenizer | None, kind: str, template_file: Path
 ) -> None:
     from transformers import GenerationConfig, LlamaForCausalLM
 
+    template = read_chat_template(template_file)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (None, None, None)
     special: dict[str, Any] = dict(zip(names, ids, strict=True))
-    ends = [tokenizer.eos_id, end_of_answer(tokenizer, template)] if tokenizer and template else ids[1]
+    ends = ids[1]
+    if tokenizer and template:
+        ends = [tokenizer.eos_id, end_of_answer(tokenizer, template, origin=template_file)]
     if kind == "llama":
         model = _unfilled(LlamaForCausalLM, llama_config(own.config, special))
         weights = llama_weights(own)
