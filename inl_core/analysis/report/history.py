@@ -107,8 +107,10 @@ def _findings(run: RunRecord, rows: Rows) -> Iterator[Finding]:
     if drifts:
         told = ", ".join(f"{name} {drift:.3g}" for name, drift in sorted(drifts.items(), key=lambda item: -item[1]))
         yield Finding(f"{run.name}: distance from the start at step {step:,}, rms: {told}.", _key(run, drifts))
-        if still := [name for name, drift in drifts.items() if drift < UNMOVED]:
-            sentence = f"{run.name}: {', '.join(still)} hardly left its start (rms below {UNMOVED})."
+        # The newest record may be of a much earlier step than the run has reached.
+        is_recent = 2 * step >= (run.last or {}).get("step", 0)
+        if is_recent and (still := [name for name, drift in drifts.items() if drift < UNMOVED]):
+            sentence = f"{run.name}: {', '.join(still)} hardly left its start by step {step:,} (rms below {UNMOVED})."
             yield Finding(sentence, f"{run.name}-{still[0]}")
     between = {name: value**0.5 for name, value in _means(last, "variance_tokens").items()}
     for name, spread in between.items():

@@ -59,6 +59,10 @@ def _comparison(runs: Sequence[RunRecord]) -> Iterator[Finding]:
         yield Finding("The runs were scored on different texts: their bits per byte do not rank them.", "runs")
         return
     rows = _budget_part(runs).records()
+    if len(runs) > 1 and (left_out := [run.name for run in runs if run.name not in {row["run"] for row in rows}]):
+        yield Finding(
+            f"{', '.join(left_out)}: no evaluation is early enough to be compared at equal budgets.", "equal-budgets"
+        )
     for budget, name in BUDGETS.items():
         found = sorted((row[_SCORE], row["run"]) for row in rows if row["budget"] == budget)
         if len(found) < 2:
@@ -136,7 +140,8 @@ def _budget_part(runs: Sequence[RunRecord]) -> Part:
     for budget in BUDGETS if len(runs) > 1 else ():
         ends = [found[-1][budget] for found in curves_of.values() if found]
         scores = {name: _score_at(found, budget, min(ends)) for name, found in curves_of.items() if found}
-        rows += [(budget, min(ends), name, score) for name, score in scores.items() if score is not None]
+        found = {name: score for name, score in scores.items() if score is not None}
+        rows += [(budget, min(ends), name, score) for name, score in found.items() if len(found) > 1]
     see = (
         "Bits per byte of each run at the largest budget that all have reached, between two evaluations on a straight "
         "line. Two seeds of one recipe differ, too, so a small lead may be luck."
