@@ -200,7 +200,7 @@ def test_the_newest_offline_session_of_weights_and_biases_has_each_step_once(mak
     write_killed_and_resumed(tmp_path, recipe)
     wandb.teardown()  # ends its process, which writes the file
     *_, newest = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
-    assert newest.name.endswith((tmp_path / "run" / "wandb-id").read_text().strip())
+    assert (tmp_path / "run" / "wandb-id").read_text().strip() in newest.name
     [file] = newest.glob("*.wandb")
     found = history(file)
     assert {step: row["loss"] for step, row in found} == EXPECTED
