@@ -139,3 +139,37 @@ TextOption = Annotated[
 ]
 
 SplitOption = Annotated[Literal["validation", "train"], typer.Option("--split", help="Which split of the data set.")]
+
+MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens to generate, at most.")]
+
+TemperatureOption = Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")]
+
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Only the k most probable tokens.")]
+
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", help="Only the most probable tokens that together reach this probability.")
+]
+
+MinPOption = Annotated[
+    float | None, typer.Option("--min-p", help="Only tokens at least this fraction as probable as the most probable.")
+]
+
+PenaltyOption = Annotated[float, typer.Option(help="Makes tokens that have occurred less likely; 1 is off.")]
+
+SeedOption = Annotated[int, typer.Option(help="Seed of the draws.")]
+
+PartitionOption = Annotated[str | None, typer.Option("--partition", metavar="NAME", help="The partition.")]
+
+AccountOption = Annotated[str | None, typer.Option("--account", metavar="NAME", help="Who is charged.")]
+
+SbatchOption = Annotated[
+    list[str] | None,
+    typer.Option("--sbatch", metavar="OPTION", help="One more option of sbatch, as --sbatch=--mem=0; may be repeated."),
+]
+
+SetupOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--setup", metavar="COMMAND", help="A line of shell to begin with, as 'module load cuda'; may be repeated."
+    ),
+]

@@ -8,15 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inl_cli.commands.generate import (
-    MaxNewTokensOption,
-    MinPOption,
-    PenaltyOption,
-    SeedOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-)
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.loading import open_model
 from inl_cli.options import (
@@ -24,9 +15,16 @@ from inl_cli.options import (
     DeviceOption,
     IterationsOption,
     JsonOption,
+    MaxNewTokensOption,
+    MinPOption,
     NoEarlyStoppingOption,
+    PenaltyOption,
     PrecisionOption,
     QuietOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
 )
 from inl_core.errors import RecipeError
 from inl_core.inference.settings import GenerationSettings

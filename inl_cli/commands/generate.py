@@ -14,9 +14,16 @@ from inl_cli.options import (
     DeviceOption,
     IterationsOption,
     JsonOption,
+    MaxNewTokensOption,
+    MinPOption,
     NoEarlyStoppingOption,
+    PenaltyOption,
     PrecisionOption,
     QuietOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
 )
 from inl_core.inference.settings import GenerationSettings
 
@@ -36,17 +43,6 @@ PromptFileOption = Annotated[
         'of JSON Lines a string or {"prompt": ...} a line, of Parquet the column prompt.',
     ),
 ]
-MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens to generate, at most.")]
-TemperatureOption = Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")]
-TopKOption = Annotated[int | None, typer.Option("--top-k", help="Only the k most probable tokens.")]
-TopPOption = Annotated[
-    float | None, typer.Option("--top-p", help="Only the most probable tokens that together reach this probability.")
-]
-MinPOption = Annotated[
-    float | None, typer.Option("--min-p", help="Only tokens at least this fraction as probable as the most probable.")
-]
-PenaltyOption = Annotated[float, typer.Option(help="Makes tokens that have occurred less likely; 1 is off.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the draws.")]
 NumSamplesOption = Annotated[int, typer.Option(help="Completions of each prompt.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
 CompileOption = Annotated[

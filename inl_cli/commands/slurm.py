@@ -7,7 +7,17 @@ import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.groups import WholeSentences
-from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, path_option
+from inl_cli.options import (
+    AccountOption,
+    JsonOption,
+    PartitionOption,
+    QuietOption,
+    RecipeArgument,
+    SbatchOption,
+    SetOption,
+    SetupOption,
+    path_option,
+)
 
 TimeOption = Annotated[
     str, typer.Option("--time", metavar="TIME", help="The job's time limit, as 24:00:00 or 2-12 (days-hours).")
@@ -46,18 +56,6 @@ LogsOption = Annotated[
 InterfaceOption = Annotated[
     str | None,
     typer.Option("--interface", metavar="NAME", help="The network interface that NCCL and gloo use, e.g. ib0."),
-]
-PartitionOption = Annotated[str | None, typer.Option("--partition", metavar="NAME", help="The partition.")]
-AccountOption = Annotated[str | None, typer.Option("--account", metavar="NAME", help="Who is charged.")]
-SbatchOption = Annotated[
-    list[str] | None,
-    typer.Option("--sbatch", metavar="OPTION", help="One more option of sbatch, as --sbatch=--mem=0; may be repeated."),
-]
-SetupOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--setup", metavar="COMMAND", help="A line of shell to begin with, as 'module load cuda'; may be repeated."
-    ),
 ]
 ContainerOption = Annotated[
     str | None,

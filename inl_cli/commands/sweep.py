@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from inl_cli.commands.slurm import AccountOption, PartitionOption, SbatchOption, SetupOption
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, check_page, path_option
+from inl_cli.options import (
+    AccountOption,
+    JsonOption,
+    PartitionOption,
+    QuietOption,
+    RecipeArgument,
+    SbatchOption,
+    SetOption,
+    SetupOption,
+    check_page,
+    path_option,
+)
 from inl_core.errors import InlError, RecipeError
 from inl_core.files import refuse_no_directory
 
