@@ -95,6 +95,12 @@ def check_file(path: Path | None, message: str) -> None:
         raise ArtefactError(f"{path}: {message}")
 
 
+def check_task_folder(path: Path | None) -> None:
+    """Refuse a folder of lm-eval's task files that is not there."""
+    if path is not None and not is_directory(expand_home(path)):
+        raise RecipeError(f"--task-path {path}: no such directory")
+
+
 def check_place(path: Path) -> None:
     """Refuse what is neither a file, a directory nor the name of a shipped recipe."""
     from inl_core.recipe.shipped import shipped_recipes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.early import check_checkpoint
+from inl_cli.early import check_checkpoint, check_task_folder
 from inl_cli.loading import check_source, open_model, open_source
 from inl_cli.options import (
     CheckpointArgument,
@@ -181,6 +181,7 @@ def _task_names(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise RecipeError("--tasks: names no task")
+    check_task_folder(task_path)
     from inl_core.interop.harness import check_folder, require_harness
 
     require_harness()

@@ -1,8 +1,10 @@
 """`inl inspect` and `inl inspect-params`: what an artefact holds, and what the dynamics of a trained model do."""
 
 import csv as csv_module
+import shlex
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,7 +112,9 @@ def _show_overview(console: Console, overview: "Overview") -> None:
 
 
 def _show_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
+    # A model without an integrator has no iterations.
+    told = (key for row in rows for key, value in row.items() if value is not None and (value or key != "iterations"))
+    columns = list(dict.fromkeys(told))
     if len(rows) > _LONGEST_TABLE:
         title += f" (the last {_LONGEST_TABLE} of {len(rows):,})"
     cells = [[_shown(key, row.get(key)) for key in columns] for row in rows[-_LONGEST_TABLE:]]
@@ -123,6 +127,10 @@ def _shown(key: str, value: Any) -> Any:
         return value
     if key == "bytes" or key.endswith("_bytes") or key.startswith("bytes_on"):
         return amount(value, "B")
+    if key == "time" and isinstance(value, float):
+        return datetime.fromtimestamp(value).astimezone().isoformat(timespec="seconds")
+    if key == "command" and isinstance(value, list):
+        return shlex.join(map(str, value))
     if key == "share":
         return f"{value:.1%}"
     if isinstance(value, list | tuple):

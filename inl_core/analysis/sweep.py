@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,10 @@ def plan_runs(
     for values, seed in itertools.product(points, seeds or [None]):
         changes = values if seed is None else values | {SEED: seed}
         given = (*overrides, *(f"{key}={_text(value)}" for key, value in changes.items()))
-        loaded = load_recipe(recipe, given)
+        try:
+            loaded = load_recipe(recipe, given)
+        except RecipeError as error:
+            raise RecipeError(_by_option(str(error), values)) from None
         base = directory or Path("runs", f"{loaded.name}-sweep")
         seed = loaded.training.seed
         planned.append(PlannedRun(base / _name(values, seed), values, seed, given, loaded))
@@ -145,6 +148,13 @@ def mean_of(values: Sequence[float]) -> float | None:
 def deviation_of(values: Sequence[float]) -> float | None:
     """The standard deviation of a sample, with n - 1; None where there are not two values."""
     return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _by_option(message: str, values: Iterable[str]) -> str:
+    """An error about the grid's keys with the option that gave them."""
+    for key in values:
+        message = message.replace(f"--set {key}=", f"--grid {key}=")
+    return message
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

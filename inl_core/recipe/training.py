@@ -149,7 +149,7 @@ class LoggingSettings(Section):
     every: Count = 10
     """Steps between metric rows."""
     dynamics_every: CountOrNone = 100
-    """Steps between records of what the dynamics have learned and do; 0 is off."""
+    """Steps between records of what the dynamics have learned and do, besides the first and the last step; 0 is off."""
     tensorboard: bool = False
     """Mirror the metrics to TensorBoard (`pip install "inl[logging]"`)."""
     wandb: bool = False

@@ -58,11 +58,8 @@ class RunLog:
         self._seconds += result.seconds
         if not logs_after(self.settings, state.step) and result.record is None:
             return
-        every = self.settings.logging.dynamics_every
-        is_recorded = bool(self.model.config.has_dynamics and every)
-        is_recorded = is_recorded and result.record is None and (state.step == 1 or is_due(state.step, every))
         # On every rank: a divided model takes part in each of its passes.
-        means = self.record_dynamics(state.step, result.first_part) if is_recorded else {}
+        means = self.record_dynamics(state.step, result.first_part) if self._is_recorded(state, result) else {}
         if self.metrics is not None:
             row = self._step_row(state, result) | self._model_row(state, result) | means
             if result.record is not None:
@@ -72,6 +69,13 @@ class RunLog:
             if written["loss"] is not None:
                 self.spikes.hear(state.step, written["loss"])
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
+
+    def _is_recorded(self, state: TrainState, result: StepResult) -> bool:
+        """Whether the dynamics are recorded after this step: every so often, and after the first and the last one."""
+        every = self.settings.logging.dynamics_every
+        if not (every and self.model.config.has_dynamics) or result.record is not None:
+            return False
+        return state.step in (1, self.settings.num_steps) or is_due(state.step, every)
 
     def add_evaluation(self, state: TrainState, evaluation: Evaluation | None, scored_on: str) -> dict[str, Any] | None:
         """Write the row of an evaluation, whose scores are all null where there was nothing to score; return it.

@@ -78,7 +78,7 @@ def test_a_run_is_the_recipe_with_its_values() -> None:
         (("--grid", f"{RATE}=1", "--grid", f"{RATE}=2"), "--grid: the same key twice"),
         (("--grid", "training.seed=1,2", "--seeds", "3"), "--grid training.seed: the seeds are given by --seeds"),
         (("--seeds", "1", "1"), "--seeds: the same seed twice"),
-        (("--grid", "training.optimizer.learning_rat=1"), "--set training.optimizer.learning_rat=1: unknown key"),
+        (("--grid", "training.optimizer.learning_rat=1"), "--grid training.optimizer.learning_rat=1: unknown key"),
         (("--seeds", "1", "--slurm"), "--slurm: needs --time"),
         (("--seeds", "1", "--time", "1:00:00"), "--time, --partition"),
         (("--seeds", "1", "--dry-run", "--output", "page.html"), "--output: is written when the runs are done"),

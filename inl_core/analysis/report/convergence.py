@@ -49,8 +49,8 @@ def convergence_findings(name: str, summary: Summary) -> Iterator[Finding]:
     limit = summary["thresholds"]["ignored_change"] * (bits["bits_per_byte"] or 0)
     idle = [_worth_name(row) for row in _worth_rows(bits) if _is_idle(row, limit)]
     if idle:
-        one = "it" if len(idle) == 1 else "any one of them"
-        what = f"could be left out: without {one} bits per byte change by less than 0.1%"
+        alone = "" if len(idle) == 1 else "each alone "
+        what = f"could {alone}be left out: without it bits per byte change by less than 0.1%"
         yield Finding(f"{name}: {', '.join(idle)} {what}.", f"{name}-worth")
     if best := _best_iterations(summary):
         yield Finding(f"{name}: {best}", f"{name}-by-iterations")

@@ -32,7 +32,10 @@ def recipe_findings(runs: Sequence[RunRecord]) -> Iterator[Finding]:
         return
     more = f" and {len(paths) - _TOLD} more" if len(paths) > _TOLD else ""
     keys = "1 key" if len(paths) == 1 else f"{len(paths)} keys"
-    yield Finding(f"The recipes differ in {keys}: {', '.join(paths[:_TOLD])}{more}.", "recipe-differences")
+    yield Finding(
+        f"The recipes differ in {keys} that may change the result: {', '.join(paths[:_TOLD])}{more}.",
+        "recipe-differences",
+    )
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
