@@ -37,7 +37,7 @@ class CompletionView:
 
         self.console, self.tokenizer, self.settings = console, loaded.tokenizer, settings
         self.prompts = prompts
-        self.max_iterations = most_iterations(loaded.model, settings.num_iterations)
+        self.max_iterations = most_iterations(loaded.model, settings.num_iterations) or 0.0
         self.show_iterations = show_iterations and self.max_iterations > 0
         if show_iterations and not self.show_iterations:
             console.warn(f"{loaded.model.config.without_integrator}: there are no iterations to show")

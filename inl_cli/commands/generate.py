@@ -1,7 +1,7 @@
 """`inl generate`: prompts -> text, streamed."""
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -126,9 +126,9 @@ def _run(
         "checkpoint": loaded.path,
         "step": loaded.step,
         "settings": settings,
-        "max_iterations": view.max_iterations,
+        "max_iterations": view.max_iterations or None,
         "seconds": seconds,
-        "completions": completions,
+        "completions": [asdict(one) | ({} if view.max_iterations else {"iterations": None}) for one in completions],
     }
     console.result(data, lambda: None)
     console.info(view.summary(completions, seconds))

@@ -1,6 +1,5 @@
 """`inl import-reference`: the released reference generation's weights as a checkpoint."""
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -92,17 +91,18 @@ def _show(console: Console, imported: "Imported") -> None:
         ("source", imported.source),
         ("sha256", imported.sha256),
         ("generation", imported.generation),
-        ("layers", f"{config.num_layers} of {config.d_model:,}"),
+        ("layers", f"{config.num_layers}, {config.d_model:,} wide"),
         ("heads", f"{config.num_heads} query, {config.key_value_heads} key-value, {config.head_dim} wide"),
         ("iterations", ", ".join(map(str, config.integrator.iterations_per_layer or ())) or config.num_iterations),
-        ("vocabulary", f"{config.vocab_size:,}, rank {config.rank}"),
+        ("vocabulary", f"{config.vocab_size:,}" + (f", rank {config.rank}" if config.rank else "")),
         ("context", f"{config.max_seq_len:,} tokens"),
         ("tensors used", len(imported.used)),
         ("tensors skipped", len(imported.skipped)),
     ]
     console.table(f"{imported.checkpoint}", ("", ""), rows)
-    groups = Counter((re.sub(r"\.\d+\.", ".*.", name), reason) for name, reason in imported.skipped.items())
-    if groups:
+    if imported.skipped:
         console.write("\n")
-        cells = [(name, count, reason) for (name, reason), count in groups.items()]
-        console.table("skipped", ("tensors", "number", "reason"), cells)
+        numbers = Counter(imported.skipped.values())
+        example = {reason: name for name, reason in reversed(imported.skipped.items())}  # the first of each
+        cells = [(reason, number, example[reason]) for reason, number in numbers.items()]
+        console.table("skipped", ("why", "tensors", "such as"), cells)

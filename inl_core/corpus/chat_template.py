@@ -95,22 +95,26 @@ def encode_chat(
         raise _error(f"it leaves out what message {min(missing) + 1} (of the {role}) says", origin)
     if places - set(range(len(messages))):
         raise _error(f"it asks for message {max(places) + 1} of {len(messages)}", origin)
+    special = _special_ids(tokenizer)
     ids: list[int] = []
-    for place, text in parts:
-        if place is None:
-            ids += _encode_with_special_tokens(tokenizer, text)
-        else:
-            ids += tokenizer.encode(messages[place]["content"])
-    return ids
+    text = ""  # since the last special token: what the template and the messages say there are one text
+    for place, said in parts:
+        for piece in _divided(said, special) if place is None else [messages[place]["content"]]:
+            if place is None and piece in special:
+                ids += [*tokenizer.encode(text), special[piece]]
+                text = ""
+            else:
+                text += piece
+    return ids + tokenizer.encode(text)
 
 
 def end_of_answer(tokenizer: Tokenizer, template: str, *, origin: Path | None = None) -> int:
-    """The special token that a template has after an answer; the end of text where it has none."""
-    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    """The special token that a template has after an answer and before the next message, or else the end of text."""
+    messages = [{"role": role, "content": ""} for role in ("user", "assistant", "user")]
     filled = _fill(tokenizer, template, messages, add_generation_prompt=False, origin=origin)
     after = next((text for place, text in _parts(filled.partition(_PLACE.format(1))[2]) if place is None), "")
-    special = set(_special_ids(tokenizer).values())
-    return next((id for id in _encode_with_special_tokens(tokenizer, after) if id in special), tokenizer.eos_id)
+    special = _special_ids(tokenizer)
+    return next((special[piece] for piece in _divided(after, special) if piece in special), tokenizer.eos_id)
 
 
 def _fill(
@@ -161,11 +165,10 @@ def _parts(filled: str) -> list[tuple[int | None, str]]:
     return [(int(part), "") if index % 2 else (None, part) for index, part in enumerate(parts)]
 
 
-def _encode_with_special_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    special = _special_ids(tokenizer)
+def _divided(text: str, special: Mapping[str, int]) -> list[str]:
+    """The text of a template, divided into special tokens and what is between them."""
     pattern = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
-    parts = re.split(f"({pattern})", text)
-    return [id for part in parts if part for id in ([special[part]] if part in special else tokenizer.encode(part))]
+    return re.split(f"({pattern})", text)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:

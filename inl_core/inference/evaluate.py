@@ -77,8 +77,8 @@ class Evaluation:
     """None where it is not known how many bytes the scored tokens stand for."""
     accuracy: float
     """Share of targets that are the most probable token."""
-    iterations: float
-    """Mean integrator iterations per token and layer."""
+    iterations: float | None
+    """Mean integrator iterations per token and layer; None without an integrator."""
     tokens: int
     """Target tokens."""
     bytes: int | None
@@ -137,7 +137,7 @@ def evaluate(
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=text_nats / math.log(2) / num_bytes if num_bytes else None,
         accuracy=correct / tokens,
-        iterations=iterations / tokens,
+        iterations=iterations / tokens if model.config.integrator else None,
         tokens=int(tokens),
         bytes=num_bytes,
         seconds=time.perf_counter() - start,
@@ -169,14 +169,14 @@ def _score(model: IntegratorLanguageModel, batch: Batch, byte_table: Tensor, opt
     return sums
 
 
-def most_iterations(model: IntegratorLanguageModel, num_iterations: int | None) -> float:
-    """Mean iterations over layers of a token that does not stop early; 0 without an integrator.
+def most_iterations(model: IntegratorLanguageModel, num_iterations: int | None) -> float | None:
+    """Mean iterations over layers of a token that does not stop early; None without an integrator.
 
     Args:
         num_iterations: T instead of the model's own; None for that.
     """
     if model.config.integrator is None:
-        return 0.0
+        return None
     if num_iterations is not None:
         return float(num_iterations)
     if model.budget is None:

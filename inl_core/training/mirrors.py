@@ -75,10 +75,13 @@ class _TensorBoard:
     def __init__(self, run: Path) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
         self.writer = module.SummaryWriter(str(run / "tensorboard"), purge_step=0)
+        self.last_steps: dict[str, int] = {}
 
     def write(self, step: int, figures: dict[str, float], seconds: float | None) -> None:
         for key, value in figures.items():
-            self.writer.add_scalar(key, value, step, walltime=seconds)
+            if self.last_steps.get(key) != step:  # the rows of a step and of its evaluation both have its tokens
+                self.writer.add_scalar(key, value, step, walltime=seconds)
+                self.last_steps[key] = step
 
     def close(self) -> None:
         self.writer.close()

@@ -38,6 +38,12 @@ def test_the_template_writes_what_was_trained_on_and_text_never_becomes_a_specia
     assert asked.count(tokenizer().role_id("end")) == 4
 
 
+def test_what_a_template_says_beside_a_message_is_one_text_with_it():
+    template = "{{ bos_token }}{% for message in messages %}{{ 'a' + message['content'] + 'b' }}{% endfor %}"
+    text = "".join(f"a{said}b" for said in SAID)
+    assert encode_chat(tokenizer(), template, MESSAGES) == [tokenizer().bos_id, *tokenizer().encode(text)]
+
+
 def test_the_end_of_an_answer_is_found_in_the_template():
     assert end_of_answer(tokenizer(), CHAT_TEMPLATE) == tokenizer().role_id("end")
     plain = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}{{ eos_token }}"

@@ -59,6 +59,13 @@ def test_json_is_one_object_and_nothing_else(inl: Callable[..., Result]) -> None
     assert all(len(c["token_ids"]) == len(c["iterations"]) for c in data["completions"])
 
 
+def test_a_model_without_iterations_reports_none(inl: Callable[..., Result]) -> None:
+    made = json.loads(inl("generate", "runs/v5", "--prompt", "a", "--json", *SHORT).stdout)
+    assert (made["max_iterations"], [c["iterations"] for c in made["completions"]]) == (None, [None])
+    scores = json.loads(inl("eval", "runs/v5", "--json").stdout)
+    assert (scores["max_iterations"], scores["iterations"]) == (None, None)
+
+
 def test_several_completions_stand_under_headings(inl: Callable[..., Result]) -> None:
     result = inl("generate", "--prompt", "a", "--prompt", "b", *SHORT)
     assert result.stdout.startswith("=== prompt 1 of 2\na")

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from inl_core.corpus.chat_template import encode_chat, end_of_answer
+from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
-from inl_core.inference.loading import load_model_alone
+from inl_core.inference.loading import load_model_alone, open_checkpoint
 from inl_core.interop.reference import import_reference
 from tests.interop.reference_files import LAYERS, ignored_tensors, random_tensors, reference_logits, write_file
 from tests.interop.test_reference import EPS, IDS, logits, run_import
@@ -33,6 +35,15 @@ def test_a_fused_attention_matrix_may_be_called_qkv_proj(tmp_path: Path) -> None
     assert renamed.keys() != tensors.keys()
     ours, theirs = run_import(tmp_path / "new", renamed), run_import(tmp_path / "again", tensors)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=0)
+
+
+def test_names_may_begin_with_model(tmp_path: Path) -> None:
+    tensors = random_tensors("released") | ignored_tensors("released") | allocator(updates=20)
+    wrapped = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    ours, theirs = run_import(tmp_path / "new", wrapped), run_import(tmp_path / "again", tensors)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=0)
+    with pytest.raises(ArtefactError, match=r"holds no layers\.0"):
+        run_import(tmp_path / "mixed", {**wrapped, "lm_head.weight": tensors["lm_head.weight"].clone()})
 
 
 @pytest.mark.parametrize("generation", ["released", "earlier"])
@@ -143,8 +154,6 @@ def test_an_allocator_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_rows_after_gpt2s_tokens_are_the_chat_tokens(tmp_path: Path, tokenizer_file: Path) -> None:
-    from inl_core.corpus.tokenizer import Tokenizer
-
     size = Tokenizer.load(tokenizer_file).vocab_size
     file = write_file(tmp_path / "a.safetensors", random_tensors("released", vocab=size + 4))
     imported = import_reference(file, tmp_path / "out", num_heads=4, iterations=(2,), tokenizer=tokenizer_file)
@@ -153,6 +162,24 @@ def test_the_rows_after_gpt2s_tokens_are_the_chat_tokens(tmp_path: Path, tokeniz
     ids = [tokenizer.special_ids[name] for name in ("<USER>", "<ASSISTANT>", "<SYSTEM>", "<ERROR>")]
     assert ids == [size, size + 1, size + 2, size + 3]
     assert not set(ids) & set(tokenizer.encode("<USER> hello"))
+
+
+def test_a_conversation_with_a_released_model_is_written_with_its_chat_tokens(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
+    size = Tokenizer.load(tokenizer_file).vocab_size
+    file = write_file(tmp_path / "a.safetensors", random_tensors("released", vocab=size + 4))
+    import_reference(file, tmp_path / "out", num_heads=4, iterations=(2,), tokenizer=tokenizer_file)
+    loaded = open_checkpoint(tmp_path / "out")
+    assert loaded.chat_template
+    user, assistant, system = size, size + 1, size + 2
+    messages = [{"role": role, "content": f"def <USER> {role}"} for role in ("system", "user", "assistant")]
+    texts = [loaded.tokenizer.encode(f" def <USER> {role}") for role in ("system", "user", "assistant")]
+    expected = [system, *texts[0], user, *texts[1], assistant]
+    assert encode_chat(loaded.tokenizer, loaded.chat_template, messages[:2]) == expected
+    whole = encode_chat(loaded.tokenizer, loaded.chat_template, messages, add_generation_prompt=False)
+    assert whole == [*expected, *texts[2]]
+    assert end_of_answer(loaded.tokenizer, loaded.chat_template) == user
 
 
 def test_without_a_tokenizer_there_are_still_logits(tmp_path: Path) -> None:

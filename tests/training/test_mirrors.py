@@ -170,8 +170,8 @@ def write_killed_and_resumed(directory, recipe):
     resumed = MetricsWriter(run, recipe, pytest.fail)
     resumed.open_mirrors()
     for step in range(4, 7):
-        resumed.write({"step": step, "loss": 10.0 * step})
-    resumed.write({"step": 6, "validation_loss": 2.5})
+        resumed.write({"step": step, "loss": 10.0 * step, "tokens": 8 * step})
+    resumed.write({"step": 6, "validation_loss": 2.5, "tokens": 48})
     resumed.close_mirrors()
 
 
@@ -187,6 +187,7 @@ def test_tensorboard_has_each_step_once_after_a_kill(make_recipe, tmp_path):
     shown.Reload()
     assert [(event.step, event.value) for event in shown.Scalars("loss")] == list(EXPECTED.items())
     assert [(event.step, event.value) for event in shown.Scalars("validation_loss")] == [(6, 2.5)]
+    assert [(event.step, event.value) for event in shown.Scalars("tokens")] == [(4, 32), (5, 40), (6, 48)]
     times = [row["time"] for row in read_metrics(tmp_path / "run")]
     assert [event.wall_time for event in shown.Scalars("loss")] == pytest.approx(times[:6])
 
@@ -210,7 +211,7 @@ def test_the_newest_offline_session_of_weights_and_biases_has_each_step_once(mak
 
 def history(file):
     """(step, figures) of each row in a file of an offline session."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore - it is made at import
 
     found = []
     for data in records(file.read_bytes()):

@@ -18,10 +18,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from inl_core.corpus.chat_template import tokenizer_config
 from inl_core.corpus.tokenizer import Tokenizer
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import is_directory, refuse_filled
-from inl_core.inference.checkpoint_files import file_digest
+from inl_core.inference.checkpoint_files import TOKENIZER_CONFIG, file_digest
 from inl_core.inference.loading import check_tables
 from inl_core.inference.tensor_files import open_tensors, read_shapes, read_tensor
 from inl_core.interop.reference.budget import find_allocator, layer_iterations
@@ -33,10 +34,19 @@ from inl_core.recipe.problems import dotted, find_problems
 from inl_core.training.checkpoint_writing import save_weights
 
 DEFAULT_MAX_SEQ_LEN = 1024
+_WRAPPER = "model."
 _TABLE_ROUNDING = 0.02
 """Relative error of a rotary table, which may have been stored in bfloat16."""
 CHAT_TOKENS = ("<USER>", "<ASSISTANT>", "<SYSTEM>", "<ERROR>")
 """What the released models have after GPT-2's tokens, as ids 50257 to 50260."""
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<' + message['role'] | upper + '> ' + message['content'] }}"
+    "{% endfor %}"
+    "{{ '<ASSISTANT>' if add_generation_prompt }}"
+)
+"""The released template as transformers fills it in, without the line ends that it has between messages. It has no
+prompt for an answer; ours is what stands before one."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,8 @@ def import_reference(
         raise ArtefactError(f"{file}: no such file")
     if is_directory(file):
         raise ArtefactError(f"{file}: is a directory; name the .safetensors file in it")
-    with open_tensors(file) as tensors:
+    with open_tensors(file) as opened:
+        tensors = _Unwrapped(opened)
         layout = read_layout(file, read_shapes(tensors), group_size)
         rope_theta = _rotary_base(file, layout, tensors, rope_theta)
         heads, kv_heads = choose_heads(file, layout, num_heads=num_heads, num_kv_heads=num_kv_heads)
@@ -112,6 +123,24 @@ def import_reference(
     imported = Imported(output, file, digest, layout.generation, config, used, layout.skipped, warnings)
     save_weights(output, model, _files(imported, own_tokenizer))
     return imported
+
+
+class _Unwrapped:
+    """The tensors of an open file, without the `model.` before all names that the reference's own class for
+    transformers writes there."""
+
+    def __init__(self, tensors: Any) -> None:
+        self._tensors, names = tensors, tensors.keys()
+        self._prefix = _WRAPPER if all(name.startswith(_WRAPPER) for name in names) else ""
+
+    def keys(self) -> list[str]:
+        return [name.removeprefix(self._prefix) for name in self._tensors.keys()]  # noqa: SIM118
+
+    def get_slice(self, name: str) -> Any:
+        return self._tensors.get_slice(self._prefix + name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._tensors.get_tensor(self._prefix + name)
 
 
 @contextmanager
@@ -313,7 +342,7 @@ def _unchecked(layout: Layout, config: ModelConfig, iterations: tuple[int, ...],
 
 
 def _files(imported: Imported, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """The texts of config.json and, with a tokenizer, tokenizer.json."""
+    """The texts of config.json and, with a tokenizer, tokenizer.json; one with chat tokens has a chat template, too."""
     event = {
         "event": "import",
         "source": str(imported.source),
@@ -332,4 +361,8 @@ def _files(imported: Imported, tokenizer: Tokenizer | None) -> dict[str, str]:
         "provenance": [event],
     }
     files = {"config.json": json.dumps(config, indent=1)}
-    return files | ({"tokenizer.json": tokenizer.to_json()} if tokenizer else {})
+    if tokenizer:
+        files["tokenizer.json"] = tokenizer.to_json()
+        if tokenizer.special_ids.keys() >= set(CHAT_TOKENS):
+            files[TOKENIZER_CONFIG] = tokenizer_config(tokenizer, _CHAT_TEMPLATE)
+    return files
