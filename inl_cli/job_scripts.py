@@ -77,12 +77,15 @@ def train_script(
     return _script("train", job, recipe.name, options, **values, run=run, logs=logs, command=shlex.join(words))
 
 
-def sweep_script(job: Job, processes: Processes, runs: Sequence[tuple[PlannedRun, Sequence[str]]]) -> str:
+def sweep_script(
+    job: Job, processes: Processes, runs: Sequence[tuple[PlannedRun, Sequence[str]]], *, logs: Path | None = None
+) -> str:
     """The script of an array of jobs, each of which trains one run of a sweep as the script of `train_script` does.
 
     Args:
         processes: of each run.
         runs: each with what `inl` is given to train it or to go on with it.
+        logs: where the output of each process goes; None for logs/NAME, by the job's name.
 
     Raises:
         RecipeError: a recipe cannot be trained by so many processes, or a value cannot be used.
@@ -93,7 +96,9 @@ def sweep_script(job: Job, processes: Processes, runs: Sequence[tuple[PlannedRun
     values = {field.name: getattr(processes, field.name) for field in fields(processes)}
     commands = [(run.path, shlex.join(words)) for run, words in runs]
     # The template calls `inl` with the words that `set --` has put there.
-    return _script("sweep", job, name, options, **values, runs=commands, logs=Path("logs", name), command='"$@"')
+    return _script(
+        "sweep", job, name, options, **values, runs=commands, logs=logs or Path("logs", name), command='"$@"'
+    )
 
 
 def _training_options(job: Job, processes: Processes, recipe: Recipe) -> list[str]:

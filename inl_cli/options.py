@@ -173,3 +173,22 @@ SetupOption = Annotated[
         "--setup", metavar="COMMAND", help="A line of shell to begin with, as 'module load cuda'; may be repeated."
     ),
 ]
+
+ContainerOption = Annotated[
+    str | None,
+    typer.Option("--container", metavar="IMAGE", help="Run in this image, by Slurm's plugin pyxis."),
+]
+
+MountOption = Annotated[
+    list[str] | None,
+    typer.Option("--mount", metavar="SOURCE:TARGET", help="A directory for the container; may be repeated."),
+]
+
+LeadOption = Annotated[
+    int,
+    typer.Option("--lead", metavar="N", min=1, max=65_535, help="Seconds before the time limit at which it stops."),
+]
+
+LogsOption = Annotated[
+    Path | None, path_option("--logs", help="Where the output of every process goes; default logs/NAME.")
+]

@@ -9,7 +9,11 @@ from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.groups import WholeSentences
 from inl_cli.options import (
     AccountOption,
+    ContainerOption,
     JsonOption,
+    LeadOption,
+    LogsOption,
+    MountOption,
     PartitionOption,
     QuietOption,
     RecipeArgument,
@@ -39,10 +43,6 @@ LauncherOption = Annotated[
     Literal["torchrun", "srun"],
     typer.Option("--launcher", help="Start one torchrun on each node, or every process by srun."),
 ]
-LeadOption = Annotated[
-    int,
-    typer.Option("--lead", metavar="N", min=1, max=65_535, help="Seconds before the time limit at which it stops."),
-]
 PartsOption = Annotated[
     int, typer.Option("--parts", metavar="N", min=1, max=10_000, help="Into how many parts the data is divided.")
 ]
@@ -50,20 +50,9 @@ JobCpusOption = Annotated[
     int, typer.Option("--cpus", metavar="N", min=1, max=10_000, help="Processors of each job of the array.")
 ]
 RunDirOption = Annotated[Path | None, path_option("--run-dir", help="Where the run goes; default runs/NAME.")]
-LogsOption = Annotated[
-    Path | None, path_option("--logs", help="Where the output of every process goes; default logs/NAME.")
-]
 InterfaceOption = Annotated[
     str | None,
     typer.Option("--interface", metavar="NAME", help="The network interface that NCCL and gloo use, e.g. ib0."),
-]
-ContainerOption = Annotated[
-    str | None,
-    typer.Option("--container", metavar="IMAGE", help="Run in this image, by Slurm's plugin pyxis."),
-]
-MountOption = Annotated[
-    list[str] | None,
-    typer.Option("--mount", metavar="SOURCE:TARGET", help="A directory for the container; may be repeated."),
 ]
 OutputOption = Annotated[Path | None, path_option("--output", help="Write the script here; default: print it.")]
 

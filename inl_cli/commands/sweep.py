@@ -10,7 +10,11 @@ from typer.core import TyperCommand
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.options import (
     AccountOption,
+    ContainerOption,
     JsonOption,
+    LeadOption,
+    LogsOption,
+    MountOption,
     PartitionOption,
     QuietOption,
     RecipeArgument,
@@ -76,10 +80,14 @@ def sweep(
     cpus: Annotated[
         int, typer.Option("--cpus", metavar="N", min=1, max=10_000, help="With --slurm: processors of each process.")
     ] = 8,
+    lead: LeadOption = 300,
+    logs: LogsOption = None,
     partition: PartitionOption = None,
     account: AccountOption = None,
     sbatch: SbatchOption = None,
     setup: SetupOption = None,
+    container: ContainerOption = None,
+    mount: MountOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -94,24 +102,27 @@ def sweep(
     console = Console(json=json, quiet=quiet)
     if runs_dir:
         refuse_no_directory(runs_dir, "--runs-dir")
-    _check_options(
-        grid, seeds, output, slurm=slurm, dry_run=dry_run, of_slurm=(time, partition, account, sbatch, setup)
-    )
+    of_slurm = (time, logs, partition, account, sbatch, setup, container, mount)
+    _check_options(grid, seeds, output, slurm=slurm, dry_run=dry_run, of_slurm=of_slurm)
     runs = plan_runs(recipe, grid or (), seeds or (), overrides or (), runs_dir)
     if slurm:
         from inl_cli.job_scripts import Job, Processes, sweep_script
 
-        job = Job(time or "", partition, account, sbatch or (), setup or ())
-        script = sweep_script(job, Processes(1, gpus, max(gpus, 1), cpus, "srun", 300, None), _commands(recipe, runs))
+        job = Job(time or "", partition, account, sbatch or (), setup or (), container, mount or ())
+        processes = Processes(1, gpus, max(gpus, 1), cpus, "srun", lead, None)
+        script = sweep_script(job, processes, _commands(recipe, runs), logs=logs)
         return console.result({"script": script}, lambda: console.write(script))
     if dry_run:
         return _list(console, runs)
-    failed = _train(console, recipe, runs)
-    _hand_over(console, _read(runs), output)
-    if failed:
-        raise InlError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command tries them again"
-        )
+    _train(console, recipe, runs)
+    found = _read(runs)
+    _hand_over(console, found, output)
+    running = [run.path.name for run, status in found if status.state == "running"]
+    failed = [run.path.name for run, status in found if status.state not in ("running", "done")]
+    problems = [f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}"] if failed else []
+    problems += [f"{len(running)} in use by other processes: {', '.join(running)}"] if running else []
+    if problems:
+        raise InlError(f"{'; '.join(problems)}; the same command tries them again")
 
 
 def _check_options(
@@ -128,7 +139,9 @@ def _check_options(
     if slurm and of_slurm[0] is None:
         raise RecipeError("--slurm: needs --time, the time limit of each job, as 4:00:00")
     if not slurm and any(of_slurm):
-        raise RecipeError("--time, --partition, --account, --sbatch and --setup: are for --slurm")
+        raise RecipeError(
+            "--time, --logs, --partition, --account, --sbatch, --setup, --container and --mount: are for --slurm"
+        )
     if output and (slurm or dry_run):
         raise RecipeError("--output: is written when the runs are done; leave out --slurm and --dry-run")
     check_page(output)
@@ -155,11 +168,11 @@ def _read(runs: "Sequence[PlannedRun]") -> "Found":
     return [(run, read_run(run)) for run in runs]
 
 
-def _train(console: Console, recipe: Path, runs: "Sequence[PlannedRun]") -> list[str]:
-    """Train what is not done, once all directories are checked; the names of the runs that failed."""
+def _train(console: Console, recipe: Path, runs: "Sequence[PlannedRun]") -> None:
+    """Train what is not done, once all directories are checked."""
     from inl_cli.sweep_runs import Sessions
 
-    sessions, failed = Sessions(), []
+    sessions = Sessions()
     done = {run.path for run, status in _read(runs) if status.state == "done"}
     with sessions.listening():
         for number, (run, command) in enumerate(_commands(recipe, runs), 1):
@@ -171,8 +184,6 @@ def _train(console: Console, recipe: Path, runs: "Sequence[PlannedRun]") -> list
             code = sessions.train([*command, *(["--quiet"] if console.quiet else [])])
             if code:
                 console.warn(f"{run.path}: failed (exit code {code})")
-                failed.append(run.path.name)
-    return failed
 
 
 def _list(console: Console, runs: "Sequence[PlannedRun]") -> None:

@@ -80,7 +80,8 @@ def test_a_run_is_the_recipe_with_its_values() -> None:
         (("--seeds", "1", "1"), "--seeds: the same seed twice"),
         (("--grid", "training.optimizer.learning_rat=1"), "--grid training.optimizer.learning_rat=1: unknown key"),
         (("--seeds", "1", "--slurm"), "--slurm: needs --time"),
-        (("--seeds", "1", "--time", "1:00:00"), "--time, --partition"),
+        (("--seeds", "1", "--time", "1:00:00"), "--time, --logs"),
+        (("--seeds", "1", "--container", "a.sqsh"), "--time, --logs"),
         (("--seeds", "1", "--dry-run", "--output", "page.html"), "--output: is written when the runs are done"),
     ],
 )
@@ -124,7 +125,7 @@ def test_the_best_point_has_the_lowest_mean_of_those_with_all_their_runs() -> No
 
 
 def test_a_task_of_the_array_trains_its_own_run(inl: Callable[..., Result], tmp_path: Path) -> None:
-    size = ("--slurm", "--time", "1:00:00", "--gpus", "0", "--partition", "cpu", "--runs-dir", "a b")
+    size = ("--slurm", "--time", "1:00:00", "--gpus", "0", "--partition", "cpu", "--runs-dir", "a b", "--logs", "l g")
     result = inl("tiny", "--grid", "name=one,two", "--seeds", "4", "5", *size)
     assert result.exit_code == 0, result.output
     script = tmp_path / "job.sh"
@@ -133,6 +134,9 @@ def test_a_task_of_the_array_trains_its_own_run(inl: Callable[..., Result], tmp_
     assert shellcheck
     assert subprocess.run([shellcheck, "--severity=style", str(script)], capture_output=True).stdout == b""
     assert {"--array=1-4", "--requeue", "--partition=cpu"} <= set(re.findall("^#SBATCH (.*)$", result.stdout, re.M))
+    inside = inl("tiny", "--seeds", "4", *size, "--lead", "9", "--container", "a.sqsh", "--mount", "/data:/data").stdout
+    assert {"--array=1-1", "--signal=TERM@9"} <= set(re.findall("^#SBATCH (.*)$", inside, re.M))
+    assert inside.count("--container-image=a.sqsh --container-mounts=/data:/data") == 2  # training, and its state
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >asked\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
@@ -143,6 +147,7 @@ def test_a_task_of_the_array_trains_its_own_run(inl: Callable[..., Result], tmp_
         run = f"a b/name={name}_seed={seed}"
         expected = ["inl", "train", "tiny", "--set", f'name="{name}"', "--set", f"training.seed={seed}"]
         assert (tmp_path / "asked").read_text().splitlines()[-10:] == [*expected, "--run-dir", run, "--resume-or-start"]
+    assert (tmp_path / "l g" / "9" / "0").is_dir()
 
 
 def sweep(base: Path, *arguments: str) -> subprocess.Popen[str]:
