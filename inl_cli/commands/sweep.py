@@ -210,14 +210,19 @@ def _loss(status: "RunStatus") -> float | None:
 
 def _hand_over(console: Console, found: "Found", output: Path | None) -> None:
     """The table, and the page of the runs that are done."""
-    from inl_core.analysis.sweep import deviation_of, mean_of, summarise
+    from inl_core.analysis.sweep import deviation_of, grid_part, mean_of, summarise
 
+    points = summarise(found)
+    table = grid_part(points)
     done = [run.path for run, status in found if status.state == "done"]
     if output and len(done) > 1:
         from inl_core.analysis.report.build import compare_runs
         from inl_core.analysis.report.page import write_page
+        from inl_core.analysis.report.parts import Section
 
-        write_page(compare_runs(done, console.warn), output)
+        report = compare_runs(done, console.warn)
+        report.sections.insert(0, Section("The sweep", [table]))
+        write_page(report, output)
         console.info(f"written to {output}")
     elif output:
         console.warn(f"{output}: not written, as a comparison needs two runs that are done")
@@ -232,22 +237,7 @@ def _hand_over(console: Console, found: "Found", output: Path | None) -> None:
             "bits_per_byte_deviation": deviation_of(point.bits_per_byte),
             "best": point.is_best,
         }
-        for point in summarise(found)
+        for point in points
     ]
     data = {"points": rows, "runs": [_run_data(*one) for one in found]}
-    console.result(data, lambda: _show(console, rows))
-
-
-def _show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    keys = list(rows[0]["values"])
-    columns = (*keys, "done", "loss", "s.d.", "bits per byte", "s.d.", "")
-    cells = [
-        (
-            *(str(row["values"][key]) for key in keys),
-            f"{row['done']} of {row['runs']}",
-            *(row[name] for name in ("loss", "loss_deviation", "bits_per_byte", "bits_per_byte_deviation")),
-            "best" if row["best"] else "",
-        )
-        for row in rows
-    ]
-    console.table("mean and standard deviation over the seeds", columns, cells)
+    console.result(data, lambda: console.table(table.see, table.columns, table.rows))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from inl_core.analysis.report.parts import Part
 from inl_core.errors import RecipeError
 from inl_core.files import shortened
 from inl_core.recipe import Recipe
@@ -138,6 +139,23 @@ def summarise(runs: Sequence[tuple[PlannedRun, RunStatus]]) -> list[Point]:
         return points
     best = min(means, key=means.__getitem__)
     return [replace(point, is_best=index == best) for index, point in enumerate(points)]
+
+
+def grid_part(points: Sequence[Point]) -> Part:
+    """The points of the grid as a table of a report."""
+    keys = list(points[0].values)
+    columns = (*keys, "done", "loss", "loss s.d.", "bits per byte", "bits per byte s.d.", "")
+    rows = [
+        (
+            *(str(point.values[key]) for key in keys),
+            f"{len(point.losses)} of {point.runs}",
+            *(fold(scores) for scores in (point.losses, point.bits_per_byte) for fold in (mean_of, deviation_of)),
+            "best" if point.is_best else "",
+        )
+        for point in points
+    ]
+    see = "Mean and standard deviation over the seeds; a difference below the standard deviation says little."
+    return Part("grid", "The points of the grid", see, columns, rows)
 
 
 def mean_of(values: Sequence[float]) -> float | None:

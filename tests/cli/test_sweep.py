@@ -171,7 +171,9 @@ def test_a_sweep_that_is_stopped_goes_on_and_trains_no_run_twice(tmp_path: Path)
     printed, told = whole.communicate()
     assert whole.returncode == 0, told
     undisturbed = json.loads(printed)
-    assert "vega" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "vega" in page
+    assert "The points of the grid" in page
     for number, point in enumerate(undisturbed["points"]):
         losses = [loss for _, loss in scores(undisturbed)[2 * number : 2 * number + 2]]
         assert point["loss"] == pytest.approx(sum(losses) / 2)
