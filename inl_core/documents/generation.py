@@ -47,6 +47,8 @@ def continue_ids(
 
 
 def _check_room(ids: Tensor, max_new_tokens: int, max_seq_len: int) -> None:
+    if ids.is_meta:
+        raise ValueError("ids: are on the meta device, which holds shapes and no values, so nothing can be generated")
     if ids.dim() != 2 or not ids.shape[1]:
         raise ValueError(f"ids {tuple(ids.shape)}: expected (B, S) with at least one token")
     room = max_seq_len - ids.shape[1] + 1  # the last token needs no place: nothing is predicted from it

@@ -10,6 +10,7 @@
 - Legend: B batch, S sequence, V vocabulary, D d_model, L layers, T iterations.
 """
 
+import inspect
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ from inl_core.documents.arguments import check_name, validated
 from inl_core.documents.building import materialise
 from inl_core.documents.generation import continue_ids
 from inl_core.documents.layer import trajectory_dict
-from inl_core.documents.released_names import one_of, released_overrides
+from inl_core.documents.released_names import argument_names, one_of, released_overrides
 from inl_core.inference.settings import GenerationSettings
 from inl_core.model import IntegratorLanguageModel as Model
 from inl_core.model import IntegratorOutput, KVCache, ModelOutput, Options
@@ -81,11 +82,11 @@ class IntegratorLanguageModel(nn.Module):
         d_model: int | None = None,
         num_layers: int | None = None,
         num_heads: int | None = None,
-        num_kv_heads: int | None = None,
         num_iterations_per_layer: int | None = None,
         feedforward_dim: int | None = None,
         max_seq_len: int | None = None,
         *,
+        num_kv_heads: int | None = None,
         use_lowrank_embeddings: bool | None = None,
         lowrank_ratio: float = 0.125,
         use_gradient_checkpointing: bool | None = None,
@@ -101,7 +102,9 @@ class IntegratorLanguageModel(nn.Module):
         **released: Any,
     ) -> None:
         super().__init__()
-        of_released, convergence_threshold = released_overrides(released, convergence_threshold)
+        parameters = inspect.signature(IntegratorLanguageModel).parameters.items()
+        own = [name for name, parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        of_released, convergence_threshold = released_overrides(released, convergence_threshold, own)
         dimensions = _present(
             d_model=d_model,
             num_layers=num_layers,
@@ -120,8 +123,9 @@ class IntegratorLanguageModel(nn.Module):
             early_stopping=_stopping(use_adaptive_stopping, convergence_threshold),
         )
         values |= _present(integrator=integrator)
+        values = merge(merge(values, of_released), overrides or {})
         with torch.device("meta"):
-            self.model = Model(validated(ModelConfig, merge(merge(values, of_released), overrides or {}), _ARGUMENTS))
+            self.model = Model(validated(ModelConfig, values, _ARGUMENTS | argument_names(released)))
         materialise(self, lambda: self.model.initialise(seed), device)
         self._measured: list[Tensor] = []
         if self.default_checkpointing if use_gradient_checkpointing is None else use_gradient_checkpointing:
@@ -188,9 +192,11 @@ class IntegratorLanguageModel(nn.Module):
             cache: the cache of an earlier call, which `ids` continue (implies use_cache). It is changed in place.
 
         Raises:
-            ValueError: more tokens than max_seq_len, or not one of ids and input_ids.
+            ValueError: more tokens than max_seq_len, not one of ids and input_ids, or a shape that does not fit.
         """
         ids = one_of(ids, input_ids)
+        if labels is not None and labels.shape != ids.shape:
+            raise ValueError(f"labels {tuple(labels.shape)}: expected the shape of the ids, {tuple(ids.shape)}")
         use_cache = use_cache or cache is not None
         length = (cache.length if cache else 0) + ids.shape[1]
         if length > self.config.max_seq_len:

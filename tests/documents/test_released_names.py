@@ -36,6 +36,12 @@ def test_ids_are_given_by_one_name():
         model()
     with pytest.raises(ValueError, match="once, as ids or as input_ids"):
         model.generate(IDS, input_ids=IDS)
+    with pytest.raises(ValueError, match=r"ids \(9,\): expected \(B, S\)"):
+        model(input_ids=IDS[0])
+    with pytest.raises(ValueError, match=r"labels \(2, 4\): expected the shape of the ids, \(2, 9\)"):
+        model(IDS, labels=IDS[:, :4])
+    with pytest.raises(ValueError, match="meta device"):
+        small(device="meta").generate(IDS.to("meta"))
 
 
 def test_generation_by_the_names_of_transformers():
@@ -74,6 +80,9 @@ def test_the_released_constructors_arguments_are_the_keys_they_are_here():
     assert (config.integrator.mu.group_size, config.integrator.excitation.sparsity) == (16, 0.25)
     assert (config.integrator.controller.shared, config.rope_theta) == (False, 500.0)
     assert config.integrator.budget.strategy == "uniform"
+    placed = IntegratorLanguageModel(50, 64, 2, 4, 3, 128, 32).config  # in the order of the released code
+    assert placed.integrator
+    assert (placed.num_heads, placed.integrator.num_iterations, placed.max_seq_len) == (4, 3, 32)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,10 @@ def test_the_released_constructors_arguments_are_the_keys_they_are_here():
         ({"budget_convergence_threshold": 0.1}, "budget_convergence_threshold: tokens stop by"),
         ({"hierarchical_group": 16}, "did you mean 'hierarchical_group_size'"),
         ({"hierarchical_group_size": 24}, "group_size 24 must divide d_model 64"),
+        ({"hierarchical_group_size": 0}, "^hierarchical_group_size: expected a number greater than 0"),
+        ({"adaptive_convergence_threshold": -1.0}, "^adaptive_convergence_threshold: expected a number of at least 0"),
+        ({"use_adaptive_budget": "no"}, "use_adaptive_budget: expected True or False, got 'no'"),
+        ({"num_head": 4}, "unknown argument 'num_head'; did you mean 'num_heads'"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(arguments, message):
