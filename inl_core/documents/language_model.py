@@ -32,7 +32,7 @@ from inl_core.recipe.fitting import fitting_heads
 from inl_core.recipe.presets import GROUPED_QUERIES, PRESETS, merge
 from inl_core.recipe.sizes import ALIASES, QUERIES_PER_KEY, SIZES, find_size
 
-Preset = Literal["v1", "v2", "v3", "v4", "transformer"]
+Preset = Literal["v1", "v2", "v3", "v4", "v5", "transformer"]
 _HEAD_DIM = 64  # d_model / num_heads in the documents' sizes up to 3B
 _LEAST_RANK = 64
 _ARGUMENTS = {
@@ -61,7 +61,7 @@ class IntegratorLanguageModel(nn.Module):
             `convergence_threshold` (None: 0.001) in rms.
         excitation_amplitude: A at the start; `model.excitation_amplitude = A` sets it later.
         mu_adaptation_rate: eta of mu's moving average, taken once a training forward pass; 0 is off.
-        preset: another generation: v1, v2, v3, v4 or transformer.
+        preset: another generation: v1, v2, v3, v4, v5 or transformer.
         size: one of the documents' sizes, for the dimensions that are not given.
         overrides: further keys of a recipe's model section, {"integrator": {"dt": 0.2}}, laid over everything else.
         seed: of the initial weights; torch's global generator is neither read nor moved.
@@ -175,7 +175,8 @@ class IntegratorLanguageModel(nn.Module):
         """(logits (B, S, V) in float32, aux), and the cache as a third value with `use_cache`.
 
         aux is None without `return_aux`, else, for L layers:
-            x, v: lists of (B, S, T+1, D), the iterations' states and velocities, with gradient in training;
+            x, v: lists of (B, S, T+1, D), the iterations' states and velocities, with gradient in training. v5 has one
+                of its whole depth, of T = 2 L steps;
             alpha, beta, gate: lists of (B, S, T, D);
             mu: (L, D), or None without an integrator;
             iterations: (B, S), used by each token, the mean over layers.

@@ -104,7 +104,7 @@ def test_what_has_no_counterpart_is_refused_by_name(arguments, message):
 
 
 @pytest.mark.parametrize("width", [72, 96, 100, 200])
-@pytest.mark.parametrize("preset", ["v1", "v2", "v3", "v4", "transformer"])
+@pytest.mark.parametrize("preset", ["v1", "v2", "v3", "v4", "v5", "transformer"])
 def test_any_width_works_with_the_default_heads_and_groups(preset, width):
     model = IntegratorLanguageModel(50, d_model=width, num_layers=1, max_seq_len=16, preset=preset)
     assert model(IDS)[0].isfinite().all()
