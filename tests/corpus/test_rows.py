@@ -191,6 +191,7 @@ def test_a_bad_line_is_set_aside_with_its_place_and_reason(
     assert reason in bad.reason
     f"{bad.reason}{bad.excerpt}".encode()
     assert len(bad.reason) <= 5000
+    assert isinstance(bad.excerpt, str)
     assert len(bad.excerpt) <= 1000
 
 

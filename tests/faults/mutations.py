@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from tests.damage import NOT_A_RECORD, WHOLE_FILE, edit_header, replaced_by, write_header
 
-Mutation = Callable[[Path, random.Random], None]
+Mutation = Callable[[Path, random.Random], object]
 
 
 def certain(damage: Callable[[Path], None]) -> Mutation:

@@ -110,7 +110,7 @@ def run_command(
 
 def leave(code: object) -> NoReturn:
     """What Python does at its end, up to the point where it begins to free its modules."""
-    threading._shutdown()
+    threading._shutdown()  # pyright: ignore - it has no other name
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:

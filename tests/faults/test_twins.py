@@ -1,5 +1,7 @@
 """Two commands at the same moment never share a run's directory, wherever they meet."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from tests.faults.commands import Outcome, check_manners
@@ -13,10 +15,10 @@ PLACES = [(r"^(mkdir|open) runs?\b", number) for number in (1, 2, 4)] + [("^forw
 """Where the two wait for each other: at the n-th such event."""
 
 
-def run_twins(stage: Stage, first: tuple[str, ...], second: tuple[str, ...], event: str, number: int) -> list[Outcome]:
+def run_twins(stage: Stage, commands: Sequence[tuple[str, ...]], event: str, number: int) -> list[Outcome]:
     """Two commands that wait for each other at an event."""
     fault = Fault(event, number, meet=str(stage.log.parent / f"meeting {len(list(stage.log.parent.iterdir()))}"))
-    started = [stage.server.start(*command, faults=[fault]) for command in (first, second)]
+    started = [stage.server.start(*command, faults=[fault]) for command in commands]
     return [command.wait(60) for command in started]
 
 
@@ -42,7 +44,7 @@ def alone(opened):
 def test_two_runs_of_one_name_get_a_directory_each(stage: Stage, alone, event: str, number: int):
     stage.set("prepared")
     commands = [(*BASE, "--set", f"training.seed={seed}") for seed in (1, 2)]
-    outcomes = run_twins(stage, *commands, event, number)
+    outcomes = run_twins(stage, commands, event, number)
     for outcome in outcomes:
         check_manners(outcome, codes=[0])
     directories = [stage.path / outcome.result()["run"] for outcome in outcomes]
@@ -54,7 +56,7 @@ def test_two_runs_of_one_name_get_a_directory_each(stage: Stage, alone, event: s
 def test_of_two_runs_in_one_directory_one_is_refused(stage: Stage, alone, event: str, number: int):
     stage.set("prepared")
     commands = [(*BASE, "--run-dir", RUN, "--set", f"training.seed={seed}") for seed in (1, 2)]
-    outcomes = run_twins(stage, *commands, event, number)
+    outcomes = run_twins(stage, commands, event, number)
     check_one_was_refused(outcomes)
     winner = [outcome.code for outcome in outcomes].index(0)
     assert (tensors(stage.run), rows(stage.run)) == alone[winner]
@@ -64,7 +66,7 @@ def test_of_two_runs_in_one_directory_one_is_refused(stage: Stage, alone, event:
 def test_of_two_resumes_of_one_run_one_is_refused(stage: Stage, whole, event: str, number: int):
     """Or it got the lock when the other one had just finished, and found nothing left to train."""
     stage.set("halfway")
-    outcomes = run_twins(stage, ("resume", RUN, "--json"), ("resume", RUN, "--json"), event, number)
+    outcomes = run_twins(stage, [("resume", RUN, "--json")] * 2, event, number)
     if [outcome.code for outcome in outcomes] == [0, 0]:
         trained, late = sorted(outcomes, key=lambda outcome: "at its last step already" in outcome.stderr)
         assert f"{RUN}, from step 30" in trained.stderr, trained.told
@@ -78,7 +80,7 @@ def test_of_two_resumes_of_one_run_one_is_refused(stage: Stage, whole, event: st
 def test_two_runs_that_prepare_the_same_data_do_not_spoil_it(stage: Stage, whole, number: int):
     stage.set("start")
     commands = [(*BASE, "--run-dir", name) for name in (RUN, "other")]
-    outcomes = run_twins(stage, *commands, r" data\b", number)
+    outcomes = run_twins(stage, commands, r" data\b", number)
     for outcome in outcomes:
         check_manners(outcome, codes=[0, 4])
     assert 0 in [outcome.code for outcome in outcomes], [outcome.told for outcome in outcomes]

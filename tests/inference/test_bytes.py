@@ -34,6 +34,7 @@ def test_a_whole_text_counts_its_own_bytes_and_a_part_none(kind: str) -> None:
     text = plain_text(foreign_model(kind), "text", ASCII)
     whole, part = score(text), score(text, max_tokens=20)
     assert whole.bytes == len(ASCII)
+    assert whole.bytes
     assert whole.bits_per_byte is not None
     text_nats = whole.loss * whole.tokens  # the closing eos is the only target without text
     assert 0 < whole.bits_per_byte <= text_nats / math.log(2) / whole.bytes

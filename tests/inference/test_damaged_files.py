@@ -248,7 +248,7 @@ HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "nothing": lambda header: header.clear(),
     "bad metadata": lambda header: header.update(__metadata__=[1]),
 }
-BYTES: dict[str, Callable[[Path], None]] = {
+BYTES: dict[str, Callable[[Path], object]] = {
     "length 2**63": lambda path: write_header(path, b"{}", length=2**63),
     "length 2**40": lambda path: write_header(path, b"{}", length=2**40),
     "array": lambda path: write_header(path, b"[]"),
@@ -258,7 +258,7 @@ BYTES: dict[str, Callable[[Path], None]] = {
     "twice": lambda path: write_header(
         path, b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', bytes(4)
     ),
-    "zeros": lambda path: path.write_bytes(bytes(8)) and None,
+    "zeros": lambda path: path.write_bytes(bytes(8)),
 }
 
 

@@ -80,7 +80,7 @@ def test_a_recorded_step_gives_what_the_step_would(monkeypatch):
             [result] = step(recorded.tokens, cache)
             recorded.found[0].copy_(result)
 
-        graph.replay = replay
+        graph.replay = replay  # pyright: ignore - as the recording of a graph does
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)

@@ -1,6 +1,7 @@
 """Filters and draws against a plain numpy reference."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ PENALTIES = (5e-324, 1e-30, 1.0, 1e30, 1e308)
 @pytest.mark.parametrize(
     "filters", [{}, {"top_p": 1e-300}, {"min_p": 1.0}, {"min_p": 5e-324}, {"top_k": 10**30}, {"top_k": 1, "top_p": 1.0}]
 )
-def test_extremes_work_as_their_limits(filters: dict[str, float]) -> None:
+def test_extremes_work_as_their_limits(filters: dict[str, Any]) -> None:
     prompts, logits = torch.tensor([[0, 3, 4]]), torch.tensor([[9.0, 5.0, -3.0, 0.0, 8.0, -60.0]])
     for temperature, penalty in itertools.product(TEMPERATURES, PENALTIES):
         settings = GenerationSettings(temperature=temperature, repetition_penalty=penalty, **filters)
@@ -180,7 +181,7 @@ def test_extremes_work_as_their_limits(filters: dict[str, float]) -> None:
         {"max_new_tokens": 0},
     ],
 )
-def test_what_has_no_limit_is_refused(settings: dict[str, float]) -> None:
+def test_what_has_no_limit_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(RecipeError) as error:
         GenerationSettings(**settings)
     assert len(str(error.value)) < 200

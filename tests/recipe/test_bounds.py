@@ -37,7 +37,7 @@ def numbers(section: type[BaseModel] = Recipe, above: tuple[str, ...] = ()) -> l
 
 
 def with_value(path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    model = {"d_model": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
+    model: dict[str, Any] = {"d_model": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
     if path[:2] in OF_THE_INTEGRATOR:
         model["preset"] = "v4"
     training: dict[str, Any] = {"steps": 10, "sequence_length": 1, "batch_tokens": 1}
@@ -72,8 +72,8 @@ def build(recipe: Recipe) -> None:
     model = meta_model(recipe.model)
     build_optimizers(model, recipe.training.optimizer, torch.device("meta"))
     for module in model.modules():
-        if module is not model and hasattr(module, "initialise"):
-            module.initialise()
+        if module is not model and callable(initialise := getattr(module, "initialise", None)):
+            initialise()
     training = recipe.training
     for step in {0, 1, training.num_steps // 2, training.num_steps - 1}:
         assert 0 <= learning_rate_factor(training.schedule, step, training.num_steps) <= 1

@@ -22,6 +22,7 @@ def train(path: Path, world: World) -> None:
     The rank of FULL_RANK has a full disk from the beginning of step 5 to the end of step 6.
     """
     recipe = load_recipe(path)
+    assert recipe.data.directory
     data = RunData.load(recipe.data.directory, recipe)
     run = RunFiles(path.with_suffix(""), recipe, data.tokenizer, data.directory)
     trainer = Trainer(empty_model(recipe, data.tokenizer), data, run, world, Observer())

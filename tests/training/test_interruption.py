@@ -146,8 +146,9 @@ def test_a_worker_without_its_launcher_is_asked_to_leave():
         "child.wait()"
     )
     environment = os.environ | {"TORCHELASTIC_RUN_ID": "test"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", launcher], env=environment, **pipes)
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", launcher]
+    process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout
     assert process.stdout.readline() == "up\n"
     process.kill()
     said, _ = process.communicate(timeout=50)  # ends when the worker has closed its output too

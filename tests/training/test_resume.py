@@ -213,7 +213,9 @@ def test_a_data_set_named_by_its_directory_alone_trains_and_is_found_from_anothe
     for recipe, run in ((whole, "runs/whole"), (alone, "runs/alone")):
         with open_session(recipe, run) as session:
             data = session.open_data()
-            results.append((data.train.fingerprint, session.build_trainer(data).fit().loss))
+            evaluation = session.build_trainer(data).fit()
+            assert evaluation
+            results.append((data.train.fingerprint, evaluation.loss))
     assert results[0] == results[1]
     monkeypatch.chdir(tmp_path)
     longer = alone.model_copy(update={"training": alone.training.model_copy(update={"steps": 3})})

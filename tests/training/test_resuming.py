@@ -73,7 +73,9 @@ def test_a_fifo_in_the_place_of_a_recipe_is_not_waited_for(trained, monkeypatch)
 
 def test_a_resume_starts_at_the_newest_checkpoint_and_must_add_steps(trained):
     run, recipe = trained
-    assert choose_checkpoint(run.path, recipe, (), warn=pytest.fail).name == "step-00000004"
+    chosen = choose_checkpoint(run.path, recipe, (), warn=pytest.fail)
+    assert chosen
+    assert chosen.name == "step-00000004"
     with pytest.raises(RecipeError, match="has done 4 steps already"):
         choose_checkpoint(run.path, changed(run.path, "training.steps=3"), (), warn=pytest.fail)
     with pytest.raises(RecipeError, match="so 4 adds none"):

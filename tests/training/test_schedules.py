@@ -31,7 +31,7 @@ def test_cosine_and_constant():
 
 def test_lambda_mean_anneals_exponentially_or_linearly():
     for kind, middle in (("exponential", math.sqrt(0.1)), ("linear", 0.55)):
-        losses = LossSettings(lambda_mean=1.0, lambda_mean_final=0.1, annealing=kind)
+        losses = LossSettings.model_validate({"lambda_mean": 1.0, "lambda_mean_final": 0.1, "annealing": kind})
         values = [regime(losses, None, step, 10).lambda_mean for step in (0, 5, 10)]
         assert values == pytest.approx([1.0, middle, 0.1])
 
