@@ -66,7 +66,10 @@ def check_training(recipe: "Recipe", branch_from: Path | None) -> None:
     if place_or_alone().size > 1:
         return
     if branch_from is not None and not os.path.lexists(expand_home(branch_from)):
-        raise ArtefactError(f"{branch_from}: no checkpoint to branch from; name one, or a run that has saved one")
+        from inl_core.inference.checkpoint_files import nearest_run
+
+        advice = f"name one, or a run that has saved one{nearest_run(branch_from)}"
+        raise ArtefactError(f"{branch_from}: no checkpoint to branch from; {advice}")
     if begins_with is not None and begins_with.suffix != ".safetensors":
         with naming_key("model.init_from"):
             check_checkpoint(begins_with)

@@ -9,7 +9,10 @@ import typer
 
 from inl_cli.completion import complete_preset, complete_recipe, complete_run, complete_set, complete_size
 from inl_core.errors import RecipeError
-from inl_core.files import expand_home, output_file, refuse_remote, shortened
+from inl_core.files import expand_home, is_directory, output_file, refuse_remote, shortened
+
+RUNS = Path("runs")
+"""Where a run is looked for that is named without a path."""
 
 
 def given_path(text: str) -> Path:
@@ -35,9 +38,28 @@ def given_recipe(text: str) -> Path:
     return path
 
 
+def given_run(text: str) -> Path:
+    """The parser of runs and checkpoints: `tiny` is the run runs/tiny, where nothing here is called `tiny`."""
+    path = given_path(text)
+    named = RUNS / path
+    return named if text == path.name and not os.path.lexists(path) and is_directory(named) else path
+
+
+def given_place(text: str) -> Path:
+    """The parser of what may be a run, a checkpoint, a data set or a recipe; the name of a shipped recipe is one."""
+    from inl_core.recipe.shipped import shipped_recipes
+
+    return Path(text) if text in shipped_recipes() else given_run(text)
+
+
 def path_option(*names: str, help: str) -> Any:
     """An option whose value is a path."""
     return typer.Option(*names, metavar="PATH", help=help, parser=given_path)
+
+
+def run_option(*names: str, help: str) -> Any:
+    """An option whose value is a run or a checkpoint."""
+    return typer.Option(*names, metavar="PATH", help=help, parser=given_run, autocompletion=complete_run)
 
 
 def check_page(output: Path | None) -> None:
@@ -46,9 +68,14 @@ def check_page(output: Path | None) -> None:
         output_file(expand_home(output))
 
 
-def path_argument(metavar: str, help: str, complete: Callable[[str], list[str]] | None = None) -> Any:
-    """An argument that is a path; `complete` gives what the shell offers for its beginning."""
-    return typer.Argument(metavar=metavar, help=help, parser=given_path, autocompletion=complete)
+def path_argument(metavar: str, help: str) -> Any:
+    """An argument that is a path."""
+    return typer.Argument(metavar=metavar, help=help, parser=given_path)
+
+
+def run_argument(metavar: str, help: str, parser: Callable[[str], Path] = given_run) -> Any:
+    """An argument that is a run or a checkpoint, or whatever else the `parser` takes."""
+    return typer.Argument(metavar=metavar, help=help, parser=parser, autocompletion=complete_run)
 
 
 RecipeArgument = Annotated[
@@ -101,9 +128,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No information or pr
 
 CheckpointArgument = Annotated[
     Path | None,
-    path_argument(
-        "[CHECKPOINT]", "A checkpoint or a run; default the newest run's newest intact checkpoint.", complete_run
-    ),
+    run_argument("[CHECKPOINT]", "A checkpoint or a run; default the newest run's newest intact checkpoint."),
 ]
 
 DeviceOption = Annotated[

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from inl_cli.commands.data import prepare_with_progress
-from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.loading import open_default_or_text, open_model
 from inl_cli.memory import explains_memory
@@ -26,8 +25,8 @@ from inl_cli.options import (
     QuietOption,
     RecipeArgument,
     SetOption,
-    path_argument,
     path_option,
+    run_argument,
 )
 from inl_core.errors import ArtefactError, InlError, RecipeError
 
@@ -53,9 +52,7 @@ ToleranceOption = Annotated[
     float | None, typer.Option(min=0, help="Largest difference; default 1e-4 in single precision, 1e-9 in double.")
 ]
 NoCompileOption = Annotated[bool, typer.Option("--no-compile", help="Leave out the compiled ways: tens of seconds.")]
-CheckedPath = Annotated[
-    Path, path_argument("PATH", "A checkpoint, or a run, of which all checkpoints are checked.", complete_run)
-]
+CheckedPath = Annotated[Path, run_argument("PATH", "A checkpoint, or a run, of which all checkpoints are checked.")]
 
 
 @errors_to_exit_codes
@@ -168,7 +165,7 @@ def checkpoint(path: CheckedPath, json: JsonOption = False, quiet: QuietOption =
 @explains_memory
 def session(
     recipe: RecipeArgument,
-    run: Annotated[Path, path_argument("RUN", "The run's directory.", complete_run)],
+    run: Annotated[Path, run_argument("RUN", "The run's directory.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
     stop_after: Annotated[
         int | None, typer.Option(help="Send itself a signal when this step's row is written.")

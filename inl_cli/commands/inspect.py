@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_checkpoint, check_place
 from inl_cli.loading import check_source, open_default_or_text, open_model
-from inl_cli.options import CheckpointArgument, JsonOption, QuietOption, check_page, path_argument, path_option
+from inl_cli.options import (
+    CheckpointArgument,
+    JsonOption,
+    QuietOption,
+    check_page,
+    given_place,
+    path_option,
+    run_argument,
+    run_option,
+)
 from inl_cli.parameters_view import show_parameters
 from inl_cli.progress import amount
 from inl_core.errors import ArtefactError, RecipeError
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
 _LONGEST_TABLE = 12
 
 PathArgument = Annotated[
-    Path, path_argument("PATH", "A recipe, or the directory of a data set, a run or a checkpoint.", complete_run)
+    Path, run_argument("PATH", "A recipe, or the directory of a data set, a run or a checkpoint.", given_place)
 ]
 MeasuredTextOption = Annotated[
     str | None,
@@ -40,7 +48,7 @@ MeasuredTextOption = Annotated[
 MeasuredTokensOption = Annotated[int, typer.Option("--max-tokens", "--tokens", min=1, help="Tokens to measure on.")]
 AgainstOption = Annotated[
     Path | None,
-    path_option("--against", help="Another checkpoint or run of the same model: show how far each figure is from it."),
+    run_option("--against", help="Another checkpoint or run of the same model: show how far each figure is from it."),
 ]
 PageOption = Annotated[Path | None, path_option("--output", "-o", help="Also write it to this HTML file, as charts.")]
 CsvOption = Annotated[bool, typer.Option("--csv", help="Print the layers' statistics as CSV on stdout.")]

@@ -5,20 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_runs, check_text
 from inl_cli.loading import open_default_or_text, open_model
-from inl_cli.options import DeviceOption, JsonOption, QuietOption, TextOption, check_page, path_argument, path_option
+from inl_cli.options import DeviceOption, JsonOption, QuietOption, TextOption, check_page, path_option, run_argument
 from inl_core.errors import RecipeError
 from inl_core.files import output_file, refuse_no_directory
 
 if TYPE_CHECKING:
     from inl_core.analysis.report.parts import Report
 
-RunsArgument = Annotated[
-    list[Path], path_argument("RUN...", "One or several runs, e.g. runs/tiny runs/tiny-v4.", complete_run)
-]
+RunsArgument = Annotated[list[Path], run_argument("RUN...", "One or several runs, e.g. runs/tiny runs/tiny-v4.")]
 CsvOption = Annotated[
     Path | None, path_option("--csv", help="Also write every table to this directory, each as a CSV file.")
 ]

@@ -5,16 +5,15 @@ from typing import Annotated
 
 import typer
 
-from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, path_argument
+from inl_cli.options import JsonOption, QuietOption, run_argument
 
 EXIT_CODES = {"done": 0, "preempted": 75, "resumable": 10, "running": 11, "empty": 12, "failed": 13}
 
 
 @errors_to_exit_codes
 def run_status(
-    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.", complete_run)],
+    run: Annotated[Path, run_argument("RUN", "The run's directory, e.g. runs/tiny.")],
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from inl_cli.commands.data import prepare_with_progress
-from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_training
 from inl_cli.loading import tell_of_shipped
 from inl_cli.memory import explains_memory
-from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, path_argument, path_option
+from inl_cli.options import JsonOption, QuietOption, RecipeArgument, SetOption, path_option, run_argument, run_option
 
 if TYPE_CHECKING:
     from inl_core.recipe import Recipe
@@ -26,7 +25,7 @@ RunDirOption = Annotated[
 ]
 BranchOption = Annotated[
     Path | None,
-    path_option("--branch-from", help="Begin with this checkpoint, or this run's newest one, of the same model."),
+    run_option("--branch-from", help="Begin with this checkpoint, or this run's newest one, of the same model."),
 ]
 ResumeOrStartOption = Annotated[
     bool,
@@ -81,7 +80,7 @@ def train(
 
 @errors_to_exit_codes
 def resume(
-    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.", complete_run)],
+    run: Annotated[Path, run_argument("RUN", "The run's directory, e.g. runs/tiny.")],
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Train up to this step instead.")] = None,
     overrides: SetOption = None,
     allow_change: AllowOption = None,

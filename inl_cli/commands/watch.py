@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inl_cli.completion import complete_run
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_file
-from inl_cli.options import JsonOption, QuietOption, path_argument
+from inl_cli.options import JsonOption, QuietOption, run_argument
 
 if TYPE_CHECKING:
     from inl_core.analysis.watching import RunWatcher
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 @errors_to_exit_codes
 def watch(
-    run: Annotated[Path, path_argument("RUN", "The run's directory, e.g. runs/tiny.", complete_run)],
+    run: Annotated[Path, run_argument("RUN", "The run's directory, e.g. runs/tiny.")],
     every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="How often to look again.")] = 2.0,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -29,7 +28,9 @@ def watch(
 
     inl watch runs/tiny
     """
-    check_file(run, f"no such run; `inl train RECIPE --run-dir {run}` would start it")
+    from inl_core.inference.checkpoint_files import nearest_run
+
+    check_file(run, f"no such run; `inl train RECIPE --run-dir {run}` would start it{nearest_run(run)}")
     from inl_cli.watch_view import lines_of
     from inl_core.analysis.watching import RunWatcher
 

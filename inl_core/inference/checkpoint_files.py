@@ -14,6 +14,7 @@
 import hashlib
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,6 +38,8 @@ Format = Annotated[int, Field(ge=1, le=1)]
 Scalar = str | int | float | bool | None
 
 _STEP_NAME = re.compile("step-([0-9]+)")
+_MOST_NAMED = 8
+"""Runs that a message names, at most."""
 
 
 class Record(BaseModel):
@@ -107,8 +110,19 @@ def is_checkpoint(path: Path) -> bool:
 def check_exists(path: Path, runs: Path = Path("runs")) -> None:
     """Refuse what a user named as a run or a checkpoint, where there is nothing at all; ArtefactError."""
     if not os.path.lexists(path):
-        hint = f"; did you mean {runs / path}?" if is_directory(runs / path) else ""
-        raise ArtefactError(f"{path}: no such run or checkpoint{hint}")
+        raise ArtefactError(f"{path}: no such run or checkpoint{nearest_run(path, runs)}")
+
+
+def nearest_run(path: Path, runs: Path = Path("runs")) -> str:
+    """The end of a message about a path that is no run: which one may be meant, or which ones there are."""
+    try:
+        names = sorted(entry.name for entry in runs.iterdir() if is_directory(entry) and entry != path)
+    except OSError:
+        return ""
+    if near := get_close_matches(path.name, names, n=1):
+        return f"; did you mean {runs / near[0]}?"
+    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+    return f"; {runs}/ holds {', '.join(names[:_MOST_NAMED])}{more}" if names else ""
 
 
 def find_checkpoints(path: Path) -> list[Path]:

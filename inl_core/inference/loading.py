@@ -26,6 +26,7 @@ from inl_core.inference.checkpoint_files import (
     check_exists,
     is_checkpoint,
     list_checkpoints,
+    nearest_run,
     read_config,
     read_manifest,
     verify_checkpoint,
@@ -80,7 +81,8 @@ def find_checkpoint(
         return path
     found = _newest_intact(path, note)
     if found is None:
-        raise ArtefactError(f"{path}: holds no intact checkpoint; `inl train RECIPE` makes one")
+        advice = f"`inl train RECIPE` makes one{nearest_run(path, runs)}"
+        raise ArtefactError(f"{path}: holds no intact checkpoint; {advice}")
     return found
 
 

@@ -18,6 +18,7 @@ from inl_core.inference.checkpoint_files import (
     file_digest,
     is_checkpoint,
     list_checkpoints,
+    nearest_run,
     read_config,
 )
 from inl_core.recipe import Recipe
@@ -176,7 +177,7 @@ def _recipe_file(run: Path, warn: Say) -> Path:
         )
     try:
         if not path.is_file():
-            advice = START_ANEW if is_taken(run) else "`inl train RECIPE` starts one"
+            advice = START_ANEW if is_taken(run) else f"`inl train RECIPE` starts one{nearest_run(run)}"
             raise ArtefactError(f"{run}: not a run (it has no recipe.yaml); {advice}")
         load_recipe(path, allow_pipe=False)
     except InlError as error:

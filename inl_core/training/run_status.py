@@ -21,6 +21,7 @@ from inl_core.inference.checkpoint_files import (
     checkpoint_step,
     is_checkpoint,
     list_checkpoints,
+    nearest_run,
     verify_checkpoint,
 )
 from inl_core.recipe import Recipe
@@ -131,8 +132,7 @@ def holds_run(path: Path) -> bool:
 def check_holds_run(path: Path) -> None:
     """ArtefactError where a user named a run and there is none."""
     if not is_directory(path) or not holds_run(path):
-        near = Path("runs") / path
-        hint = f"; did you mean {near}?" if near.is_dir() else "; a run is a directory such as runs/tiny"
+        hint = nearest_run(path) or "; a run is a directory such as runs/tiny"
         raise ArtefactError(f"{path}: {'is no run' if path.exists() else 'no such directory'}{hint}")
 
 

@@ -182,7 +182,7 @@ def test_a_run_that_has_only_begun_is_shown(inspected: Callable[[str], dict[str,
 @pytest.mark.parametrize(
     ("path", "code", "message"),
     [
-        ("v4", 4, "v4: no such file or directory; did you mean runs/v4?"),
+        ("./v4", 4, "v4: no such file or directory; did you mean runs/v4?"),
         ("data", 4, "data: is no recipe"),
         ("data/tokenizer.json", 4, "data/tokenizer.json: is no recipe"),
         ("none.yaml", 2, "none.yaml: no such file"),

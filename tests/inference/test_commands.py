@@ -227,9 +227,23 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(inl: Callable[.
     assert second.endswith("step-00000003")
 
 
+def test_a_bare_name_is_a_run_below_runs_unless_something_here_is_called_so(inl: Callable[..., Result]) -> None:
+    assert inl("generate", "v3", *SHORT).stderr.startswith("using runs/v3/checkpoints/step-")
+    assert json.loads(inl("run-status", "v3", "--json").stdout)["run"] == "runs/v3"
+    Path("v3").mkdir()
+    try:
+        assert_refused(
+            inl("generate", "v3"), 4, "v3: holds no intact checkpoint; `inl train RECIPE` makes one; did you"
+        )
+    finally:
+        Path("v3").rmdir()
+
+
 def test_missing_checkpoints_exit_with_4(inl: Callable[..., Result], tmp_path: Path) -> None:
     assert_refused(inl("generate", "runs/none"), 4, "runs/none: no such run or checkpoint")
-    assert_refused(inl("generate", "v3"), 4, "v3: no such run or checkpoint; did you mean runs/v3?")
+    assert_refused(inl("generate", "v33"), 4, "v33: no such run or checkpoint; did you mean runs/v3?")
+    assert_refused(inl("generate", "./v3"), 4, "v3: no such run or checkpoint; did you mean runs/v3?")
+    assert_refused(inl("resume", "other"), 4, "starts one; runs/ holds ")
     (tmp_path / "empty").mkdir()
     assert_refused(inl("eval", str(tmp_path / "empty")), 4, "holds no intact checkpoint")
 
