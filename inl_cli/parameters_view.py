@@ -44,7 +44,10 @@ _TIMES = {
 
 
 def show_parameters(console: Console, report: "ParameterReport", name: str) -> None:
-    """Everything on stdout; `name` is the checkpoint's."""
+    """Everything on stdout, what it comes to first; `name` is the checkpoint's."""
+    from inl_core.analysis.report.learned import parameter_findings
+
+    console.write("".join(f"- {said}.\n" for said, _ in parameter_findings(report)) + "\n")
     total = sum(report.parameters.values())
     parts = [(part, number, f"{number / total:.1%}") for part, number in report.parameters.items()]
     console.table(f"{name}: parameters", ("part", "number", "share"), [*parts, ("total", total, "100%")])

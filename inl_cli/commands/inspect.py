@@ -89,6 +89,7 @@ def inspect_params(
     loaded = open_model(console, checkpoint)
 
     from inl_core.analysis.parameters import report_parameters
+    from inl_core.analysis.report.learned import parameter_findings
 
     other = None if against is None else open_model(console, against)
     measured = open_default_or_text(console, loaded, text)
@@ -103,7 +104,12 @@ def inspect_params(
         _write_csv(report)
     else:
         console.result(
-            {"checkpoint": loaded.path, "step": loaded.step, **asdict(report)},
+            {
+                "checkpoint": loaded.path,
+                "step": loaded.step,
+                "findings": [said for said, _ in parameter_findings(report)],
+                **asdict(report),
+            },
             lambda: show_parameters(console, report, f"{loaded.path}"),
         )
 

@@ -38,6 +38,8 @@ class Alarm:
     kind: str
     text: str
     """What holds, with its figures, and what to look at."""
+    quantity: str
+    """What it judges, as the records name it."""
 
 
 def find_alarms(rows: list[Row], *, progress: float, reference: list[Row] | None = None) -> list[Alarm]:
@@ -125,6 +127,7 @@ def _state_ignored(figures: Figures) -> Alarm | None:
         "state ignored",
         f"the state is ignored: it is moved by a tiny share of its size by {_named(still)}; look whether the gate is "
         "shut or nothing is learned there, and what `inl convergence-report` says the layer is worth",
+        "displacement" if any("displacement" in own for own in figures.values()) else "residual",
     )
 
 
@@ -144,6 +147,7 @@ def _controller_constant(figures: Figures) -> Alarm | None:
         "controller constant",
         f"the controller is constant: from token to token beta and gate differ by next to nothing, as a share of their "
         f"means, in {_named(constant)}; look at gradient_norm and at the variance between tokens",
+        "beta",
     )
 
 
@@ -162,6 +166,7 @@ def _grows_over_depth(figures: Figures) -> Alarm | None:
         "velocity grows over depth",
         f"the velocity grows over depth: {speeds[last]:.3g} at {last}, {speeds[last] / typical:.0f} times the median "
         f"of all places, {typical:.3g}; look for an alpha above 1 or a beta below 0, and at the learning rate",
+        "velocity",
     )
 
 
@@ -176,6 +181,7 @@ def _grows_in_training(figures: Figures, reference: Figures) -> Alarm | None:
         "velocity grows in training",
         f"the velocity grows in training: {mean:.3g}, {mean / mean_before:.0f} times the {mean_before:.3g} a tenth "
         "into the run; look at gradient_norm and the loss since then: a lower learning rate holds it",
+        "velocity",
     )
 
 
@@ -189,4 +195,5 @@ def _unused(figures: Figures, name: str, title: str) -> Alarm | None:
         f"{title} unused",
         f"{title} is unused: its coefficient is at most {max(sizes):.2g} (rms) in any step; look at the learning rate "
         "and training.optimizer.stream_rate_factor, or switch the term off and compare",
+        name,
     )

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from inl_cli.app import app
 from inl_cli.parameters_view import bars
 from inl_core.analysis.parameters import ParameterReport, report_parameters
+from inl_core.analysis.report.learned import parameter_findings
 from inl_core.inference.loading import load_model
 from inl_core.inference.texts import open_split, open_text
 from inl_core.model import Options
@@ -160,3 +161,33 @@ def test_another_text_can_be_measured(inl: Callable[..., Result], tmp_path: Path
     result = inl("inspect-params", "--text", str(tmp_path / "a.txt"))
     assert f"tokens of {tmp_path / 'a.txt'}" in result.stdout
     assert inl("inspect-params", "--csv", "--json").exit_code == 2
+
+
+def test_the_findings_say_what_is_used_what_is_dead_and_what_cannot_be_told() -> None:
+    def said(**means: float) -> str:
+        """What is found of two sub-layers of a stream in which these quantities have these means."""
+        rows = [
+            {"layer": 0, "sub_layer": part, "quantity": name, "mean": mean, "std": 0.5}
+            for part in ("attention", "feed-forward")
+            for name, mean in means.items()
+        ]
+        return "\n".join(text for text, _ in parameter_findings(ParameterReport({}, None, "a text", 1, rows)))
+
+    found = said(force_momentum=0.3, force_candidate=0.695, force_pull=0.005)
+    assert "used of what makes the velocity: momentum 30%," in found
+    assert "the pull does nothing: its share of what makes the velocity is 0.5%" in found
+    assert "candidate" not in found
+    lost = said(force_momentum=math.nan, force_pull=0.2)
+    assert "not finite, so that nothing is said of them: force_momentum" in lost
+    assert "momentum" not in lost.replace("force_momentum", "")
+    constant = [{"layer": 0, "quantity": "gate", "mean": 0.5, "variance_tokens": 1e-8}]
+    (only,) = parameter_findings(ParameterReport({}, None, "a text", 1, constant))
+    assert only[0].endswith("the controller is as good as constant")
+
+
+@pytest.mark.parametrize("preset", ["v4", "v5"])
+def test_findings_come_first_and_are_the_same_everywhere(inl: Callable[..., Result], preset: str) -> None:
+    findings = json.loads(inl("inspect-params", f"runs/{preset}", "--json").stdout)["findings"]
+    assert len(findings) >= 2
+    printed = inl("inspect-params", f"runs/{preset}").stdout.split("\n\n")[0]
+    assert printed.splitlines()[-len(findings) :] == [f"- {finding}." for finding in findings]

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from inl_cli.app import app
 from inl_core.analysis.report.convergence import convergence_findings
+from inl_core.analysis.report.examination import examine
 from inl_core.analysis.report.forces import term_findings
+from inl_core.analysis.report.jacobians import measure_reactions
 from inl_core.analysis.report.paths import principal_plane
 from inl_core.analysis.report.probe import Probe, integrator_terms, probe, stream_terms
 from inl_core.analysis.report.tokens import token_kind
@@ -179,6 +181,17 @@ def test_a_run_with_a_checkpoint_is_examined_and_drawn(
     document, log = browse(path, tmp_path / "profile")
     assert 'data-drawn="yes"' in document, log
     assert "CONSOLE" not in log, log
+
+
+@torch.no_grad()
+def test_a_model_whose_numbers_are_not_finite_is_said_to_be_that(workplace: Path) -> None:
+    loaded = load_model(workplace / "runs" / "v5" / "checkpoints" / "step-00000007")
+    loaded.model.embedding.table.weight.fill_(torch.nan)
+    assert measure_reactions(loaded.model, open_split(loaded)) == []
+    found = examine("a", loaded, open_split(loaded), max_tokens=60)
+    (finding,) = found.findings
+    assert "losses that are not finite" in finding.sentence
+    assert found.section.parts == []
 
 
 @needs_chromium

@@ -8,7 +8,7 @@ from inl_core.analysis.parameters import ParameterReport
 from inl_core.analysis.report.charts import category, number, tooltip
 from inl_core.analysis.report.convergence import convergence_findings, convergence_parts
 from inl_core.analysis.report.forces import ablation_part
-from inl_core.analysis.report.history import LEARNED
+from inl_core.analysis.report.learned import LEARNED, parameter_findings
 from inl_core.analysis.report.parts import Finding, Part, Report, Section, Spec
 from inl_core.training.depth import place_name
 
@@ -42,17 +42,8 @@ def parameters_page(report: ParameterReport, checkpoint: str) -> Report:
 
 
 def _findings(report: ParameterReport) -> list[Finding]:
-    found = []
-    for name in LEARNED:
-        rows = report.of(name)
-        drifts = [row["drift"] for row in rows if row.get("drift") is not None]
-        if drifts:
-            low, high = min(drifts), max(drifts)
-            sentence = f"{name} is {low:.3g} to {high:.3g} (rms) from its start, the least and the most moved place."
-            found.append(Finding(sentence, f"quantity-{name}"))
-    if report.start_unknown:
-        found.append(Finding(f"How far all weights are from their start is not known: {report.start_unknown}."))
-    return found
+    said = parameter_findings(report)
+    return [Finding(f"{text}.", f"quantity-{quantity}" if quantity else "") for text, quantity in said]
 
 
 def _quantity(report: ParameterReport, name: str) -> Part:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from inl_core.analysis.convergence.report import report_convergence
 from inl_core.analysis.report.convergence import convergence_findings, convergence_parts
 from inl_core.analysis.report.forces import ablation_part, forces_part, term_findings
@@ -41,6 +43,9 @@ def examine(
     found = probe(loaded, text, max_tokens=max_tokens, window=window)
     tokens = f"{len(found.loss):,} tokens of {text.name}"
     note = f"{loaded.path}, measured on {tokens}, in windows of {window:,}: all of this section is about these tokens."
+    if not np.isfinite(found.loss).all():
+        sentence = f"{name}: the model of {loaded.path} gives losses that are not finite, so nothing else is measured."
+        return Examined(Section(f"{name}: what the model does", [], note), [Finding(sentence)])
     parts, findings = [], []
     if loaded.model.config.has_dynamics:
         report, _ = report_convergence(loaded, text, max_tokens=max_tokens, sample_tokens=1, progress=progress)

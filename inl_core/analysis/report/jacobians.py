@@ -51,7 +51,7 @@ class Reaction:
 def measure_reactions(model: IntegratorLanguageModel, text: Text) -> list[Reaction]:
     """Of NUM_TOKENS tokens, each the last of a window of its own; of each layer, or of a stream as a whole.
 
-    Empty for a model wider than MOST_DIMENSIONS.
+    Empty for a model wider than MOST_DIMENSIONS; a system whose Jacobians are not finite is left out.
     """
     if model.config.d_model > MOST_DIMENSIONS or not model.config.has_dynamics:
         return []
@@ -63,7 +63,8 @@ def measure_reactions(model: IntegratorLanguageModel, text: Text) -> list[Reacti
         for flow in flows:
             steps.append(jacobians(flow, x, v).double())
             x, v = flow(x, v)
-        found.append(react(system, steps))
+        if all(step.isfinite().all() for step in steps):  # of others LAPACK ends the process
+            found.append(react(system, steps))
     return found
 
 

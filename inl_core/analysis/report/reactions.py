@@ -20,7 +20,7 @@ def reaction_parts(name: str, found: Sequence[Reaction]) -> list[Part]:
 def reaction_findings(name: str, found: Sequence[Reaction]) -> Iterator[Finding]:
     """What becomes of a small change in the system, or in the layer, where it grows the most."""
     if not found:
-        why = f"are measured up to d_model {MOST_DIMENSIONS} only, and so not here"
+        why = f"are measured up to d_model {MOST_DIMENSIONS} and where they are finite, and so not here"
         yield Finding(f"{name}: the Jacobians of its steps, and Lyapunov exponents, {why}.")
         return
     reaction = max(found, key=lambda reaction: reaction.exponents.mean(0)[0])
