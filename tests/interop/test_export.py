@@ -124,7 +124,15 @@ def test_a_plain_transformer_becomes_a_llama(tmp_path: Path, name: str) -> None:
     assert "LlamaForCausalLM" in result.stdout
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert_same_function(load_model(checkpoint).model, llama)
-    assert not list((tmp_path / "out").glob("*.py"))
+    files = list((tmp_path / "out").iterdir())
+    others_may_read = (checkpoint / "config.json").stat().st_mode
+    assert {file.stat().st_mode for file in files} == {others_may_read}
+    assert ".py" not in {file.suffix for file in files}
+    # transformers 4, which converters to other formats still use, knows these names alone.
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == llama.config.rope_parameters["rope_theta"] == LLAMAS[name].get("rope_theta", 1e4)
+    converted = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert converted["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize(

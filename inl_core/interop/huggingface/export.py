@@ -23,7 +23,7 @@ from inl_core.inference.loading import load_tokenizer, load_weights, read_model_
 from inl_core.interop.huggingface.llama import llama_config, llama_weights, why_not_llama
 from inl_core.interop.huggingface.modeling import InlConfig, InlForCausalLM
 from inl_core.interop.huggingface.proof import TOLERANCE, Differences, compare_logits
-from inl_core.interop.huggingface.tokenizer import convert_tokenizer
+from inl_core.interop.huggingface.tokenizer import convert_tokenizer, save_tokenizer
 from inl_core.model import IntegratorLanguageModel
 
 Format = Literal["huggingface", "llama", "inl"]
@@ -99,7 +99,7 @@ def _write(
     model.save_pretrained(directory, state_dict=weights)
     if tokenizer is not None:
         converted = convert_tokenizer(tokenizer, max_seq_len=own.config.max_seq_len, chat_template=template)
-        converted.save_pretrained(directory)
+        save_tokenizer(converted, directory)
 
 
 def _unfilled(kind: Any, config: Any) -> Any:
@@ -130,6 +130,8 @@ def _directory_aside(output: Path) -> Iterator[Path]:
         try:
             yield aside
             aside.chmod(0o777 & ~umask())  # only its owner may enter a temporary directory
+            for file in aside.iterdir():
+                file.chmod(0o666 & ~umask())  # and safetensors lets only the owner read a file
             try:
                 aside.rename(output)
             except OSError:

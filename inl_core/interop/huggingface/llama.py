@@ -34,7 +34,7 @@ def llama_config(config: ModelConfig, ids: dict[str, Any]) -> Any:
 
     assert why_not_llama(config) is None
     assert config.vocab_size
-    return LlamaConfig(
+    found = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.d_model,
         intermediate_size=config.hidden_dim,
@@ -50,6 +50,8 @@ def llama_config(config: ModelConfig, ids: dict[str, Any]) -> Any:
         tie_word_embeddings=False,
         **ids,
     )
+    found.rope_theta = config.rope_theta  # where transformers 4 looks for it; without it, it takes 10,000
+    return found
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@
   within this project text never becomes a special token.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -36,3 +38,11 @@ def convert_tokenizer(tokenizer: Tokenizer, *, max_seq_len: int, chat_template: 
     )
     converted.chat_template = chat_template
     return converted
+
+
+def save_tokenizer(converted: Any, directory: Path) -> None:
+    """Write it under the name of its class that transformers 4 knows, too; transformers 5 would write another one."""
+    converted.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
