@@ -11,6 +11,7 @@ from inl_core.errors import RecipeError
 if TYPE_CHECKING:
     from inl_core.inference.loading import LoadedModel
     from inl_core.inference.texts import Text
+    from inl_core.recipe.data import ColumnSettings
 
 
 def open_model(
@@ -71,12 +72,20 @@ def open_default_or_text(console: Console, loaded: "LoadedModel", text: str | No
 
 
 def open_source(
-    console: Console, loaded: "LoadedModel", data: Path | None, text: str | None, split: Literal["validation", "train"]
+    console: Console,
+    loaded: "LoadedModel",
+    data: Path | None,
+    text: str | None,
+    split: Literal["validation", "train"],
+    columns: "ColumnSettings",
 ) -> "Text":
     """The text named, else a split of the data set named, else of the one the model was trained on."""
     from inl_core.inference.texts import open_split, open_text
 
-    source = open_split(loaded, data, split) if text is None else open_text(loaded, text, note=console.info)
+    if text is None:
+        source = open_split(loaded, data, split)
+    else:
+        source = open_text(loaded, text, note=console.info, columns=columns)
     for warning in source.warnings:
         console.warn(warning)
     return source

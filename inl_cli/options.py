@@ -163,6 +163,18 @@ TextOption = Annotated[
     ),
 ]
 
+TextColumnOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The column of plain text in .jsonl and .parquet.")
+]
+
+PromptColumnOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The column of prompts, beside that of completions.")
+]
+
+CompletionColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="The column of completions.")]
+
+MessagesColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="The column of conversations.")]
+
 SplitOption = Annotated[Literal["validation", "train"], typer.Option("--split", help="Which split of the data set.")]
 
 MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens to generate, at most.")]

@@ -10,7 +10,15 @@ import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
 from inl_cli.early import check_file, check_text
-from inl_cli.options import JsonOption, QuietOption, path_option
+from inl_cli.options import (
+    CompletionColumnOption,
+    JsonOption,
+    MessagesColumnOption,
+    PromptColumnOption,
+    QuietOption,
+    TextColumnOption,
+    path_option,
+)
 from inl_core.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:
@@ -50,14 +58,6 @@ WeightOption = Annotated[
         "--weight", metavar="X", help="How often a source is taken, as 2 or 0.5; once for each source, in their order."
     ),
 ]
-TextColumnOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The column of plain text in .jsonl and .parquet.")
-]
-PromptColumnOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The column of prompts, beside that of completions.")
-]
-CompletionColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="The column of completions.")]
-MessagesColumnOption = Annotated[str | None, typer.Option(metavar="NAME", help="The column of conversations.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace another data set in the directory.")]
 PartOption = Annotated[
     str | None,

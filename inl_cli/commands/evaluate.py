@@ -13,14 +13,18 @@ from inl_cli.early import check_checkpoint, check_task_folder
 from inl_cli.loading import check_source, open_model, open_source
 from inl_cli.options import (
     CheckpointArgument,
+    CompletionColumnOption,
     DataOption,
     DeviceOption,
     IterationsOption,
     JsonOption,
+    MessagesColumnOption,
     NoEarlyStoppingOption,
     PrecisionOption,
+    PromptColumnOption,
     QuietOption,
     SplitOption,
+    TextColumnOption,
     TextOption,
     path_option,
 )
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from inl_core.corpus.loader import Batch
     from inl_core.inference.texts import Text
     from inl_core.model import Options
+    from inl_core.recipe.data import ColumnSettings
 
 WindowOption = Annotated[
     int | None, typer.Option(help="Tokens the model sees at once; default what it was trained on.")
@@ -64,6 +69,10 @@ def evaluate(
     checkpoint: CheckpointArgument = None,
     data: DataOption = None,
     text: TextOption = None,
+    text_column: TextColumnOption = None,
+    prompt_column: PromptColumnOption = None,
+    completion_column: CompletionColumnOption = None,
+    messages_column: MessagesColumnOption = None,
     split: SplitOption = "validation",
     window: WindowOption = None,
     stride: StrideOption = None,
@@ -84,6 +93,7 @@ def evaluate(
     """Score text: loss, perplexity, bits per byte, accuracy, iterations; or, with --tasks, benchmarks of lm-eval."""
     console = Console(json=json, quiet=quiet)
     check_source(data, text)
+    columns = _columns(text, text_column, prompt_column, completion_column, messages_column)
     check_checkpoint(checkpoint)
     others = (data, text, window, stride, max_tokens)
     names = _task_names(tasks, task_path, trust_task_code, others=others, settings=(num_fewshot, limit))
@@ -100,7 +110,7 @@ def evaluate(
         settings = TaskSettings(task_path, num_fewshot, limit, batch_size, options, bf16, trust_task_code)
         run_tasks(console, loaded, names, settings)
         return
-    source = open_source(console, loaded, data, text, split)
+    source = open_source(console, loaded, data, text, split, columns)
     result = _score(
         console,
         source,
@@ -112,6 +122,17 @@ def evaluate(
         bf16=bf16,
     )
     console.result(result, lambda: _show(console, result))
+
+
+def _columns(source: str | None, *names: str | None) -> "ColumnSettings":
+    """The columns of --text in the order text, prompt, completion, messages; refused without --text, or when empty."""
+    from inl_core.recipe.data import ColumnSettings
+
+    if source is None and any(name is not None for name in names):
+        raise RecipeError("--text-column, --prompt-column and their like are about --text: give it, too")
+    if "" in names:
+        raise RecipeError("'' names no column of --text")
+    return ColumnSettings(**dict(zip(ColumnSettings.model_fields, names, strict=True)))
 
 
 def _score(

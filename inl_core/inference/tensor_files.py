@@ -31,6 +31,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """What safetensors calls each type."""
+HALF = {"BF16": "bfloat16", "F16": "float16"}
+"""Types of 16 bits, as safetensors calls them, and as torch does."""
 
 
 @contextmanager

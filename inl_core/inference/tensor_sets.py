@@ -21,7 +21,7 @@ from torch import Tensor
 
 from inl_core.errors import ArtefactError
 from inl_core.files import parse_json_object
-from inl_core.inference.tensor_files import DTYPES, open_tensors, read_tensor
+from inl_core.inference.tensor_files import DTYPES, HALF, open_tensors, read_tensor
 
 _PARTS, _BEGIN = "DCP_SHARDING_INFO", "saved_offsets"
 """What torch.distributed.checkpoint calls the entry in a file's metadata, and the place of a part in it."""
@@ -68,12 +68,13 @@ def read_entries(directory: Path) -> dict[str, Entry]:
     return entries
 
 
-def check_tensors(directory: Path, expected: Mapping[str, Tensor], other: str) -> None:
+def check_tensors(directory: Path, expected: Mapping[str, Tensor], other: str, *, may_be_half: bool = False) -> None:
     """Refuse a directory whose tensors do not have exactly the expected names, shapes and types.
 
     Args:
         expected: tensors by name, whose values are not used, so that they may be on the meta device.
         other: the file or object that asks for these tensors, for the message.
+        may_be_half: take numbers of 16 bits where those of 32 are expected; `read_tensors` widens them.
 
     Raises:
         ArtefactError: names the first tensor that does not fit, or as `read_entries` does.
@@ -86,8 +87,10 @@ def check_tensors(directory: Path, expected: Mapping[str, Tensor], other: str) -
             problem = f"{name} belongs to another model"
         elif (shape := entries[name].shape) != tuple(expected[name].shape):
             problem = f"size mismatch: {name} has the shape {list(shape)}, not {list(expected[name].shape)}"
-        elif (kind := entries[name].dtype) != DTYPES[expected[name].dtype]:
-            problem = f"{name} is {kind}, not {DTYPES[expected[name].dtype]}"
+        elif (kind := entries[name].dtype) != (wanted := DTYPES[expected[name].dtype]) and not (
+            may_be_half and wanted == "F32" and kind in HALF
+        ):
+            problem = f"{name} is {kind}, not {wanted}"
         else:
             continue
         raise ArtefactError(f"{_place(directory)}: does not fit {other} ({problem})")

@@ -24,6 +24,7 @@ from inl_core.inference.data_location import find_data
 from inl_core.inference.evaluate import ByteCounts, byte_counts
 from inl_core.inference.loading import LoadedModel
 from inl_core.recipe import DataSettings
+from inl_core.recipe.data import ColumnSettings
 from inl_core.recipe.load import load_recipe
 
 
@@ -104,20 +105,27 @@ def plain_text(loaded: LoadedModel, name: str, text: str) -> Text:
     return _from_documents(loaded, name, [Document(name, (text,))])
 
 
-def open_text(loaded: LoadedModel, source: str | Path, *, note: Callable[[str], None] = lambda message: None) -> Text:
+def open_text(
+    loaded: LoadedModel,
+    source: str | Path,
+    *,
+    note: Callable[[str], None] = lambda message: None,
+    columns: ColumnSettings = ColumnSettings(),
+) -> Text:
     """Any text that `inl prepare-data` reads: a file, a directory or a glob of any format, or `-` for stdin.
 
     A text file is one document. Of prompts and chats what was trained on is scored: mostly the answers alone.
 
     Args:
         note: is told what was found and what was left out.
+        columns: which columns of rows hold the text.
 
     Raises:
         RecipeError: it is missing or cannot be used.
         ArtefactError: it is empty, a file is damaged, or a row cannot be used.
     """
     name = "stdin" if str(source) == STDIN else shown(source)
-    documents = whole_documents(str(source), note=note)
+    documents = whole_documents(str(source), note=note, columns=columns)
     if not documents:
         raise ArtefactError(f"{name}: is empty; there is nothing to measure")
     name += f" ({len(documents):,} documents)" if len(documents) > 1 else ""

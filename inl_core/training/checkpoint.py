@@ -128,14 +128,19 @@ def load_checkpoint(path: Path, model: IntegratorLanguageModel, optimizers: Opti
     return state
 
 
-def load_weights(directory: Path, model: IntegratorLanguageModel, prefix: str = "") -> None:
+def load_weights(
+    directory: Path, model: IntegratorLanguageModel, prefix: str = "", *, may_be_half: bool = False
+) -> None:
     """Fill the model, or this process's part of it, with a directory's weights, whose names begin with `prefix` there.
+
+    Args:
+        may_be_half: take weights in bfloat16 or float16, too, and widen them.
 
     Raises:
         ArtefactError: a file is missing or damaged, or does not fit the model.
     """
     weights = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    check_tensors(directory, weights, "the recipe's model")
+    check_tensors(directory, weights, "the recipe's model", may_be_half=may_be_half)
     read_tensors(directory, weights)
 
 

@@ -8,6 +8,16 @@ if TYPE_CHECKING:
     from inl_core.inference.evaluate import Evaluation
 
 
+_LOGGED = {
+    "loss": ("loss", ".4f"),
+    "bits per byte": ("bits_per_byte", ".3f"),
+    "tokens per second": ("tokens_per_second", ",.0f"),
+    "learning rate": ("learning_rate", ".2e"),
+    "gradient norm": ("gradient_norm", ".2f"),
+}
+"""What is logged of a row of metrics.jsonl: its name for people, its key, and how it is written."""
+
+
 class Observer:
     """Hears what a run does, on rank 0, and ignores it; a subclass shows what it wants to show.
 
@@ -42,8 +52,9 @@ class LogObserver(Observer):
         self.logger = logging.getLogger("inl")
 
     def on_metrics(self, row: dict[str, Any]) -> None:
-        """Log the row."""
-        self.logger.info("%s", row)
+        """Log the figures that people follow."""
+        told = [f"{name} {row[key]:{form}}" for name, (key, form) in _LOGGED.items() if row.get(key) is not None]
+        self.logger.info("step %d: %s", row["step"], ", ".join(told))
 
     def on_message(self, text: str) -> None:
         """Log the line."""

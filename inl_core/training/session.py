@@ -209,7 +209,7 @@ class Session:
             return self._new_trainer(data)
         self.world.on_main(lambda: weights.check_tokenizer(data))
         trainer = self._new_trainer(data, weights.provenance, weights.path)
-        load_weights(weights.path, trainer.model, weights.prefix)
+        load_weights(weights.path, trainer.model, weights.prefix, may_be_half=True)
         return trainer
 
     def _branched_trainer(self, data: RunData, origin: Path) -> Trainer:

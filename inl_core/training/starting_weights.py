@@ -18,7 +18,8 @@ from inl_core.errors import ArtefactError, RecipeError, naming_key
 from inl_core.files import is_directory, read_json
 from inl_core.inference.checkpoint_files import CONFIG, MANIFEST, TOKENIZER, file_digest, read_config, read_manifest
 from inl_core.inference.loading import find_checkpoint, read_model_config
-from inl_core.inference.tensor_sets import tensor_paths
+from inl_core.inference.tensor_files import HALF
+from inl_core.inference.tensor_sets import read_entries, tensor_paths
 from inl_core.recipe import ModelConfig
 from inl_core.recipe.differences import model_differences
 from inl_core.training.branching import check_tokenizer, refuse_misfits
@@ -70,7 +71,7 @@ def find_weights(model: ModelConfig, *, tell: Callable[[str], None]) -> Starting
             f"directory that `inl import-reference {path} --output DIR` makes"
         )
     with naming_key("model.init_from"):
-        found = _exported(path) if _is_exported(path) else _checkpoint(path, tell)
+        found = _exported(path, tell) if _is_exported(path) else _checkpoint(path, tell)
     changes = model_differences(found.model, model.with_vocab_size(found.model.vocab_size or 0))
     refuse_misfits(f"model.init_from {found.path}: its weights do not", changes)
     for change in changes:
@@ -93,7 +94,7 @@ def _is_exported(path: Path) -> bool:
     return is_directory(path) and (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
 
 
-def _exported(path: Path) -> StartingWeights:
+def _exported(path: Path, tell: Callable[[str], None]) -> StartingWeights:
     config = read_json(path / CONFIG)
     kind, given = config["model_type"], config.get(_EXPORTED_AS)
     if kind != _EXPORTED_AS or not isinstance(given, dict):
@@ -109,6 +110,8 @@ def _exported(path: Path) -> StartingWeights:
         ) from None
     if model.vocab_size is None:
         raise ArtefactError(f"{path / CONFIG}: names no vocab_size; export the checkpoint again")
+    if half := sorted({HALF[entry.dtype] for entry in read_entries(path).values() if entry.dtype in HALF}):
+        tell(f"{path}: its weights are in {' and '.join(half)}; the run begins with them widened to float32")
     files = [file for file in tensor_paths(path) if file.is_file()]
     begun = _event(path, weights_sha256=[file_digest(file) for file in files])
     return StartingWeights(path, model, (path / TOKENIZER).is_file(), (begun,), prefix="model.")

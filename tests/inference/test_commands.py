@@ -282,6 +282,22 @@ def test_eval_refuses_data_it_cannot_score(inl: Callable[..., Result], tmp_path:
     assert_refused(inl("eval", str(path)), 4, "data/none: the data the model was trained on is not here")
 
 
+def test_a_text_is_scored_from_the_columns_that_are_named(inl: Callable[..., Result], tmp_path: Path) -> None:
+    usual = {"a": {"prompt": "what?", "completion": "that"}, "b": {"text": "some words"}}
+    other = {"a": {"q": "what?", "text": "no", "answer": "that"}, "b": {"body": "some words", "text": "no"}}
+    options = {"a": ["--prompt-column", "q", "--completion-column", "answer"], "b": ["--text-column", "body"]}
+    for name, columns in options.items():
+        (tmp_path / "usual.jsonl").write_text(json.dumps(usual[name]))
+        (tmp_path / "other.jsonl").write_text(json.dumps(other[name]))
+        wanted = json.loads(inl("eval", "--text", str(tmp_path / "usual.jsonl"), "--json").stdout)
+        found = json.loads(inl("eval", "--text", str(tmp_path / "other.jsonl"), *columns, "--json").stdout)
+        assert (found["loss"], found["tokens"], found["bytes"]) == (wanted["loss"], wanted["tokens"], wanted["bytes"])
+    (tmp_path / "other.jsonl").write_text('{"body": "some words"}')
+    refused = inl("eval", "--text", str(tmp_path / "other.jsonl"))
+    assert_refused(refused, 4, "has body; name the columns: --text-column, --prompt-column")
+    assert_refused(inl("eval", "--text-column", "body"), 2, "are about --text: give it, too")
+
+
 def test_eval_refuses_data_of_another_vocabulary(inl: Callable[..., Result], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT * 3, encoding="utf-8")
     arguments = ("--output", str(tmp_path / "data"), "--vocab-size", "280")

@@ -71,7 +71,7 @@ def test_a_signal_before_the_first_step_leaves_word_and_a_run_that_can_go_on(
 def test_where_nobody_else_listens_pythons_logging_hears_the_run(recipe, tmp_path, caplog):
     with caplog.at_level("INFO", "inl"):
         train(recipe, tmp_path / "run")
-    for said in ("checkpoint tried", "'loss'", "step 4: validation loss", f"saved {tmp_path / 'run'}"):
+    for said in ("checkpoint tried", "step 4: loss ", "step 4: validation loss", f"saved {tmp_path / 'run'}"):
         assert said in caplog.text
 
 

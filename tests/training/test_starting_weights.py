@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from inl_core.inference.checkpoint_files import file_digest
@@ -64,6 +65,18 @@ def test_it_is_a_new_run_whose_weights_were_put_there(made, make_recipe, make_tr
     config = json.loads((tmp_path / "of-exported/checkpoints/step-00000003/config.json").read_text())
     assert config["provenance"][0]["weights_sha256"] == [file_digest(made / "exported/model.safetensors")]
     assert inl("resume", "of-exported", "--steps", 4).exit_code == 0
+
+
+def test_exported_weights_of_16_bits_are_widened_which_a_line_says(made, recipe_file, inl, tmp_path):
+    exported = shutil.copytree(made / "exported", tmp_path / "exported")
+    weights = load_file(exported / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, exported / "model.safetensors")
+    still = {"steps": 1, "optimizer": {"learning_rate": 1e-30, "weight_decay": 0.0}}
+    outcome = inl("train", recipe_file(training=still, model={"init_from": str(exported)}), "--run-dir", "new")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "its weights are in bfloat16; the run begins with them widened to float32" in outcome.stderr
+    for name, tensor in last_weights(tmp_path / "new", step=1).items():
+        torch.testing.assert_close(tensor, weights[f"model.{name}"].bfloat16().float(), rtol=0, atol=1e-20)
 
 
 def test_weights_of_another_preset_are_refused_before_anything_is_written(first, recipe_file, inl, tmp_path):

@@ -17,7 +17,7 @@ from itertools import islice
 import numpy as np
 
 from inl_core.corpus.preparation.chunks import CHUNK_BYTES, CHUNK_ROWS, ChunkInfo, Chunks, HashedDocuments
-from inl_core.corpus.reading.rows import FORMS, BadRow, Document, Form, Item
+from inl_core.corpus.reading.rows import FORMS, BadRow, Document, Form, Item, name_columns
 from inl_core.corpus.reading.sources import SourceFile, read_source
 from inl_core.errors import ArtefactError
 
@@ -194,7 +194,8 @@ def check_rows(infos: Iterable[ChunkInfo], max_bad_ratio: float) -> ChunkInfo:
     if num_bad > max_bad_ratio * totals.num_rows:
         lines = [
             f"{num_bad:,} of {totals.num_rows:,} rows are bad ({num_bad / totals.num_rows:.2%}), more than the "
-            f"max_bad_ratio of {max_bad_ratio:.2%}; mend them or raise --max-bad-ratio. The first ones:",
+            f"max_bad_ratio of {max_bad_ratio:.2%}; mend them or raise --max-bad-ratio{name_columns(first_bad)}. "
+            "The first ones:",
             *(f"  {row.origin}: {row.reason}" for row in first_bad),
         ]
         raise ArtefactError("\n".join(lines))

@@ -7,7 +7,7 @@ from typing import IO, Any
 
 from inl_core.corpus.reading.compression import opened
 from inl_core.corpus.reading.pieces import split_row
-from inl_core.corpus.reading.rows import FORMS, BadRow, Form, Item, Note, document_from_row, infer_form, missing_columns
+from inl_core.corpus.reading.rows import FORMS, BadRow, Form, Item, Note, document_from_row, infer_form, without_form
 from inl_core.files import RepeatedKey, without_repeated_keys
 
 MAX_LINE = 1 << 26
@@ -35,8 +35,7 @@ def read_jsonl(
         if form is None:
             form = infer_form(row, forms)
             if form is None:
-                has = ", ".join(list(row)[:12]) or "no columns"
-                yield BadRow(origin, f"has none of {missing_columns(forms)}; has {has}", row)
+                yield BadRow(origin, without_form(forms, row), row)
                 continue
             note(f"JSON Lines, {form.label}")
         yield from split_row(document_from_row(row, form, origin))

@@ -12,6 +12,7 @@ ROLE_OF_LETTER = {role[0]: role for role in ROLES}  # s, u, a
 PROMPT_ROLES = "pc"
 
 MESSAGES, PROMPT, TEXT, INSTRUCTION = "messages", "prompt+completion", "text", "instruction"
+_NO_FORM = "has none of"
 _ROLE_NAMES = {**{role: role[0] for role in ROLES}, "human": "u", "gpt": "a", "chatgpt": "a", "bing": "a", "bard": "a"}
 """How the role of a message is called: as everywhere, or as in ShareGPT."""
 
@@ -102,6 +103,17 @@ def infer_form(names: Iterable[str], forms: Iterable[Form]) -> Form | None:
 def missing_columns(forms: Iterable[Form]) -> str:
     """What a file lacks that has none of these forms."""
     return ", ".join(form.label for form in sorted(forms, key=lambda form: form.kind != TEXT))
+
+
+def without_form(forms: Iterable[Form], names: Iterable[str]) -> str:
+    """What is wrong with a row that has none of these forms."""
+    return f"{_NO_FORM} {missing_columns(forms)}; has {', '.join(list(names)[:12]) or 'no columns'}"
+
+
+def name_columns(rows: Iterable[BadRow]) -> str:
+    """The end of a message about bad rows: the advice to name the columns, where one has no form that is known."""
+    is_unknown = any(row.reason.startswith(_NO_FORM) for row in rows)
+    return "; name the columns: --text-column, --prompt-column, ..., or data.columns" if is_unknown else ""
 
 
 def document_from_row(row: Mapping[str, Any], form: Form, origin: str) -> Item:

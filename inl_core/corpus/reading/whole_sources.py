@@ -11,10 +11,11 @@ from typing import Any
 
 from inl_core.corpus.reading.jsonl import json_values
 from inl_core.corpus.reading.parquet import parquet_rows
-from inl_core.corpus.reading.rows import BadRow, Document
+from inl_core.corpus.reading.rows import BadRow, Document, name_columns, named_forms
 from inl_core.corpus.reading.sources import STDIN, SourceFile, copy_stdin, read_source, resolve_sources
 from inl_core.corpus.reading.text import text_lines
 from inl_core.errors import ArtefactError, RecipeError
+from inl_core.recipe.data import ColumnSettings
 
 MAX_CHARACTERS = 1 << 28
 """A longer text has to be prepared first."""
@@ -22,8 +23,13 @@ _MAX_BYTES = 4 * MAX_CHARACTERS
 """A larger file is refused before it is read, but for Parquet, which may hold columns that are not read."""
 
 
-def whole_documents(source: str, *, note: Callable[[str], None] = lambda message: None) -> list[Document]:
+def whole_documents(
+    source: str, *, note: Callable[[str], None] = lambda message: None, columns: ColumnSettings = ColumnSettings()
+) -> list[Document]:
     """The documents of a source, without the empty ones. A long text is one document, not several pieces.
+
+    Args:
+        columns: which columns of rows hold the text.
 
     Raises:
         RecipeError: the source is missing or cannot be used, or holds more than MAX_CHARACTERS.
@@ -32,9 +38,9 @@ def whole_documents(source: str, *, note: Callable[[str], None] = lambda message
     found: list[list[Document]] = []
     total = 0
     for file, quiet in _files(source, note):
-        for item in read_source(file, note=quiet):
+        for item in read_source(file, note=quiet, forms=named_forms(columns)):
             if isinstance(item, BadRow):
-                raise ArtefactError(f"{item.origin}: {item.reason}")
+                raise ArtefactError(f"{item.origin}: {item.reason}{name_columns([item])}")
             total += sum(map(len, item.texts))
             if total > MAX_CHARACTERS:
                 raise RecipeError(
