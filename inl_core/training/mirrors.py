@@ -108,7 +108,7 @@ class _WeightsAndBiases:
             raise RecipeError(
                 f"training.logging.wandb: {one_line(error)}; `wandb login` again, or set WANDB_MODE=offline"
             ) from None
-        self.first_step: int = self.session.step
+        self.first_step: int = self.session.starting_step  # `step` is 0 until a row is logged
         """The first step that the server has not; 0 for a new run, and offline."""
 
     def write(self, step: int, figures: dict[str, float], seconds: float | None) -> None:

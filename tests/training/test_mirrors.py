@@ -92,7 +92,7 @@ class Session:
     """A stand-in for a session of W&B whose server has the steps before `step`."""
 
     def __init__(self, step=0):
-        self.step, self.seen = step, []
+        self.starting_step, self.seen = step, []
 
     def log(self, figures, step):
         if step == 4:
