@@ -127,6 +127,7 @@ def _tables(plan: "ModelPlan", has_schedule: bool) -> Iterator[Table]:
             ("epochs", epochs),
             ("compute", f"{run.total_flops:.3g} FLOP"),
             ("recomputation", settings.recomputation),
+            ("time", "measured by `inl train` before its first step, or by `inl bench train`"),
         ]
         yield "schedule", ("", ""), schedule
 

@@ -44,6 +44,8 @@ def show_plan(console: Console, trainer: Trainer, data: RunData) -> None:
         schedule[f"{entry.optimizer}, {entry.group}"] = f"{entry.num_parameters:,} in {entry.num_tensors} tensors"
     rows = [*schedule.items(), *_run_facts(trainer, data).items()]
     console.table("plan", ("", ""), rows, is_data=False)
+    if plan.warning:
+        console.warn(plan.warning)
     free = shutil.disk_usage(directory).free
     if free < plan.disk_bytes:
         console.warn(

@@ -91,6 +91,8 @@ def plan(
         plan_data(figures, has_schedule=has_schedule),
         lambda: show_model_plan(console, figures, has_schedule=has_schedule),
     )
+    if has_schedule and figures.run.warning:
+        console.warn(figures.run.warning)
     if devices is not None and (has_schedule or gpus or gpu_memory):
         layout = check_fit(figures, devices)
         console.info(f"fits {devices.number} x {devices.memory / 1e9:g} GB: {layout.strategy}")

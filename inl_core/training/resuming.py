@@ -21,7 +21,7 @@ from inl_core.inference.checkpoint_files import (
     nearest_run,
     read_config,
 )
-from inl_core.recipe import Recipe
+from inl_core.recipe import Recipe, TrainingSettings
 from inl_core.recipe.differences import (
     Difference,
     allow_flags,
@@ -32,11 +32,14 @@ from inl_core.recipe.differences import (
 from inl_core.recipe.load import load_recipe, problem_with_path
 from inl_core.training.metrics import stream_metrics
 from inl_core.training.run_status import START_ANEW, check_is_run_directory, is_taken
+from inl_core.training.schedules import learning_rate_factor
 
 if TYPE_CHECKING:
     from inl_core.training.distributed import World
 
 Say = Callable[[str], None]
+_HIGHER_RATE = 1.1
+"""A learning rate that is so many times the one before is worth a warning."""
 
 
 def changed_recipe(
@@ -222,6 +225,7 @@ def _check_recipe(run: Path, checkpoint: Path, recipe: Recipe, allowed: Collecti
     except InlError as error:
         warn(f"{str(error).splitlines()[0]}; so it is not known whether {checkpoint} belongs to this run")
         return
+    _warn_of_higher_rate(run, checkpoint_step(checkpoint), trained.training, recipe.training, warn)
     changes = recipe_differences(trained, recipe)
     if other := [change for change in changes if change.is_fixed] + refused_changes(changes, allowed):
         keys = ", ".join(f"{change.path} ({change.old}, not {change.new})" for change in other)
@@ -229,6 +233,20 @@ def _check_recipe(run: Path, checkpoint: Path, recipe: Recipe, allowed: Collecti
         raise ArtefactError(
             f"{checkpoint}: was trained with another recipe than {run / 'recipe.yaml'}: {keys}; put back the run's own "
             f"checkpoint or recipe{leave}"
+        )
+
+
+def _warn_of_higher_rate(run: Path, step: int, old: TrainingSettings, new: TrainingSettings, warn: Say) -> None:
+    """Say that the learning rate rises again: a schedule that has decayed is stretched by more steps."""
+    before, now = (
+        settings.optimizer.learning_rate * learning_rate_factor(settings.schedule, at, settings.num_steps)
+        for settings, at in ((old, min(step, old.num_steps - 1)), (new, step))
+    )
+    if step < new.num_steps and now > _HIGHER_RATE * before:
+        warn(
+            f"{run}: the learning rate, {before:.2e} at step {step:,}, now rises to {now:.2e}, since the schedule ends "
+            f"at step {new.num_steps:,}; the loss may rise for a while. A lower rate is "
+            f"--set training.optimizer.learning_rate={before:.2e}"
         )
 
 

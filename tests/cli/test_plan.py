@@ -156,7 +156,11 @@ def test_a_prepared_data_set_gives_vocabulary_and_epochs(inl: Callable[..., Resu
     data = figures(inl(path, "--json"))
     assert data["model"]["vocabulary"] == manifest.vocab_size
     assert "data set" in data["model"]["vocabulary_from"]
-    assert data["schedule"]["epochs"] == pytest.approx(1280 / manifest.splits["train"].tokens, rel=0.05)
+    epochs = 1280 / manifest.splits["train"].tokens
+    assert data["schedule"]["epochs"] == pytest.approx(epochs, rel=0.05)
+    assert "go through the data" not in inl(path).stderr
+    steps = round(10 * 60 / epochs)
+    assert "go through the data 6" in inl(path, "--set", f"training.steps={steps}").stderr
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

@@ -234,6 +234,19 @@ def test_a_recipe_of_an_earlier_version_is_resumed_without_a_word_and_without_a_
         assert changed(run.path, "model.integrator.backend=eager", allowed=("model.integrator.backend",)) == recipe
 
 
+def test_a_learning_rate_that_rises_again_is_warned_of(make_recipe, make_trainer):
+    decayed = {"steps": 4, "schedule": {"warmup_fraction": 0, "decay_fraction": 0.5, "final_ratio": 0}}
+    trainer, _ = make_trainer(make_recipe(training=decayed))
+    trainer.fit()
+    run, warnings = trainer.run.path, []
+    more = changed(run, "training.steps=8")
+    assert choose_checkpoint(run, more, (), warn=warnings.append)
+    peak = more.training.optimizer.learning_rate  # the last step had half of it; of 8 steps the fifth has all of it
+    assert f"{peak / 2:.2e} at step 4, now rises to {peak:.2e}, since the schedule ends at step 8" in warnings.pop()
+    lower = changed(run, "training.steps=8", f"training.optimizer.learning_rate={peak / 2}")
+    assert choose_checkpoint(run, lower, (), warn=pytest.fail)
+
+
 def test_a_finished_run_says_so_and_is_evaluated_again(inl, trained):
     done = inl("resume", trained[0].path)
     assert done.exit_code == 0

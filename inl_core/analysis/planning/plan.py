@@ -31,6 +31,8 @@ from inl_core.training.run_data import data_directory
 if TYPE_CHECKING:
     import torch
 
+_MANY_EPOCHS = 40
+"""Beyond about so many passes over the same text, more of them are worth nothing (arXiv 2305.16264)."""
 _OTHER_ITERATIONS = (1, 2, 4, 8, 16)
 
 
@@ -51,6 +53,16 @@ class Plan:
     checkpoint_bytes: int
     disk_bytes: int
     """All checkpoints that retention may hold at once."""
+
+    @property
+    def warning(self) -> str | None:
+        """What to say of a run that repeats its data too often; None where it does not."""
+        if self.epochs <= _MANY_EPOCHS:
+            return None
+        return (
+            f"{self.num_steps:,} steps go through the data {self.epochs:,.0f} times, and beyond about {_MANY_EPOCHS} "
+            "times a model only learns it by heart; lower training.steps or training.tokens, or name more text"
+        )
 
     @property
     def total_flops(self) -> float:
