@@ -69,7 +69,7 @@ def serve(
     data = {"url": url_of(bound), "model": settings.name, "checkpoint": loaded.path, "step": loaded.step}
     console.result(data, lambda: console.write(f"{data['url']} serves {settings.name}, {loaded.path}\n"))
     try:
-        build_server(build_app(engine, settings), engine).run(sockets=[bound])
+        build_server(build_app(engine, settings), engine, timeout=timeout).run(sockets=[bound])
     except KeyboardInterrupt:  # uvicorn ends in good order, and then passes the signal on
         console.info("stopped")
 

@@ -1,13 +1,8 @@
 """`inl serve` on loopback, with the real openai client: what it answers, how it shares batches, and what it refuses."""
 
 import json
-import logging
-import socket
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +17,12 @@ from inl_core.corpus.chat_template import CHAT_TEMPLATE
 from inl_core.errors import NonFiniteError
 from inl_core.inference.chat import Chat
 from inl_core.inference.generate import generate
-from inl_core.inference.loading import LoadedModel, open_checkpoint
+from inl_core.inference.loading import LoadedModel
 from inl_core.inference.settings import GenerationSettings
 from inl_core.interop.server import engine as engines
 from inl_core.interop.server import serving
-from inl_core.interop.server.app import ServerSettings, build_app
-from inl_core.interop.server.engine import Engine
 from tests.inference.test_commands import assert_refused
-from tests.inference.tiny import write_checkpoint
-
-
-@dataclass
-class Served:
-    """A server that runs."""
-
-    loaded: LoadedModel
-    engine: Engine
-    url: str
-    server: Any
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.url, api_key="any", max_retries=0)
-
-    def post(self, body: Any, path: str = "completions") -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx.post(f"{self.url}/{path}", content=content, timeout=60)
-
-    def text_of(self, prompt: str, **settings: Any) -> str:
-        """What `inl generate` writes."""
-        return generate(self.loaded.model, self.loaded.tokenizer, [prompt], GenerationSettings(**settings))[0].text
-
-
-@contextmanager
-def serving_of(loaded: LoadedModel, *, timeout: float = 60, max_waiting: int = 512) -> Iterator[Served]:
-    engine, bound = Engine(loaded, max_waiting=max_waiting), serving.bind("127.0.0.1", 0)
-    server = serving.build_server(build_app(engine, ServerSettings("tiny", timeout=timeout)), engine)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    try:
-        yield Served(loaded, engine, serving.url_of(bound), server)
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    run = tmp_path_factory.mktemp("server") / "tiny"
-    write_checkpoint(run, "v5")
-    return open_checkpoint(run)
-
-
-@pytest.fixture(scope="module")
-def served(loaded: LoadedModel) -> Iterator[Served]:
-    with serving_of(loaded) as found:
-        yield found
+from tests.interop.served import GOOD, Served, serving_of
 
 
 def test_completions_are_those_of_generate(served: Served) -> None:
@@ -160,9 +106,6 @@ def test_two_hundred_requests_at_once_are_answered_together_and_as_alone(served:
         assert texts[number] == served.text_of("x" * (number % 7), **settings)
 
 
-GOOD = {"model": "tiny", "prompt": "a", "max_tokens": 1}
-
-
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
@@ -196,7 +139,8 @@ GOOD = {"model": "tiny", "prompt": "a", "max_tokens": 1}
         (GOOD | {"prompt": "word " * 99}, 400, "the model's context holds 64"),
         (GOOD | {"stream": True, "logprobs": 1}, 400, "logprobs are not streamed"),
         (GOOD | {"best_of": 3}, 400, "best_of"),
-        (GOOD | {"logit_bias": {"5": 1}}, 400, "logit_bias: "),
+        (GOOD | {"logit_bias": {"5": 1}}, 400, "logit_bias: is not supported: leave it out"),
+        (GOOD | {"echo": True}, 400, "echo: is not supported: leave it out"),
         (GOOD | {"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
         (GOOD | {"tools": []}, 400, "tools: this server does not know it"),
     ],
@@ -223,112 +167,6 @@ def test_null_means_not_given_as_clients_write_it(served: Served) -> None:
     nulls = dict.fromkeys((*keys.split(), "frequency_penalty", "presence_penalty"))
     assert served.post(GOOD | nulls).status_code == 200
     assert served.post(GOOD | {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}}).status_code == 200
-
-
-class Blocked:
-    """Stands for the model: a batch waits until it is released."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.entered, self.released, self.given_up = threading.Event(), threading.Event(), threading.Event()
-        self.real = engines.stream_together
-        monkeypatch.setattr(engines, "stream_together", self)
-
-    def __call__(self, decoder: Any, tokenizer: Any, requests: Any, is_wanted: Any) -> Any:
-        self.entered.set()
-        while not self.released.wait(0.01):
-            if not is_wanted(0):
-                self.given_up.set()
-        yield from self.real(decoder, tokenizer, requests, is_wanted)
-
-
-def test_a_full_queue_turns_requests_away_and_the_others_are_still_served(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocked = Blocked(monkeypatch)
-    with serving_of(loaded, max_waiting=1) as served, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(served.post, GOOD)
-        assert blocked.entered.wait(30)
-        answer = served.post(GOOD | {"prompt": ["a", "b"]})  # two prompts where one may wait
-        blocked.released.set()
-        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert first.result().status_code == 200
-        assert served.post(GOOD).status_code == 200
-
-
-def test_a_request_that_takes_too_long_is_ended_and_no_longer_computed(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocked = Blocked(monkeypatch)
-    with serving_of(loaded, timeout=0.2) as served:
-        answer = served.post(GOOD)
-        assert (answer.status_code, answer.json()["error"]["message"]) == (408, "not done within 0.2 seconds")
-        assert blocked.given_up.wait(30)
-        blocked.released.set()
-
-
-def send_part_of_a_body(served: Served) -> socket.socket:
-    url = httpx.URL(served.url)
-    connection = socket.create_connection((url.host, url.port), timeout=30)
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: 1000\r\n\r\n{")
-    return connection
-
-
-def test_a_body_that_does_not_come_in_time_is_answered_and_its_connection_closed(loaded: LoadedModel) -> None:
-    with serving_of(loaded, timeout=0.2) as served, send_part_of_a_body(served) as connection:
-        answer = b"".join(iter(lambda: connection.recv(4096), b""))
-    assert answer.startswith(b"HTTP/1.1 408 ")
-    assert b"not done within 0.2 seconds" in answer
-
-
-def test_while_a_prompt_is_tokenised_others_are_served(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, released, encode = threading.Event(), threading.Event(), served.loaded.tokenizer.encode
-
-    def slow(text: str) -> list[int]:
-        entered.set()
-        assert released.wait(30)
-        return encode(text)
-
-    monkeypatch.setattr(served.loaded.tokenizer, "encode", slow)
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(served.post, GOOD)
-        assert entered.wait(30)
-        assert httpx.get(served.url.replace("/v1", "/health"), timeout=20).status_code == 200
-        released.set()
-        assert answer.result().status_code == 200
-
-
-def test_a_server_that_is_stopped_ends_open_requests_and_logs_no_error(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    blocked = Blocked(monkeypatch)
-    monkeypatch.setattr(serving, "_SECONDS_TO_FINISH", 0.1)
-    with serving_of(loaded) as served, ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
-        stream = pool.submit(served.post, GOOD | {"stream": True, "max_tokens": 50})
-        assert blocked.entered.wait(30)
-        with send_part_of_a_body(served) as connection:
-            served.server.should_exit = True
-            assert blocked.given_up.wait(30)
-            blocked.released.set()
-            assert "the server is shutting down" in stream.result().text
-            with suppress(ConnectionResetError):
-                assert connection.recv(1) == b""
-    assert not caplog.records
-
-
-def test_a_client_that_goes_away_is_no_longer_computed_for(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for body in (GOOD, GOOD | {"stream": True}):
-        with monkeypatch.context() as patched:
-            blocked = Blocked(patched)
-            with serving_of(loaded) as served:
-                patience = httpx.Timeout(5, read=0.2)
-                with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(f"{served.url}/completions", json=body, timeout=patience)
-                assert blocked.given_up.wait(30)
-                blocked.released.set()
 
 
 def test_a_model_that_fails_is_told_and_the_next_request_is_served(
@@ -390,7 +228,7 @@ def test_the_command_says_where_it_serves_and_what_is_wrong(
         def run(self, sockets: Any) -> None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(serving, "build_server", lambda app, engine: Done())
+    monkeypatch.setattr(serving, "build_server", lambda app, engine, timeout: Done())
     result = inl("serve", run, "--port", 0, "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)

@@ -26,6 +26,8 @@ ListOfIds = Annotated[list[Ids], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Tokens = Annotated[int, Field(ge=1)]
 
+_NOT_SUPPORTED = ("echo", "suffix", "frequency_penalty", "presence_penalty", "logit_bias")
+"""Of these only the values that change nothing are taken, which some clients send."""
 _SEVERAL_TYPES = {"prompt": "a text, a list of tokens, or a list of either", "stop": "a text or a list of texts"}
 
 
@@ -195,7 +197,9 @@ def parse(kind: type[Body], data: bytes) -> Any:
         # meant, with what is wrong there.
         errors = [error for error in errors if error["loc"][: len(keys)] == keys]
         meant = next((error for error in errors if not error["type"].endswith("_type")), None)
-        if meant is None and key in _SEVERAL_TYPES:
+        if key in _NOT_SUPPORTED:
+            message = "is not supported: leave it out"
+        elif meant is None and key in _SEVERAL_TYPES:
             message = f"must be {_SEVERAL_TYPES[key]}"
         elif meant and meant["type"] == "extra_forbidden":
             message = "this server does not know it"
