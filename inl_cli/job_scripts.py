@@ -146,8 +146,6 @@ def _data_arguments(data: DataSettings) -> list[str]:
         raise RecipeError("data.tokenizer.sample_bytes: not an option of `inl prepare-data`; remove it from the recipe")
     if data.is_directory_alone:
         raise RecipeError(f"data.directory {data.directory}: is prepared already, as the recipe names no data.sources")
-    if data.weights:
-        raise RecipeError("data.weights: parts are joined without copies; prepare the data as a whole")
     for source in data.sources:
         if source.startswith("-"):
             raise RecipeError(f"data.sources: {source!r} cannot be read by a job; name files or directories")
@@ -163,6 +161,7 @@ def _data_arguments(data: DataSettings) -> list[str]:
     }
     return [
         *data.sources,
+        *(word for weight in data.weights for word in ("--weight", str(weight))),
         *(word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))),
     ]
 

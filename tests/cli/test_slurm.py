@@ -195,7 +195,8 @@ def test_values_reach_the_command_as_they_were_given(inl: Callable[..., Result],
 @pytest.fixture
 def preparation(inl: Callable[..., Result], tmp_path: Path) -> Job:
     """The jobs that prepare data in three parts."""
-    data = ("--set", "data.sources=[a b.txt, c]", "--set", "data.directory=data/ours", "--set", "data.num_shards=2")
+    sources = ("--set", "data.sources=[a b.txt, c]", "--set", "data.weights=[0.3333333333, 2]")
+    data = (*sources, "--set", "data.directory=data/ours", "--set", "data.num_shards=2")
     return Job(tmp_path, script_of(inl("prepare", RECIPE, "--parts", "3", "--time", "1:00:00", *data, *CONTAINER)))
 
 
@@ -221,7 +222,8 @@ def test_each_job_of_a_preparation_does_its_part(
         assert preparation.asked("scontrol") == asked
     given = preparation.asked("srun")
     options = ["--output", "data/ours", "--vocab-size", "2048", "--validation-fraction", "0.1"]
-    expected = ["prepare-data", "a b.txt", "c", *options, "--num-shards", "2", "--max-bad-ratio", "0.01", *work]
+    sources = ["a b.txt", "c", "--weight", "0.3333333333", "--weight", "2.0"]
+    expected = ["prepare-data", *sources, *options, "--num-shards", "2", "--max-bad-ratio", "0.01", *work]
     assert given[given.index("prepare-data") :] == expected
 
 

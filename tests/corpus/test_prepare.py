@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from inl_core.corpus.manifest import SPLITS, default_directory, settings_key, verify
-from inl_core.corpus.preparation import Part, PrepareProgress, prepare, prepare_part, stages
+from inl_core.corpus.preparation import Part, PrepareProgress, finish, prepare, prepare_part, stages
 from inl_core.corpus.reading import pieces
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
 from inl_core.errors import ArtefactError, RecipeError
@@ -326,11 +326,28 @@ def test_a_document_that_its_weight_leaves_out_is_taken_from_another_source(tmp_
     assert 0 < manifest.duplicates < 50  # of those that the first source gave
 
 
+@pytest.mark.parametrize("is_tokenised", [False, True])
+def test_parts_of_sources_with_weights_hold_the_documents_of_the_whole(tmp_path: Path, is_tokenised: bool) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(300)])
+    write_rows(tmp_path / "b.jsonl", [{"text": f"row {i}"} for i in range(200, 500)])
+    chosen = settings(tmp_path / "a.jsonl", tmp_path / "b.jsonl", weights=(0.5, 2.5))
+    whole = prepare(chosen, tmp_path / "whole")
+    if is_tokenised:
+        file = {"file": tmp_path / "whole/tokenizer.json"}
+        chosen = settings(tmp_path / "a.jsonl", tmp_path / "b.jsonl", weights=(0.5, 2.5), tokenizer=file)
+    for number in (1, 2):
+        prepare_part(chosen, tmp_path / "joined", Part(number, 2))
+    joined = finish(chosen, tmp_path / "joined")
+    for split in SPLITS:
+        found, wanted = texts_of(tmp_path / "joined", split), texts_of(tmp_path / "whole", split)
+        assert Counter(found) == Counter(wanted)
+        assert max(Counter(found).values()) == 3
+    assert joined.duplicates == whole.duplicates > 0
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(ValueError, match="weights has 2 numbers for 1 sources; give one for each"):
         settings(tmp_path / "a.txt", weights=(1.0, 2.0))
-    with pytest.raises(RecipeError, match=r"data\.weights: parts are joined without copies"):
-        prepare_part(settings(tmp_path / "a.txt", weights=(2.0,)), tmp_path / "out", Part(1, 2))
     with pytest.raises(ArtefactError, match=r"data\.weights: no document is left"):
         prepare(settings(tmp_path / "a.txt", weights=(1e-9,)), tmp_path / "out")

@@ -13,15 +13,22 @@ from inl_core.corpus.preparation.text_chunks import SeenHashes
 class JoinedChunks(Chunks):
     """The chunks of all parts, numbered through, without the documents of which a copy stands in an earlier part.
 
-    Chunks that are encoded now are written into `work`; the files of the parts stay as they are.
+    Copies that a source's weight asks for stand in one chunk together, and are kept. Chunks that are encoded now are
+    written into `work`; the files of the parts stay as they are.
     """
 
     def __init__(self, work: Path, parts: Sequence[tuple[int, Chunks]]) -> None:
         """`parts`: of each part, how many files the parts before it have, and its chunks."""
         super().__init__(work)
-        seen = SeenHashes()
         self._places = [(first, chunks, number) for first, chunks in parts for number in range(chunks.count())]
-        self._is_new = [seen.add(chunks.hashes(number)[0]) for _, chunks, number in self._places]
+        self._is_new, self._num_copies = [], []
+        seen = SeenHashes()
+        for _, chunks, number in self._places:
+            hashes = chunks.hashes(number)[0]
+            once = np.unique(hashes)
+            new = once[seen.add(once)]
+            self._is_new.append(np.isin(hashes, new))
+            self._num_copies.append(len(once) - len(new))
 
     def count(self) -> int:
         """How many chunks there are."""
@@ -35,7 +42,7 @@ class JoinedChunks(Chunks):
     def info(self, number: int) -> ChunkInfo:
         """What happened to the rows of a chunk, with the numbers that files have among those of all parts."""
         first, chunks, own_number = self._places[number]
-        info, num_copies = chunks.info(own_number), int((~self._is_new[number]).sum())
+        info, num_copies = chunks.info(own_number), self._num_copies[number]
         found = {str(first + int(index)): format for index, format in info.found.items()}
         return info.model_copy(update={"found": found, "num_duplicates": info.num_duplicates + num_copies})
 

@@ -87,7 +87,8 @@ def finish(
 ) -> Manifest:
     """Join the parts into the data set, or return its manifest when it is there already.
 
-    It is byte for byte the one that `prepare` makes of the same settings and sources, with the same versions.
+    It is byte for byte the one that `prepare` makes of the same settings and sources, with the same versions. Where
+    sources have weights it holds the same documents as often, and copies may stand in another order.
 
     Raises:
         RecipeError: as `prepare_part`.

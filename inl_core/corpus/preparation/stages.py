@@ -41,7 +41,7 @@ from inl_core.corpus.reading.rows import named_forms
 from inl_core.corpus.reading.sources import STDIN, SourceFile, check_unchanged, hash_file, resolve_sources
 from inl_core.corpus.shard_check import check_shards
 from inl_core.corpus.tokenizer import Tokenizer, train_tokenizer
-from inl_core.errors import ArtefactError, RecipeError
+from inl_core.errors import ArtefactError
 from inl_core.files import expand_home, write_text_aside
 from inl_core.recipe.data import DataSettings
 
@@ -163,8 +163,6 @@ class Preparation:
         stdin_copy: Path | None = None,
         parts: int = 0,
     ) -> None:
-        if parts and settings.weights:
-            raise RecipeError("data.weights: parts are joined without copies; prepare the data as a whole")
         self.settings, self.directory, self.work, self.report = settings, directory, work, report
         self.stdin_copy, self.parts = stdin_copy, parts
         self.chunks = Chunks(work)
