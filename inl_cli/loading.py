@@ -77,15 +77,16 @@ def open_source(
     data: Path | None,
     text: str | None,
     split: Literal["validation", "train"],
-    columns: "ColumnSettings",
+    columns: "ColumnSettings | None" = None,
 ) -> "Text":
     """The text named, else a split of the data set named, else of the one the model was trained on."""
     from inl_core.inference.texts import open_split, open_text
+    from inl_core.recipe.data import ColumnSettings
 
     if text is None:
         source = open_split(loaded, data, split)
     else:
-        source = open_text(loaded, text, note=console.info, columns=columns)
+        source = open_text(loaded, text, note=console.info, columns=columns or ColumnSettings())
     for warning in source.warnings:
         console.warn(warning)
     return source
