@@ -173,4 +173,4 @@ def _thinned(rows: list[Row], names: Sequence[str]) -> Iterator[Row]:
 
 
 def _short(amount: float) -> str:
-    return f"{amount:,.0f}" if amount < 1e7 else f"{amount:.3g}"
+    return f"{amount:,.0f}" if 100 <= amount < 1e7 else f"{amount:.3g}"
