@@ -1,7 +1,8 @@
 """`inl report` and `inl compare`: what runs and their models say, as one HTML file, a terminal's tables, or JSON."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,11 +14,15 @@ from inl_core.errors import RecipeError
 from inl_core.files import output_file, refuse_no_directory
 
 if TYPE_CHECKING:
-    from inl_core.analysis.report.parts import Report
+    from inl_core.analysis.report.parts import Part, Report
 
 RunsArgument = Annotated[list[Path], run_argument("RUN...", "One or several runs, e.g. runs/tiny runs/tiny-v4.")]
 CsvOption = Annotated[
     Path | None, path_option("--csv", help="Also write every table to this directory, each as a CSV file.")
+]
+TablesOption = Annotated[
+    Literal["none", "short", "all"],
+    typer.Option("--tables", help="Which tables to print: none, those of up to 24 rows, or all."),
 ]
 _LONGEST_TABLE = 24
 
@@ -35,6 +40,7 @@ def report(
     ] = 8192,
     device: DeviceOption = "auto",
     csv: CsvOption = None,
+    tables: TablesOption = "none",
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -48,11 +54,12 @@ def report(
     check_runs(runs)
     check_text(text)
     from inl_core.analysis.report.build import report_runs
-    from inl_core.analysis.report.examination import Examined, examine
+    from inl_core.analysis.report.examination import examine
+    from inl_core.analysis.report.parts import Section
     from inl_core.analysis.report.runs import RunRecord
     from inl_core.inference.checkpoint_files import list_checkpoints
 
-    def examine_run(run: RunRecord) -> Examined | None:
+    def examine_run(run: RunRecord) -> Section | None:
         if not list_checkpoints(run.path / "checkpoints"):
             console.info(f"{run.path}: has no checkpoint yet, so only its files are shown")
             return None
@@ -63,7 +70,7 @@ def report(
             return examine(run.name, loaded, source, max_tokens=max_tokens, progress=progress.update)
 
     found = report_runs(runs, examine_run=examine_run, note=console.warn)
-    _hand_over(console, found, page, csv)
+    _hand_over(console, found, page, csv, tables)
 
 
 @errors_to_exit_codes
@@ -71,6 +78,7 @@ def compare(
     runs: RunsArgument,
     output: Annotated[Path | None, path_option("--output", "-o", help="Also write it to this HTML file.")] = None,
     csv: CsvOption = None,
+    tables: TablesOption = "short",
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -85,7 +93,7 @@ def compare(
     check_runs(runs)
     from inl_core.analysis.report.build import compare_runs
 
-    _hand_over(console, compare_runs(runs, console.warn), output, csv)
+    _hand_over(console, compare_runs(runs, console.warn), output, csv, tables)
 
 
 def _check_outputs(output: Path | None, csv: Path | None) -> None:
@@ -94,7 +102,7 @@ def _check_outputs(output: Path | None, csv: Path | None) -> None:
         refuse_no_directory(csv, "--csv")
 
 
-def _hand_over(console: Console, found: "Report", output: Path | None, csv: Path | None) -> None:
+def _hand_over(console: Console, found: "Report", output: Path | None, csv: Path | None, tables: str) -> None:
     """Write the page and the tables that are wanted, and show the same numbers."""
     if csv:
         _write_tables(found, csv)
@@ -104,7 +112,7 @@ def _hand_over(console: Console, found: "Report", output: Path | None, csv: Path
 
         write_page(found, output)
     data = {**found.summary(), "file": output}
-    console.result(data, lambda: _show(console, found))
+    console.result(data, lambda: _show(console, found, tables))
     if output:
         console.info(f"written to {output}")
 
@@ -119,19 +127,24 @@ def _write_tables(found: "Report", directory: Path) -> None:
         pd.DataFrame(part.rows, columns=list(part.columns)).to_csv(output_file(directory / f"{name}.csv"), index=False)
 
 
-def _show(console: Console, found: "Report") -> None:
-    """Findings, and every table that is short enough to be read on a terminal."""
-    console.write("".join(f"- {finding.sentence}\n" for finding in found.findings))
-    left_out = []
+def _show(console: Console, found: "Report", tables: str) -> None:
+    """The findings under the notes of their sections, and the tables that are wanted."""
+    for section in found.sections:
+        if section.findings:
+            note = f"{section.note}\n" if section.note else ""
+            told = "".join(f"- {finding.sentence}\n" for finding in section.findings)
+            console.write(f"{section.title}\n{note}{told}\n")
+    most = {"none": -1, "short": _LONGEST_TABLE, "all": sys.maxsize}[tables]
     for part in found.parts:
-        if len(part.rows) > _LONGEST_TABLE:
-            left_out.append(part.title)
-            continue
-        console.write("\n")
-        columns = [name.replace("_", " ") for name in part.columns]
-        rows = part.rows
-        if len(columns) > len(rows) + 4:  # a few wide rows are read more easily from top to bottom
-            rows, columns = list(zip(columns, *rows, strict=True)), [""] * (len(rows) + 1)
-        console.table(part.title, columns, rows)
-    if left_out:
-        console.write(f"\nNot shown here, in --json and HTML: {', '.join(left_out)}.\n")
+        if len(part.rows) <= most:
+            _show_table(console, part)
+    if left_out := sum(len(part.rows) > most for part in found.parts):
+        console.write(f"{left_out} tables are not shown here; --tables all prints them, --json and HTML have them.\n")
+
+
+def _show_table(console: Console, part: "Part") -> None:
+    columns, rows = [name.replace("_", " ") for name in part.columns], part.rows
+    if len(columns) > len(rows) + 4:  # a few wide rows are read more easily from top to bottom
+        rows, columns = list(zip(columns, *rows, strict=True)), [""] * (len(rows) + 1)
+    console.table(part.title, columns, rows)
+    console.write("\n")

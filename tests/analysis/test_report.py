@@ -60,8 +60,13 @@ def test_the_findings_name_who_is_ahead_and_which_keys_differ(runs: list[Path]) 
 def test_scores_of_different_texts_are_not_ranked(tmp_path: Path) -> None:
     texts = [write_run(tmp_path / name, scores={4: 2.0}, scored_on=name) for name in ("a", "b")]
     sentences = [finding.sentence for finding in compare_runs(texts).findings]
-    assert "The runs were scored on different texts: their bits per byte do not rank them." in sentences
+    said = "The runs were scored on different texts, or in different windows: "
+    assert f"{said}their bits per byte do not rank them." in sentences
     assert not any("ahead" in sentence for sentence in sentences)
+    texts.append(write_run(tmp_path / "c", scores={4: 1.5}, scored_on="a"))
+    report = compare_runs(texts)
+    assert f"{said}bits per byte rank only a, c." in [finding.sentence for finding in report.findings]
+    assert {row["run"] for row in records(report, "equal-budgets")} == {"a", "c"}
 
 
 def test_a_run_that_got_worse_says_so(tmp_path: Path) -> None:
@@ -165,7 +170,7 @@ def test_the_libraries_of_a_page_are_those_whose_licences_lie_beside_them() -> N
 def test_text_of_a_report_is_never_taken_for_markup() -> None:
     evil = "</script><script>alert(1)</script>"
     part = Part("a", evil, evil, ("x",), [(evil,), (float("nan"),)])
-    page = to_page(Report(evil, [Finding(evil)], [Section(evil, [part])]))
+    page = to_page(Report(evil, [Section(evil, [part], evil, [Finding(evil)])]))
     assert evil not in page
     assert inside(page, "numbers")["sections"][0]["parts"][0]["rows"] == [[evil], [None]]
 
@@ -175,6 +180,20 @@ def test_the_terminal_shows_the_findings_and_the_short_tables(runs: list[Path]) 
     assert result.exit_code == 0, result.stderr
     assert "- At equal tokens (384) a is ahead" in result.stdout
     assert "What the recipes differ in" in result.stdout
+    arguments = ["report", str(runs[0]), "--output", str(runs[0] / "page.html")]
+    only = CliRunner().invoke(app, arguments).stdout
+    assert "bits per byte of held-out text" in only
+    assert "steps planned" not in only
+    every = CliRunner().invoke(app, [*arguments, "--tables", "all"]).stdout
+    assert all(part.title in every for part in report_runs(runs[:1]).parts)
+
+
+def test_steps_whose_loss_was_not_finite_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", scores={4: 2.0})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "tokens": 256, "loss": None}) + "\n" for step in (5, 6))
+    sentences = [finding.sentence for finding in report_runs([run]).findings]
+    assert "a: 2 steps had no finite loss, the last of them step 6." in sentences
 
 
 def test_every_table_is_a_csv_file_too(runs: list[Path], tmp_path: Path) -> None:

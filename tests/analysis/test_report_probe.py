@@ -191,7 +191,7 @@ def test_a_model_whose_numbers_are_not_finite_is_said_to_be_that(workplace: Path
     found = examine("a", loaded, open_split(loaded), max_tokens=60)
     (finding,) = found.findings
     assert "losses that are not finite" in finding.sentence
-    assert found.section.parts == []
+    assert found.parts == []
 
 
 @needs_chromium

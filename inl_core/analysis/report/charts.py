@@ -85,7 +85,7 @@ def heat_map(figures: Sequence[str], places: Sequence[str]) -> Spec:
                 "field": "step",
                 "type": "ordinal",
                 "title": "step",
-                "axis": {"labelOverlap": "greedy", "labelAngle": 0},
+                "axis": {"labelOverlap": "greedy", "labelSeparation": 6, "labelAngle": 0},
             },
             "y": category("place", ""),
             "color": {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}},
@@ -100,7 +100,7 @@ def fan(places: Sequence[str], title: str) -> Spec:
         "height": 180,
         "params": [chosen("shown", "at ", places)],
         "transform": [{"filter": "datum.place === shown"}],
-        "encoding": {"x": number("step", "step")},
+        "encoding": {"x": {**number("step", "step"), "scale": {"zero": False, "nice": False}}},
         "layer": [
             {
                 "mark": {"type": "area", "opacity": 0.25, "color": "var(--c0)"},
@@ -125,7 +125,7 @@ def labelled_map(x: str, y: str, num_rows: int, figures: dict[str, str]) -> Spec
         "params": [chosen("figure", "show ", list(figures), list(figures.values()))],
         "transform": [{"calculate": "datum[figure]", "as": "value"}, {"filter": "isValid(datum.value)"}],
         "encoding": {
-            "x": category(x, "", axis={"orient": "top", "labelAngle": 0, "labelLimit": 90}),
+            "x": category(x, "", axis={"labelAngle": -35, "labelLimit": 90}),
             "y": category(y, ""),
             "tooltip": tooltip(x, y, *figures),
         },

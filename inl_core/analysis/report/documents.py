@@ -21,7 +21,8 @@ def convergence_page(summary: dict[str, Any]) -> Report:
     parts = [ablation_part("checkpoint", summary), *convergence_parts("checkpoint", summary)]
     note = f"Step {summary['step']:,}, measured on {summary['tokens']:,} tokens of {summary['text']}."
     findings = list(convergence_findings("checkpoint", summary))
-    return Report(f"Convergence of {summary['checkpoint']}", findings, [Section("What the states do", parts, note)])
+    section = Section("What the states do", parts, note, findings)
+    return Report(f"Convergence of {summary['checkpoint']}", [section])
 
 
 def parameters_page(report: ParameterReport, checkpoint: str) -> Report:
@@ -38,7 +39,9 @@ def parameters_page(report: ParameterReport, checkpoint: str) -> Report:
     names = list(dict.fromkeys(row["quantity"] for row in report.layers))
     note = f"What is measured, and not learned, is measured on {report.tokens:,} tokens of {report.text}."
     sections = [Section("Learned and measured", [_quantity(report, name) for name in names], note)] if names else []
-    return Report(f"Parameters of {checkpoint}", _findings(report), [*sections, Section("Weights", weights)])
+    sections.append(Section("Weights", weights))
+    sections[0].findings.extend(_findings(report))
+    return Report(f"Parameters of {checkpoint}", sections)
 
 
 def _findings(report: ParameterReport) -> list[Finding]:

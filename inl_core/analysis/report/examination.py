@@ -1,7 +1,6 @@
-"""What a run's newest checkpoint does on its own validation text: a section of parts, and what they say."""
+"""What a run's newest checkpoint does on a text: a section of parts, and what they say."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,14 +17,6 @@ from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
 
 
-@dataclass(frozen=True)
-class Examined:
-    """The section on a checkpoint, and its findings."""
-
-    section: Section
-    findings: list[Finding]
-
-
 def examine(
     name: str,
     loaded: LoadedModel,
@@ -33,7 +24,7 @@ def examine(
     *,
     max_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Examined:
+) -> Section:
     """Measure a checkpoint on the first `max_tokens` tokens of a text.
 
     Args:
@@ -43,9 +34,10 @@ def examine(
     found = probe(loaded, text, max_tokens=max_tokens, window=window)
     tokens = f"{len(found.loss):,} tokens of {text.name}"
     note = f"{loaded.path}, measured on {tokens}, in windows of {window:,}: all of this section is about these tokens."
+    title = f"{name}: what the model does"
     if not np.isfinite(found.loss).all():
         sentence = f"{name}: the model of {loaded.path} gives losses that are not finite, so nothing else is measured."
-        return Examined(Section(f"{name}: what the model does", [], note), [Finding(sentence)])
+        return Section(title, [], note, [Finding(sentence)])
     parts, findings = [], []
     if loaded.model.config.has_dynamics:
         report, _ = report_convergence(loaded, text, max_tokens=max_tokens, sample_tokens=1, progress=progress)
@@ -56,7 +48,7 @@ def examine(
         findings += reaction_findings(name, reactions)
         parts += reaction_parts(name, reactions)
         parts.append(paths_part(name, found, token_names(loaded.tokenizer, found.token_ids.tolist())))
-    return Examined(Section(f"{name}: what the model does", [*parts, *_of_tokens(name, loaded, found)], note), findings)
+    return Section(title, [*parts, *_of_tokens(name, loaded, found)], note, findings)
 
 
 def _of_tokens(name: str, loaded: LoadedModel, found: Probe) -> list[Part]:

@@ -31,8 +31,8 @@ _MOTION = {
 _FIGURES = ("mean", "std", "p5", "p50", "p95", "drift")
 
 
-def history_section(run: RunRecord) -> tuple[Section, list[Finding]] | None:
-    """The section on one run, and its findings; None where nothing was recorded."""
+def history_section(run: RunRecord) -> Section | None:
+    """The section on one run; None where nothing was recorded."""
     rows = _read(run)
     if not rows:
         return None
@@ -41,7 +41,7 @@ def history_section(run: RunRecord) -> tuple[Section, list[Finding]] | None:
     parts += _shares(run, rows, present)
     motion = [_selected(run, rows, name, title) for name, title in _MOTION.items() if name in present]
     note = "Each record is taken on the first thousand or so tokens of its step's batch, so they differ in their text."
-    return Section(f"{run.name}: what it learned, over training", parts + motion, note), list(_findings(run, rows))
+    return Section(f"{run.name}: what it learned, over training", parts + motion, note, list(_findings(run, rows)))
 
 
 def _read(run: RunRecord) -> Rows:

@@ -42,11 +42,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Section:
-    """Parts that belong together, under a note that holds for all of them."""
+    """Parts that belong together, and what was found in them, under a note that holds for all of it."""
 
     title: str
     parts: list[Part]
     note: str = ""
+    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,12 @@ class Report:
     """Everything that is shown."""
 
     title: str
-    findings: list[Finding]
-    sections: list[Section] = field(default_factory=list)
+    sections: list[Section]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Those of all sections, in their order."""
+        return [finding for section in self.sections for finding in section.findings]
 
     @property
     def parts(self) -> list[Part]:

@@ -1,7 +1,7 @@
 """What the recipes of several runs differ in."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from inl_core.analysis.report.parts import Finding, Part, Section
@@ -18,24 +18,19 @@ def recipe_section(runs: Sequence[RunRecord]) -> Section:
     dumps = [run.recipe.model_dump(mode="json") for run in runs]
     rows = [(path, kind_of(path), *(_shown(_value(dump, path)) for dump in dumps)) for path in paths]
     see = "Whatever else differs between the runs comes from these keys; operational ones leave the result as it is."
-    return Section(
-        "Recipes",
-        [Part("recipe-differences", "What the recipes differ in", see, ("key", "kind", *_names(runs)), rows)],
-    )
+    part = Part("recipe-differences", "What the recipes differ in", see, ("key", "kind", *_names(runs)), rows)
+    return Section("Recipes", [part], findings=[_finding(paths)])
 
 
-def recipe_findings(runs: Sequence[RunRecord]) -> Iterator[Finding]:
+def _finding(differing: Sequence[str]) -> Finding:
     """Which keys that matter differ, in one sentence."""
-    paths = [path for path in differing_keys(runs) if kind_of(path) != "operational"]
+    paths = [path for path in differing if kind_of(path) != "operational"]
     if not paths:
-        yield Finding("The recipes are the same but for keys that do not change the result.", "recipe-differences")
-        return
+        return Finding("The recipes are the same but for keys that do not change the result.", "recipe-differences")
     more = f" and {len(paths) - _TOLD} more" if len(paths) > _TOLD else ""
     keys = "1 key" if len(paths) == 1 else f"{len(paths)} keys"
-    yield Finding(
-        f"The recipes differ in {keys} that may change the result: {', '.join(paths[:_TOLD])}{more}.",
-        "recipe-differences",
-    )
+    told = ", ".join(paths[:_TOLD])
+    return Finding(f"The recipes differ in {keys} that may change the result: {told}{more}.", "recipe-differences")
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:

@@ -39,6 +39,8 @@ class RunRecord:
     """The rows of steps that have a loss; each also has `seconds` and `flops`."""
     evaluations: list[Row]
     """The rows of evaluations that have a score; the same."""
+    not_finite: list[int]
+    """Steps among the rows whose loss was not finite."""
 
     @property
     def preset(self) -> str:
@@ -82,8 +84,11 @@ def open_run(path: Path, note: Callable[[str], None] = lambda text: None) -> Run
     recipe = status.recipe or load_recipe(path / "recipe.yaml", allow_pipe=False)  # which says what is wrong with it
     config = _model_of(path, recipe)
     cost = training_flops(config, recipe.training.sequence_length)
-    steps, evaluations = _with_spending(read_metrics(path, note), cost)
-    return RunRecord(path, path.resolve().name, recipe, config, status, steps, evaluations)
+    rows = read_metrics(path, note)
+    steps, evaluations = _with_spending(rows, cost)
+    # A row of an evaluation of text that cannot be scored has no loss, either.
+    not_finite = [row["step"] for row in rows if "loss" in row and row["loss"] is None]
+    return RunRecord(path, path.resolve().name, recipe, config, status, steps, evaluations, not_finite)
 
 
 def _model_of(path: Path, recipe: Recipe) -> ModelConfig:

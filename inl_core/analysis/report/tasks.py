@@ -30,10 +30,11 @@ def task_sections(runs: Sequence[RunRecord]) -> list[Section]:
         "stderr is lm-eval's standard error over the examples: scores that differ by less than two of it may be equal."
     )
     note = "By `inl eval --tasks`, of the newest checkpoint of each run that was scored so."
-    return [Section("Tasks", [Part(_KEY, "Scores on tasks of lm-eval", see, _COLUMNS, rows)], note)] if rows else []
+    part = Part(_KEY, "Scores on tasks of lm-eval", see, _COLUMNS, rows)
+    return [Section("Tasks", [part], note, list(_findings(runs)))] if rows else []
 
 
-def task_findings(runs: Sequence[RunRecord]) -> Iterator[Finding]:
+def _findings(runs: Sequence[RunRecord]) -> Iterator[Finding]:
     """The first scores of each run, in one sentence."""
     for run in runs:
         rows = _rows(run)

@@ -21,15 +21,21 @@ _SCORE = "validation_bits_per_byte"
 
 
 def training_section(runs: Sequence[RunRecord]) -> Section:
-    """The table of the runs, and their curves."""
+    """The table of the runs, their curves, and how they compare."""
     parts = (_runs_part(runs), _loss_part(runs), _score_part(runs), _budget_part(runs))
-    return Section("Training", [part for part in parts if part.rows])
+    note = "Bits per byte of held-out text are here those of each run's own evaluations while it trained."
+    return Section("Training", [part for part in parts if part.rows], note, list(_findings(runs)))
 
 
-def training_findings(runs: Sequence[RunRecord]) -> Iterator[Finding]:
+def _findings(runs: Sequence[RunRecord]) -> Iterator[Finding]:
     """How far each run is and what it scores, which run is ahead, and what the comparison does not allow to say."""
     for run in runs:
         yield Finding(_standing(run), "runs")
+        if run.not_finite:
+            told = "1 step" if len(run.not_finite) == 1 else f"{len(run.not_finite)} steps"
+            yield Finding(
+                f"{run.name}: {told} had no finite loss, the last of them step {run.not_finite[-1]:,}.", "runs"
+            )
     if len(runs) > 1:
         yield from _comparison(runs)
 
@@ -54,15 +60,17 @@ def _standing(run: RunRecord) -> str:
 
 
 def _comparison(runs: Sequence[RunRecord]) -> Iterator[Finding]:
-    texts = {row.get("scored_on") for run in runs for row in run.evaluations[-1:]}
-    if len(texts) > 1:
-        yield Finding("The runs were scored on different texts: their bits per byte do not rank them.", "runs")
-        return
+    alike, scored = _scored_alike(runs), [run for run in runs if run.evaluations]
+    if len(alike) < len(scored):
+        said = "The runs were scored on different texts, or in different windows"
+        if len(alike) == 1:
+            yield Finding(f"{said}: their bits per byte do not rank them.", "runs")
+            return
+        yield Finding(f"{said}: bits per byte rank only {', '.join(run.name for run in alike)}.", "runs")
     rows = _budget_part(runs).records()
-    if len(runs) > 1 and (left_out := [run.name for run in runs if run.name not in {row["run"] for row in rows}]):
-        yield Finding(
-            f"{', '.join(left_out)}: no evaluation is early enough to be compared at equal budgets.", "equal-budgets"
-        )
+    compared = {row["run"] for row in rows}
+    if left_out := [run.name for run in runs if run.name not in compared and (run in alike or not run.evaluations)]:
+        yield Finding(f"{', '.join(left_out)}: no evaluation that could be compared at equal budgets.", "runs")
     for budget, name in BUDGETS.items():
         found = sorted((row[_SCORE], row["run"]) for row in rows if row["budget"] == budget)
         if len(found) < 2:
@@ -73,8 +81,8 @@ def _comparison(runs: Sequence[RunRecord]) -> Iterator[Finding]:
             f"At equal {name} ({_short(amount)}) {best} is ahead: {score:.4f} bits per byte, {next_best} {second:.4f}"
         )
         yield Finding(f"{text} ({second - score:.4f} more).", "equal-budgets")
-    unfinished = [run.name for run in runs if run.last and run.last["step"] < run.recipe.training.num_steps]
-    if rows and (unfinished or len({run.last["step"] for run in runs if run.last}) > 1):
+    unfinished = [run.name for run in alike if run.last["step"] < run.recipe.training.num_steps]
+    if rows and (unfinished or len({run.last["step"] for run in alike}) > 1):
         yield Finding(
             "A run that is read before its last step has not had the end of its learning-rate schedule: at equal "
             "budgets this favours the run that ends there.",
@@ -136,7 +144,7 @@ def _score_part(runs: Sequence[RunRecord]) -> Part:
 def _budget_part(runs: Sequence[RunRecord]) -> Part:
     """Each run's bits per byte where the first of them ends, by tokens, seconds and FLOPs; no rows for one run."""
     rows: list[tuple[Any, ...]] = []
-    curves_of = {run.name: [row for row in run.evaluations if row.get(_SCORE)] for run in runs}
+    curves_of = {run.name: [row for row in run.evaluations if row.get(_SCORE)] for run in _scored_alike(runs)}
     for budget in BUDGETS if len(runs) > 1 else ():
         ends = [found[-1][budget] for found in curves_of.values() if found]
         scores = {name: _score_at(found, budget, min(ends)) for name, found in curves_of.items() if found}
@@ -144,9 +152,19 @@ def _budget_part(runs: Sequence[RunRecord]) -> Part:
         rows += [(budget, min(ends), name, score) for name, score in found.items() if len(found) > 1]
     see = (
         "Bits per byte of each run at the largest budget that all have reached, between two evaluations on a straight "
-        "line. Two seeds of one recipe differ, too, so a small lead may be luck."
+        "line; only of runs that were scored on the same text. Two seeds of one recipe differ, too: a small lead may "
+        "be luck."
     )
     return Part("equal-budgets", "At equal budgets", see, ("budget", "amount", "run", _SCORE), rows)
+
+
+def _scored_alike(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The most runs whose scores can be compared: those of the same text, seen in windows of the same length."""
+    groups: dict[str | None, list[RunRecord]] = {}
+    for run in runs:
+        for row in run.evaluations[-1:]:
+            groups.setdefault(row.get("scored_on"), []).append(run)
+    return max(groups.values(), key=len, default=[])
 
 
 def _score_at(rows: list[Row], budget: str, amount: float) -> float | None:
