@@ -41,7 +41,7 @@ SourcesArgument = Annotated[
     typer.Argument(
         metavar="SOURCE",
         help="Files, directories with all below them, globs, - for stdin, or builtin:python. "
-        "Text, .jsonl and .parquet; .gz and .zst too.",
+        "Text, .jsonl, .json (an array) and .parquet; .gz and .zst too.",
     ),
 ]
 OutputOption = Annotated[

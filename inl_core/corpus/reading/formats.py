@@ -6,6 +6,7 @@ What is neither clearly JSON Lines nor clearly plain text is refused, and the me
 from pathlib import Path
 
 from inl_core.corpus.reading.compression import opened
+from inl_core.corpus.reading.json_array import begins_array
 from inl_core.corpus.reading.jsonl import BLANK, bounded_lines, json_value
 from inl_core.corpus.reading.rows import BadRow
 from inl_core.errors import RecipeError
@@ -16,7 +17,7 @@ _TEXT = """.txt .text .md .markdown .rst .tex .org .adoc .html .htm .css .yaml .
 _FORMATS = dict.fromkeys(_TEXT.split(), "text") | {".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst"}
 _FIRST_BYTES = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst"}
-FORMAT_NAMES = {"jsonl": "JSON Lines", "text": "plain text", "parquet": "Parquet"}
+FORMAT_NAMES = {"jsonl": "JSON Lines", "json": "a JSON array", "text": "plain text", "parquet": "Parquet"}
 
 
 def format_of_name(path: Path) -> tuple[str | None, str | None]:
@@ -29,10 +30,10 @@ def format_of_name(path: Path) -> tuple[str | None, str | None]:
 
 
 def format_of_content(path: Path, name: str, *, is_json: bool = False) -> tuple[str, str | None]:
-    """(text, jsonl or parquet; gz, zst or None); `is_json` says that the file's name promises JSON.
+    """(text, jsonl, json or parquet; gz, zst or None); `is_json` says that the file's name promises JSON.
 
     Raises:
-        RecipeError: it is JSON, but not with one object a line.
+        RecipeError: it is JSON, but neither an array of objects nor one object a line.
         ArtefactError: the file cannot be read.
     """
     with opened(path, None, name) as file:
@@ -41,6 +42,9 @@ def format_of_content(path: Path, name: str, *, is_json: bool = False) -> tuple[
         return "parquet", None
     compression = next((kind for first, kind in _FIRST_BYTES.items() if head.startswith(first)), None)
     line, value = b"", None
+    with opened(path, compression, name) as file:
+        if begins_array(file.read(1 << 12)):
+            return "json", compression
     with opened(path, compression, name) as file:
         for line in bounded_lines(file):
             value = None if line is None else json_value(line, name)
@@ -60,7 +64,7 @@ def _format_of_line(line: bytes, value: object, name: str, *, is_json: bool) -> 
     goes_on = isinstance(value, BadRow) and (line in (b"{", b"[", b"[{") or line.startswith(b'{"'))
     if is_json or goes_on or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
         raise RecipeError(
-            f"{name}: begins like JSON, but not with one object in its first line, so it is not JSON Lines; write one "
-            "object a line (jq -c '.[]' does), or name the file .txt if it is plain text"
+            f"{name}: begins like JSON, but is neither an array of objects nor JSON Lines, which has one object in its "
+            "first line; write one object a line (jq -c does), or name the file .txt if it is plain text"
         )
     return "text"

@@ -1,7 +1,7 @@
 """A file of JSON Lines -> documents and bad rows, streaming: one JSON object a line."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +24,15 @@ def read_jsonl(
     path: Path, name: str, compression: str | None, note: Note, forms: Sequence[Form] = FORMS
 ) -> Iterator[Item]:
     """The documents of the file. Its form is that of the first object that has the columns of one of the `forms`."""
+    return documents_of_rows(json_values(path, name, compression), "JSON Lines", note, forms)
+
+
+def documents_of_rows(
+    values: Iterable[tuple[str, Any]], format: str, note: Note, forms: Sequence[Form]
+) -> Iterator[Item]:
+    """The documents of (origin, JSON value) pairs, of a file in this `format`."""
     form: Form | None = None
-    for origin, row in json_values(path, name, compression):
+    for origin, row in values:
         if isinstance(row, BadRow):
             yield row
             continue
@@ -37,7 +44,7 @@ def read_jsonl(
             if form is None:
                 yield BadRow(origin, without_form(forms, row), row)
                 continue
-            note(f"JSON Lines, {form.label}")
+            note(f"{format}, {form.label}")
         yield from split_row(document_from_row(row, form, origin))
 
 
@@ -63,9 +70,15 @@ def bounded_lines(file: IO[bytes]) -> Iterator[bytes | None]:
         yield None
 
 
+def has_too_many_values(line: bytes | str) -> bool:
+    """Whether a row would fill the memory as Python objects."""
+    signs = (b",", b"[", b"{") if isinstance(line, bytes) else (",", "[", "{")
+    return len(line) > _LONG_LINE and sum(map(line.count, signs)) > _MAX_VALUES  # pyright: ignore[reportArgumentType]
+
+
 def json_value(line: bytes, origin: str) -> Any:
     """The JSON value of a line, BLANK, or a BadRow that says why it has none."""
-    if len(line) > _LONG_LINE and sum(map(line.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+    if has_too_many_values(line):
         return BadRow(origin, f"more than {_MAX_VALUES:,} values in one row")
     try:
         text = line.decode("utf-8-sig")  # where files were joined, any line may begin with a byte order mark

@@ -18,7 +18,8 @@ from pathlib import Path
 from inl_core.corpus.reading.builtin import python_documents, python_signature
 from inl_core.corpus.reading.compression import import_zstandard
 from inl_core.corpus.reading.formats import FORMAT_NAMES, format_of_content, format_of_name
-from inl_core.corpus.reading.jsonl import read_jsonl
+from inl_core.corpus.reading.json_array import array_values
+from inl_core.corpus.reading.jsonl import documents_of_rows, read_jsonl
 from inl_core.corpus.reading.parquet import read_parquet
 from inl_core.corpus.reading.paths import leads_up, local_path, matches, portable, refuse_missing, shown, walk
 from inl_core.corpus.reading.rows import FORMS, Form, Item, Note
@@ -41,7 +42,7 @@ class SourceFile:
     name: str
     path: str
     argument: str
-    format: str  # text, jsonl, parquet, builtin
+    format: str  # text, jsonl, json, parquet, builtin
     compression: str | None = None
     size: int = 0
     modified: int = 0
@@ -128,6 +129,9 @@ def read_source(file: SourceFile, *, note: Note, forms: Sequence[Form] = FORMS) 
         return python_documents()
     if file.format == "text":
         return read_text(file.location, file.name, file.compression, note)
+    if file.format == "json":
+        values = array_values(file.location, file.name, file.compression)
+        return documents_of_rows(values, "JSON array", note, forms)
     reader = {"jsonl": read_jsonl, "parquet": read_parquet}[file.format]
     return reader(file.location, file.name, file.compression, note, forms)
 

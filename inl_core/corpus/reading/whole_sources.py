@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from inl_core.corpus.reading.json_array import array_values
 from inl_core.corpus.reading.jsonl import json_values
 from inl_core.corpus.reading.parquet import parquet_rows
 from inl_core.corpus.reading.rows import BadRow, Document, name_columns, named_forms
@@ -108,6 +109,8 @@ def _files(source: str, note: Callable[[str], None]) -> Iterator[tuple[SourceFil
 def _prompt_values(file: SourceFile) -> Iterator[tuple[str, Any]]:
     if file.format == "jsonl":
         yield from json_values(file.location, file.name, file.compression)
+    elif file.format == "json":
+        yield from array_values(file.location, file.name, file.compression)
     elif file.format == "parquet":
         yield from parquet_rows(file.location, file.name, lambda names: _prompt_column(names, file.name))
     elif file.format == "text":
