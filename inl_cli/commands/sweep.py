@@ -34,6 +34,32 @@ if TYPE_CHECKING:
     Found = list[tuple[PlannedRun, RunStatus]]
 
 
+GridOption = Annotated[
+    list[str] | None,
+    typer.Option("--grid", metavar="KEY=VALUE,...", help="Values of a recipe's key; may be repeated."),
+]
+SeedsOption = Annotated[
+    list[int] | None, typer.Option("--seeds", metavar="N ...", min=0, help="Train each point with these seeds.")
+]
+RunsDirOption = Annotated[Path | None, path_option("--runs-dir", help="Where the runs go; default runs/NAME-sweep.")]
+OutputOption = Annotated[
+    Path | None, path_option("--output", "-o", help="Also write the runs' `inl compare` to this HTML file.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="List the runs and how they stand; train none.")]
+SlurmOption = Annotated[
+    bool, typer.Option("--slurm", help="Print a job script that trains them as a Slurm array; train none here.")
+]
+TimeOption = Annotated[
+    str | None, typer.Option("--time", metavar="TIME", help="With --slurm: the time limit of each job.")
+]
+GpusOption = Annotated[
+    int, typer.Option("--gpus", metavar="N", min=0, max=1000, help="With --slurm: GPUs of each run, on one node.")
+]
+CpusOption = Annotated[
+    int, typer.Option("--cpus", metavar="N", min=1, max=10_000, help="With --slurm: processors of each process.")
+]
+
+
 class SeveralSeeds(TyperCommand):
     """Accepts `--seeds 0 1 2`, where Typer alone would want the option's name before each number."""
 
@@ -53,33 +79,16 @@ class SeveralSeeds(TyperCommand):
 @errors_to_exit_codes
 def sweep(
     recipe: RecipeArgument,
-    grid: Annotated[
-        list[str] | None,
-        typer.Option("--grid", metavar="KEY=VALUE,...", help="Values of a recipe's key; may be repeated."),
-    ] = None,
-    seeds: Annotated[
-        list[int] | None, typer.Option("--seeds", metavar="N ...", min=0, help="Train each point with these seeds.")
-    ] = None,
+    grid: GridOption = None,
+    seeds: SeedsOption = None,
     overrides: SetOption = None,
-    runs_dir: Annotated[
-        Path | None, path_option("--runs-dir", help="Where the runs go; default runs/NAME-sweep.")
-    ] = None,
-    output: Annotated[
-        Path | None, path_option("--output", "-o", help="Also write the runs' `inl compare` to this HTML file.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how they stand; train none.")] = False,
-    slurm: Annotated[
-        bool, typer.Option("--slurm", help="Print a job script that trains them as a Slurm array; train none here.")
-    ] = False,
-    time: Annotated[
-        str | None, typer.Option("--time", metavar="TIME", help="With --slurm: the time limit of each job.")
-    ] = None,
-    gpus: Annotated[
-        int, typer.Option("--gpus", metavar="N", min=0, max=1000, help="With --slurm: GPUs of each run, on one node.")
-    ] = 1,
-    cpus: Annotated[
-        int, typer.Option("--cpus", metavar="N", min=1, max=10_000, help="With --slurm: processors of each process.")
-    ] = 8,
+    runs_dir: RunsDirOption = None,
+    output: OutputOption = None,
+    dry_run: DryRunOption = False,
+    slurm: SlurmOption = False,
+    time: TimeOption = None,
+    gpus: GpusOption = 1,
+    cpus: CpusOption = 8,
     lead: LeadOption = 300,
     logs: LogsOption = None,
     partition: PartitionOption = None,
@@ -117,9 +126,14 @@ def sweep(
     _train(console, recipe, runs)
     found = _read(runs)
     _hand_over(console, found, output)
+    _refuse_unfinished(found)
+
+
+def _refuse_unfinished(found: "Found") -> None:
+    """InlError where a run failed, or is trained by another process."""
     running = [run.path.name for run, status in found if status.state == "running"]
     failed = [run.path.name for run, status in found if status.state not in ("running", "done")]
-    problems = [f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}"] if failed else []
+    problems = [f"{len(failed)} of {len(found)} runs failed: {', '.join(failed)}"] if failed else []
     problems += [f"{len(running)} in use by other processes: {', '.join(running)}"] if running else []
     if problems:
         raise InlError(f"{'; '.join(problems)}; the same command tries them again")

@@ -97,10 +97,13 @@ def encode_chat(
         raise _error(f"it asks for message {max(places) + 1} of {len(messages)}", origin)
     special = _special_ids(tokenizer)
     ids: list[int] = []
-    text = ""  # since the last special token: what the template and the messages say there are one text
+    text = ""  # since the last special token: what the template and the messages say there is one text
     for place, said in parts:
-        for piece in _divided(said, special) if place is None else [messages[place]["content"]]:
-            if place is None and piece in special:
+        if place is not None:
+            text += messages[place]["content"]
+            continue
+        for piece in _divided(said, special):
+            if piece in special:
                 ids += [*tokenizer.encode(text), special[piece]]
                 text = ""
             else:
