@@ -16,8 +16,11 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """The runs below runs/, and the directories that begin so."""
-    runs = [str(path) for path in sorted(Path("runs").glob("*/")) if str(path).startswith(incomplete)]
+    """The runs below runs/, by path or by the name alone, and the directories that begin so."""
+    below = sorted(Path("runs").glob("*/"))
+    runs = [str(path) for path in below if str(path).startswith(incomplete)]
+    names = [path.name for path in below if incomplete and path.name.startswith(incomplete)]
+    runs += [name for name in names if not os.path.lexists(name)]  # a directory of that name here goes before it
     return runs + [path for path in _paths(incomplete) if path.endswith("/") and path.rstrip("/") not in runs]
 
 

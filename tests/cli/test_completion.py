@@ -39,6 +39,7 @@ def test_tab_offers_recipes_runs_presets_and_keys_without_torch(tmp_path: Path) 
     assert set(offered("inl train tiny", tmp_path)) == {name for name in shipped_recipes() if name.startswith("tiny")}
     assert offered("inl train mi", tmp_path) == ["mine.yaml"]
     assert offered("inl eval runs/f", tmp_path) == ["runs/first"]
+    assert offered("inl eval fi", tmp_path) == ["first"]
     assert offered("inl plan --preset trans", tmp_path) == ["transformer"]
     assert offered("inl train tiny --set data.dir", tmp_path) == ["data.directory="]
 
