@@ -14,7 +14,12 @@ NUM_TOKENS, DIM, FOLLOWED = 40, 6, 12
 
 
 def verdict_on(
-    path: Tensor, *, change_without: float | None = 0.3, used: int | None = None, beyond: bool = False
+    path: Tensor,
+    *,
+    change_without: float | None = 0.3,
+    error: float | None = None,
+    used: int | None = None,
+    beyond: bool = False,
 ) -> Verdict:
     """The verdict on states (T+1, N, D), within the `used` iterations (None: all that were followed) or `beyond` them.
 
@@ -25,7 +30,7 @@ def verdict_on(
     trajectory = Trajectory(path, torch.zeros_like(path), *gains)
     statistics = LayerStatistics(count, count if used is None else used, epsilon=0.1)
     statistics.add(trajectory, torch.zeros(DIM), torch.zeros(count, DIM), stride=1.0)
-    return judge(gather(statistics, 1.5, change_without, beyond=beyond))
+    return judge(gather(statistics, 1.5, change_without, error_without=error, beyond=beyond))
 
 
 def states(shape_of_t) -> Tensor:
@@ -102,6 +107,7 @@ def test_a_path_that_leaves_the_finite_numbers_drifts() -> None:
 def test_a_layer_whose_absence_changes_nothing_is_ignored_whatever_it_does(path: Tensor) -> None:
     assert verdict_on(path, change_without=0.0014).word == "ignored"
     assert verdict_on(path, change_without=-0.0014).word == "ignored"
+    assert verdict_on(path, change_without=0.0, error=0.0016).word != "ignored"  # too few tokens to tell
     assert verdict_on(path, change_without=0.0016).word != "ignored"  # 0.1% of 1.5 bits per byte is 0.0015
     assert verdict_on(path, change_without=-0.2).word != "ignored"  # a layer that does harm is not ignored
 

@@ -195,8 +195,9 @@ def _windows(text: Text, window: int, max_tokens: int, *, numbers_per_token: int
 
 
 def _layer(index: int, statistics: PathStatistics, bits: IterationReport, thresholds: Thresholds) -> LayerReport:
-    change = bits.without_layer[index]["change"] if bits.without_layer else None
-    evidence = gather(statistics, bits.bits_per_byte, change)
+    without = bits.without_layer[index] if bits.without_layer else {"change": None, "standard_error": None}
+    change, error = without["change"], without["standard_error"]
+    evidence = gather(statistics, bits.bits_per_byte, change, error_without=error)
     verdict = judge(evidence, thresholds, unit="iteration" if bits.without_layer else "step")
     beyond = None
     if statistics.num_iterations > statistics.used_iterations:

@@ -2,8 +2,9 @@
 
 The verdict is the first of these that holds:
 
-    ignored     without the layer, bits per byte change by less than `ignored_change` of the model's, or the
-                iterations that the model uses move the state by less than `ignored_displacement` of its size
+    ignored     without the layer, bits per byte change by less than `ignored_change` of the model's, with a standard
+                error below that; or the iterations that the model uses move the state by less than
+                `ignored_displacement` of its size
     drift       a state stopped being finite
     converge    at the last iteration, the typical movement is at most `converged_movement` of its peak
     oscillate   it still moves, and a dimension turned back at least `oscillating_turns` times on the way (two turns are
@@ -55,6 +56,8 @@ class Evidence:
     """Of the whole model."""
     change_without: float | None = None
     """Bits per byte more without the layer; None when that was not measured."""
+    error_without: float | None = None
+    """Its standard error; None where too few windows were measured to know it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def gather(
     bits_per_byte: float | None,
     change_without: float | None,
     *,
+    error_without: float | None = None,
     beyond: bool = False,
 ) -> Evidence:
     """The evidence in the statistics of a layer or stream.
@@ -89,6 +93,7 @@ def gather(
         num_nonfinite=found["state_rms"][last].num_nonfinite,
         bits_per_byte=bits_per_byte,
         change_without=change_without,
+        error_without=error_without,
     )
 
 
@@ -118,7 +123,8 @@ def _ignored(evidence: Evidence, thresholds: Thresholds, unit: str) -> str | Non
         return f"the used {unit}s move the state by {evidence.displacement:.2%} of its size"
     if evidence.change_without is None or not evidence.bits_per_byte:
         return None
-    share = evidence.change_without / evidence.bits_per_byte
-    if abs(share) < thresholds.ignored_change:
+    share, error = evidence.change_without / evidence.bits_per_byte, evidence.error_without
+    is_known = error is None or error < thresholds.ignored_change * evidence.bits_per_byte
+    if abs(share) < thresholds.ignored_change and is_known:
         return f"without it bits per byte change by {share:+.3%}"
     return None
