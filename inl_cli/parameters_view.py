@@ -81,7 +81,7 @@ def _show_changes(console: Console, report: "ParameterReport") -> None:
     if report.start_unknown:
         console.write(f"\nHow far the weights are from their start is not known: {report.start_unknown}\n")
     for title, changes in named.items():
-        rows = [(one.part, one.size, one.distance, _text(one.relative, ".1%")) for one in changes]
+        rows = [(one.part, _finite(one.size), _finite(one.distance), _text(one.relative, ".1%")) for one in changes]
         if rows:
             console.write("\n")
             console.table(f"change of the weights {title}", ("part", "|w|", "|w - w0|", "of |w0|"), rows)
@@ -89,7 +89,7 @@ def _show_changes(console: Console, report: "ParameterReport") -> None:
 
 def _show_ranks(console: Console, report: "ParameterReport") -> None:
     rows = [
-        (one.part, one.name, f"{one.rows} x {one.columns}", f"{one.effective_rank:.1f}", f"{one.share:.1%}")
+        (one.part, one.name, f"{one.rows} x {one.columns}", _text(one.effective_rank, ".1f"), _text(one.share, ".1%"))
         for one in report.ranks
     ]
     console.write("\n")

@@ -139,7 +139,8 @@ def _show(console: Console, found: "Report", tables: str) -> None:
         if len(part.rows) <= most:
             _show_table(console, part)
     if left_out := sum(len(part.rows) > most for part in found.parts):
-        console.write(f"{left_out} tables are not shown here; --tables all prints them, --json and HTML have them.\n")
+        told = "1 table is" if left_out == 1 else f"{left_out} tables are"
+        console.write(f"{told} not shown here; --tables all prints all of them, --json and HTML have them.\n")
 
 
 def _show_table(console: Console, part: "Part") -> None:

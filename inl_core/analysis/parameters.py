@@ -17,10 +17,11 @@ from inl_core.analysis.convergence.collect import model_inputs
 from inl_core.analysis.planning import count_parameters
 from inl_core.analysis.ranks import MatrixRank, matrix_ranks
 from inl_core.analysis.weight_changes import PartChange, check_same_shapes, starting_weights, weight_changes
-from inl_core.errors import ArtefactError
+from inl_core.errors import ArtefactError, InlError
 from inl_core.inference.loading import LoadedModel
 from inl_core.inference.texts import Text, default_window
 from inl_core.model import IntegratorLanguageModel
+from inl_core.recipe.load import load_recipe
 from inl_core.training.dynamics import Measured, measure
 from inl_core.training.spread import distance, summarise, to_numbers
 
@@ -57,6 +58,8 @@ class ParameterReport:
     """The other checkpoint."""
     since_other: list[PartChange] = field(default_factory=list)
     """How far the weights are from those of the other checkpoint."""
+    progress: float = 1.0
+    """The share of its run's steps that the checkpoint has; 1 where the run is not known."""
 
     def of(self, quantity: str) -> list[dict[str, Any]]:
         """The rows of one quantity, by layer."""
@@ -95,6 +98,7 @@ def report_parameters(
         start_unknown,
         None if against is None else str(against.path),
         since_other,
+        _progress(loaded),
     )
 
 
@@ -129,6 +133,14 @@ def time_scales(model: IntegratorLanguageModel, found: list[Measured]) -> Iterat
             modes = timescales.frozen_modes(values["alpha"], values["beta"], stride)
             yield place, "mode_half_life", modes.half_life
             yield place, "mode_period", modes.period
+
+
+def _progress(loaded: LoadedModel) -> float:
+    try:
+        recipe = load_recipe(loaded.path / "recipe.yaml", allow_pipe=False)
+    except InlError:
+        return 1.0
+    return loaded.step / recipe.training.num_steps
 
 
 def _measured_rows(

@@ -27,21 +27,24 @@ class MatrixRank:
     """The parameter's name."""
     rows: int
     columns: int
-    effective_rank: float
+    effective_rank: float | None
+    """None where the matrix is not finite."""
 
     @property
-    def share(self) -> float:
+    def share(self) -> float | None:
         """Of the largest rank that its shape allows."""
-        return self.effective_rank / min(self.rows, self.columns)
+        return None if self.effective_rank is None else self.effective_rank / min(self.rows, self.columns)
 
 
-def effective_rank(matrix: Tensor) -> float:
-    """exp of the entropy of the singular values' shares; 0 for a matrix of zeros.
+def effective_rank(matrix: Tensor) -> float | None:
+    """exp of the entropy of the singular values' shares; 0 for a matrix of zeros, None for one that is not finite.
 
     The singular values are square roots of the eigenvalues of the smaller Gram matrix, in float64, which does not tell
     those below about 1e-7 of the largest from rounding; they are taken for 0.
     """
     w = matrix.detach().double()
+    if not w.isfinite().all():
+        return None
     gram = w @ w.T if w.shape[0] < w.shape[1] else w.T @ w
     eigenvalues = torch.linalg.eigvalsh(gram)
     s = eigenvalues[eigenvalues > 1e-14 * eigenvalues[-1]].sqrt()

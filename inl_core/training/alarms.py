@@ -115,7 +115,7 @@ def _state_ignored(figures: Figures) -> Alarm | None:
     for place, own in figures.items():
         if "displacement" in own:
             share, least = own["displacement"]["p50"], _LEAST_DISPLACEMENT
-        elif "residual" in own and own["state"]["p50"]:
+        elif "residual" in own and "state" in own and own["state"]["p50"]:
             share, least = own["residual"]["p50"] / own["state"]["p50"], _LEAST_RESIDUAL
         else:
             continue

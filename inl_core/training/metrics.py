@@ -128,7 +128,7 @@ def read_last_row(run: Path) -> dict[str, Any] | None:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The row, if it has a step and every figure that is read elsewhere is a number; None for anything else."""
+    """The row, if it has a step, every figure read elsewhere is a number, and that of tokens finite; else None."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -137,7 +137,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         return None
     figures = (value for key, value in row.items() if key in ("tokens", "loss") or key.startswith("validation_"))
     is_whole = all(value is None or _is_number(value) for value in figures) and _is_shallow(row, depth=3)
-    return row if is_whole else None
+    return row if is_whole and math.isfinite(row.get("tokens") or 0) else None
 
 
 def _is_shallow(value: Any, *, depth: int) -> bool:

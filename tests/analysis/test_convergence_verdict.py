@@ -1,6 +1,7 @@
 """The four words, on trajectories that were made for each of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,11 +106,14 @@ def test_a_path_that_leaves_the_finite_numbers_drifts() -> None:
 
 @pytest.mark.parametrize("path", [CONVERGING, OSCILLATING, DRIFTING])
 def test_a_layer_whose_absence_changes_nothing_is_ignored_whatever_it_does(path: Tensor) -> None:
-    assert verdict_on(path, change_without=0.0014).word == "ignored"
-    assert verdict_on(path, change_without=-0.0014).word == "ignored"
+    assert verdict_on(path, change_without=0.0014, error=0.0001).word == "ignored"
+    assert verdict_on(path, change_without=-0.0014, error=0.0001).word == "ignored"
     assert verdict_on(path, change_without=0.0, error=0.0016).word != "ignored"  # too few tokens to tell
-    assert verdict_on(path, change_without=0.0016).word != "ignored"  # 0.1% of 1.5 bits per byte is 0.0015
-    assert verdict_on(path, change_without=-0.2).word != "ignored"  # a layer that does harm is not ignored
+    assert verdict_on(path, change_without=0.0, error=None).word != "ignored"  # a single batch
+    assert verdict_on(path, change_without=0.0016, error=0.0001).word != "ignored"  # 0.1% of 1.5 bits is 0.0015
+    assert (
+        verdict_on(path, change_without=-0.2, error=0.0001).word != "ignored"
+    )  # a layer that does harm is not ignored
 
 
 def test_a_layer_that_hardly_moves_the_state_is_ignored() -> None:
@@ -121,6 +125,7 @@ def test_a_layer_that_hardly_moves_the_state_is_ignored() -> None:
 
 def test_every_threshold_decides() -> None:
     base = Evidence([1.0, 0.5, 0.2], num_turns=1.0, displacement=1.0, bits_per_byte=1.0, change_without=0.5)
+    base = replace(base, error_without=0.1)
     assert judge(base).word == "drift"
     assert judge(base, Thresholds(converged_movement=0.2)).word == "converge"
     assert judge(base, Thresholds(oscillating_turns=1.0)).word == "oscillate"

@@ -168,7 +168,7 @@ def test_inspect_params_shows_every_sub_layer(inspected: Callable[..., Result]) 
 def test_a_term_that_a_sub_layer_lacks_is_a_dash(inspected: Callable[..., Result]) -> None:
     printed = inspected("transport after attention")
     assert printed.exit_code == 0, printed.output
-    shares = printed.stdout[printed.stdout.index("what moves the state") :]
+    shares = printed.stdout[printed.stdout.index("\nwhat moves the state: shares") :]
     [line] = [line for line in shares.splitlines() if line.startswith("layer 0 feed-forward")]
     assert "-" in line.split()[-3:]
 

@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from inl_core.analysis.report.learned import parameter_findings
 from inl_core.inference.loading import load_model
 from inl_core.inference.texts import open_split, open_text
 from inl_core.model import Options
+from inl_core.recipe.load import load_recipe
 from tests.inference.tiny import TEXT, write_checkpoint
 
 
@@ -171,10 +174,10 @@ def test_the_findings_say_what_is_used_what_is_dead_and_what_cannot_be_told() ->
             for part in ("attention", "feed-forward")
             for name, mean in means.items()
         ]
-        return "\n".join(text for text, _ in parameter_findings(ParameterReport({}, None, "a text", 1, rows)))
+        return "\n".join(f"{text}." for text, _ in parameter_findings(ParameterReport({}, None, "a text", 1, rows)))
 
     found = said(force_momentum=0.3, force_candidate=0.695, force_pull=0.005)
-    assert "used of what makes the velocity: momentum 30%," in found
+    assert "over all steps, what makes the velocity is 30% momentum." in found
     assert "the pull does nothing: its share of what makes the velocity is 0.5%" in found
     assert "candidate" not in found
     lost = said(force_momentum=math.nan, force_pull=0.2)
@@ -182,7 +185,45 @@ def test_the_findings_say_what_is_used_what_is_dead_and_what_cannot_be_told() ->
     assert "momentum" not in lost.replace("force_momentum", "")
     constant = [{"layer": 0, "quantity": "gate", "mean": 0.5, "variance_tokens": 1e-8}]
     (only,) = parameter_findings(ParameterReport({}, None, "a text", 1, constant))
-    assert only[0].endswith("the controller is as good as constant")
+    assert only[0].endswith("it is as good as constant")
+
+
+def test_a_checkpoint_from_early_in_its_run_is_not_judged_as_a_finished_one(workplace: Path, tmp_path: Path) -> None:
+    start = {"mean": 0.0, "std": 0.0, "drift": 0.001}
+    rows = [
+        {"layer": 0, "sub_layer": "attention", "quantity": name, **start} for name in ("alpha", "transport", "gamma")
+    ]
+
+    def said(progress: float) -> str:
+        return "\n".join(text for text, _ in parameter_findings(replace(empty, layers=rows, progress=progress)))
+
+    empty = ParameterReport({}, None, "a text", 1, [])
+    assert "gamma, alpha, transport hardly left their start" in said(0.5)
+    assert "momentum is unused" in said(0.5)
+    assert "hardly" not in said(0.01)
+    assert "unused" not in said(0.01)
+    loaded = load_model(workplace / "runs" / "v4" / "checkpoints" / "step-00000007")
+    steps = load_recipe(loaded.path / "recipe.yaml").training.num_steps
+    assert report(workplace, "v4").progress == 7 / steps
+    unknown = shutil.copytree(loaded.path, tmp_path / "imported", ignore=shutil.ignore_patterns("recipe.yaml"))
+    assert report_parameters(replace(loaded, path=unknown), open_split(loaded), max_tokens=32).progress == 1
+
+
+def test_nothing_is_said_of_weights_that_are_not_finite(
+    inl: Callable[..., Result], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(workplace / "runs" / "v5" / "checkpoints" / "step-00000007")
+    with torch.no_grad():
+        loaded.model.embedding.table.weight[0, 0] = math.nan
+    found = report_parameters(loaded, open_split(loaded), max_tokens=32)
+    assert [one.effective_rank for one in found.ranks if one.part.startswith("embedding")] == [None]
+    said = [text for text, _ in parameter_findings(found)]
+    assert any(text.startswith("how far weights have moved since the start is not finite") for text in said)
+    assert not any("nan" in text.replace("finite", "") for text in said)
+    monkeypatch.setattr("inl_core.analysis.parameters.report_parameters", lambda *given, **options: found)
+    result = inl("inspect-params", "runs/v5")
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.stdout
 
 
 @pytest.mark.parametrize("preset", ["v4", "v5"])

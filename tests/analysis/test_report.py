@@ -184,6 +184,8 @@ def test_the_terminal_shows_the_findings_and_the_short_tables(runs: list[Path]) 
     only = CliRunner().invoke(app, arguments).stdout
     assert "bits per byte of held-out text" in only
     assert "steps planned" not in only
+    assert re.search(r"^(1 table is|\d+ tables are) not shown here", only, re.MULTILINE)
+    assert "1 tables" not in only
     every = CliRunner().invoke(app, [*arguments, "--tables", "all"]).stdout
     assert all(part.title in every for part in report_runs(runs[:1]).parts)
 
@@ -191,7 +193,9 @@ def test_the_terminal_shows_the_findings_and_the_short_tables(runs: list[Path]) 
 def test_steps_whose_loss_was_not_finite_are_told(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", scores={4: 2.0})
     with (run / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps({"step": step, "tokens": 256, "loss": None}) + "\n" for step in (5, 6))
+        row = {"tokens": 256, "loss": None}
+        file.writelines(json.dumps(row | {"step": step, "skipped": "a record"}) + "\n" for step in (5, 6))
+        file.write(json.dumps(row | {"step": 7}) + "\n")  # prompts filled its windows: no target token, and no fault
     sentences = [finding.sentence for finding in report_runs([run]).findings]
     assert "a: 2 steps had no finite loss, the last of them step 6." in sentences
 

@@ -121,7 +121,8 @@ def test_a_term_that_changes_nothing_is_said_to_do_nothing_and_the_opposite_as_c
     assert told(-0.0025, 0.0001).startswith("a: the equilibrium does harm here")
     assert "too close to tell" in told(0.0025, 0.002)
     assert "too close to tell" in told(0.0001, 0.004)  # 0.1% of 2 bits per byte is 0.002, and this may be more
-    assert "its share of what makes the velocity is 30%" in told(0.5, None)
+    assert "its share of what makes the velocity is 30%" in told(0.5, 0.1)
+    assert all("cannot be told" in told(change, None) for change in (0.0001, 0.5, -0.5))  # a single batch
 
 
 def test_iterations_that_score_best_elsewhere_are_named() -> None:

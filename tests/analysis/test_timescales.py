@@ -64,6 +64,7 @@ def test_the_effective_rank_of_known_singular_values(shape: tuple[int, int]):
         wanted = math.exp(-(shares * np.log(shares)).sum())
         assert effective_rank(torch.from_numpy(u @ np.diag(values) @ v.T)) == pytest.approx(wanted, rel=1e-6)
     assert effective_rank(torch.zeros(shape)) == 0
+    assert effective_rank(torch.full(shape, math.nan)) is None
 
 
 def test_every_matrix_of_embedding_head_and_controller_has_a_rank():

@@ -30,6 +30,8 @@ NO_ROWS = [
     b'{"step": 1, "loss": ' + b"9" * 400 + b"}",
     b'{"step": 1, "validation_loss": []}',
     b'{"step": 1, "tokens": {}}',
+    b'{"step": 1, "tokens": 1e400}',
+    b'{"step": 1, "tokens": NaN}',
     b'{"step": 1, "loss": 2.',
     b'{"step": 1, "deep": ' + b"[" * 900 + b"]" * 900 + b"}",
 ]

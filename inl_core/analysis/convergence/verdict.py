@@ -118,13 +118,17 @@ def judge(evidence: Evidence, thresholds: Thresholds = Thresholds(), *, unit: st
     return Verdict("drift", f"{still}, and it turned back only {turns:.1f} times")
 
 
+def is_negligible(change: float | None, error: float | None, limit: float) -> bool:
+    """Whether a change is below the limit, up or down, and its standard error, too; not where either is unknown."""
+    return change is not None and error is not None and abs(change) < limit and error < limit
+
+
 def _ignored(evidence: Evidence, thresholds: Thresholds, unit: str) -> str | None:
     if evidence.displacement < thresholds.ignored_displacement:
         return f"the used {unit}s move the state by {evidence.displacement:.2%} of its size"
     if evidence.change_without is None or not evidence.bits_per_byte:
         return None
-    share, error = evidence.change_without / evidence.bits_per_byte, evidence.error_without
-    is_known = error is None or error < thresholds.ignored_change * evidence.bits_per_byte
-    if abs(share) < thresholds.ignored_change and is_known:
-        return f"without it bits per byte change by {share:+.3%}"
+    limit = thresholds.ignored_change * evidence.bits_per_byte
+    if is_negligible(evidence.change_without, evidence.error_without, limit):
+        return f"without it bits per byte change by {evidence.change_without / evidence.bits_per_byte:+.3%}"
     return None

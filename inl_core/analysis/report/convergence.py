@@ -9,6 +9,7 @@ from typing import Any
 
 from inl_core.analysis.convergence.markdown import BEYOND, WORDS, sentences, system_name
 from inl_core.analysis.convergence.stability import KINDS
+from inl_core.analysis.convergence.verdict import is_negligible
 from inl_core.analysis.report.charts import chosen, number, tooltip, with_error
 from inl_core.analysis.report.parts import Finding, Part, Spec
 from inl_core.training.depth import place_name
@@ -47,7 +48,7 @@ def convergence_findings(name: str, summary: Summary) -> Iterator[Finding]:
     yield Finding(f"{name}: {_all_verdicts(summary)}.", f"{name}-verdicts")
     bits = summary["bits_per_byte"]
     limit = summary["thresholds"]["ignored_change"] * (bits["bits_per_byte"] or 0)
-    idle = [_worth_name(row) for row in _worth_rows(bits) if _is_idle(row, limit)]
+    idle = [_worth_name(row) for row in _worth_rows(bits) if is_negligible(row["change"], row["standard_error"], limit)]
     if idle:
         alone = "" if len(idle) == 1 else "each alone "
         what = f"could {alone}be left out: without it bits per byte change by less than 0.1%"
@@ -75,12 +76,6 @@ def _grouped(words: list[str], names: dict[str, str]) -> str:
     places = {word: [str(layer) for layer, own in enumerate(words) if own == word] for word in dict.fromkeys(words)}
     told = (f"{names[word]} in layer{'s' if len(own) > 1 else ''} {', '.join(own)}" for word, own in places.items())
     return " and ".join(told)
-
-
-def _is_idle(row: Summary, limit: float) -> bool:
-    """Whether a change is below the limit, and known well enough to say so."""
-    change, error = row["change"], row["standard_error"]
-    return change is not None and abs(change) < limit and (error is None or error < limit)
 
 
 def _best_iterations(summary: Summary) -> str | None:

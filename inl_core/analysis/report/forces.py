@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from inl_core.analysis.convergence.verdict import Thresholds
+from inl_core.analysis.convergence.verdict import Thresholds, is_negligible
 from inl_core.analysis.report.charts import labelled_map, with_error
 from inl_core.analysis.report.parts import Finding, Part
 from inl_core.analysis.report.probe import Probe
@@ -65,13 +65,18 @@ def term_findings(name: str, found: Probe, summary: Summary) -> Iterator[Finding
 
 def _judged(term: str, row: Summary, summary: Summary, share: str) -> str:
     change, error, bits = row["change"], row["standard_error"], summary["bits_per_byte"]["bits_per_byte"]
-    limit = Thresholds(**summary["thresholds"]).ignored_change
     if change is None or not bits:
         return f"whether the {term} does anything was not measured, since this text's bytes are not known."
-    measured = f"{change:+.4f}" + ("" if error is None else f" (standard error {error:.4f})")
-    if abs(change) < limit * bits and (error is None or error < limit * bits):
+    if error is None:
+        return (
+            f"whether the {term} does anything cannot be told from so little text: without it bits per byte change by "
+            f"{change:+.4f}, and the standard error is not known."
+        )
+    limit = Thresholds(**summary["thresholds"]).ignored_change * bits
+    measured = f"{change:+.4f} (standard error {error:.4f})"
+    if is_negligible(change, error, limit):
         return f"the {term} does nothing here: without it ({_ZERO[term]}) bits per byte change by {measured}{share}."
-    if error is not None and abs(change) < max(2 * error, limit * bits):
+    if abs(change) < max(2 * error, limit):
         return f"whether the {term} does anything is too close to tell: without it bits per byte change by {measured}."
     if change < 0:
         return f"the {term} does harm here: without it ({_ZERO[term]}) bits per byte fall by {measured}{share}."

@@ -16,6 +16,8 @@ from inl_core.training.depth import share_groups
 
 UNMOVED = 0.01
 """A learned vector this near its start, root mean square, has hardly learned."""
+_LONG_ENOUGH = 0.5
+"""The share of its run from which on a checkpoint's learned vectors are judged."""
 _CONSTANT = 0.01
 """A coefficient that differs between tokens by less than this share of its mean is as good as constant."""
 _IDLE = 0.01
@@ -41,13 +43,14 @@ Said = tuple[str, str]
 
 def parameter_findings(report: ParameterReport) -> Iterator[Said]:
     """What the report of `inl inspect-params` comes to, the uses of terms and coefficients first."""
-    rows = report.layers
-    if lost := list(dict.fromkeys(row["quantity"] for row in rows if not isfinite(row.get("mean", 0.0)))):
+    lost = list(dict.fromkeys(row["quantity"] for row in report.layers if not isfinite(row.get("mean", 0.0))))
+    rows = [row for row in report.layers if row["quantity"] not in lost]
+    if lost:
         yield f"not finite, so that nothing is said of them: {', '.join(lost)}", lost[0]
     yield from _share_findings(rows)
     yield from coefficient_findings(rows)
-    yield from alarm_findings(find_alarms(rows, progress=1.0))
-    yield from distance_findings(rows)
+    yield from alarm_findings(find_alarms(rows, progress=report.progress))
+    yield from distance_findings(rows, judge=report.progress >= _LONG_ENOUGH)
     yield from _change_findings("the start", report.since_start)
     yield from _change_findings(report.against, report.since_other)
     if report.start_unknown:
@@ -66,7 +69,8 @@ def distance_findings(rows: Rows, *, at: str = "", by: str = "", judge: bool = T
         told = ", ".join(f"{name} {drift:.3g}" for name, drift in sorted(drifts.items(), key=lambda item: -item[1]))
         yield f"distance from the start{at}, rms: {told}", next(iter(drifts))
         if judge and (still := [name for name, drift in drifts.items() if drift < UNMOVED]):
-            yield f"{', '.join(still)} hardly left its start{by} (rms below {UNMOVED})", still[0]
+            whose = "its" if len(still) == 1 else "their"
+            yield f"{', '.join(still)} hardly left {whose} start{by} (rms below {UNMOVED})", still[0]
 
 
 def coefficient_findings(rows: Rows) -> Iterator[Said]:
@@ -78,7 +82,7 @@ def coefficient_findings(rows: Rows) -> Iterator[Said]:
         spread, size = variance**0.5, abs(means[name])
         share = spread / size if size else 0.0
         is_constant = share < _CONSTANT
-        use = ": the controller is as good as constant" if is_constant else f" ({share:.0%} of its size)"
+        use = ": it is as good as constant" if is_constant else f" ({share:.0%} of its size)"
         yield f"{name} is {means[name]:.3g} on average and differs by {spread:.2g} from token to token{use}", name
 
 
@@ -98,8 +102,9 @@ def _share_findings(rows: Rows) -> Iterator[Said]:
         }
         used = {share: means for share, means in shares.items() if fmean(means) >= _IDLE}
         if used:
-            told = ", ".join(f"{names[share]} {fmean(own):.0%}" for share, own in used.items())
-            yield f"used of {title}: {told}, as shares over all steps", next(iter(used))
+            *others, last = (f"{fmean(own):.0%} {names[share]}" for share, own in used.items())
+            told = f"{', '.join(others)} and {last}" if others else last
+            yield f"over all steps, {title} is {told}", next(iter(used))
         for share, own in shares.items():
             if share not in used:
                 said = f"its share of {title} is {fmean(own):.1%} over all steps, and {max(own):.1%} in one at most"
@@ -107,12 +112,17 @@ def _share_findings(rows: Rows) -> Iterator[Said]:
 
 
 def _change_findings(since: str | None, changes: Sequence[PartChange]) -> Iterator[Said]:
-    known = [one for one in changes if one.relative is not None]
-    if parts := [one for one in known if one.part != "all"]:
-        whole = next(f"{one.relative:.0%}" for one in known if one.part == "all")
-        least = min(parts, key=lambda one: one.relative or 0.0)
-        said = f"since {since} all weights have moved by {whole} of their size then"
-        yield f"{said}, the least {least.part} by {least.relative:.0%}", ""
+    known = {one.part: one.relative for one in changes if one.relative is not None}
+    whole = known.pop("all", None)
+    if lost := [part for part, change in known.items() if not isfinite(change)]:
+        yield (
+            f"how far weights have moved since {since} is not finite, so that nothing is said of it: {', '.join(lost)}",
+            "",
+        )
+    elif whole is not None and known:
+        least, change = min(known.items(), key=lambda item: item[1])
+        said = f"since {since} all weights have moved by {whole:.0%} of their size then"
+        yield f"{said}, the least {least} by {change:.0%}", ""
 
 
 def _means(rows: Rows, figure: str) -> dict[str, float]:

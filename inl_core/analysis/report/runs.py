@@ -40,7 +40,7 @@ class RunRecord:
     evaluations: list[Row]
     """The rows of evaluations that have a score; the same."""
     not_finite: list[int]
-    """Steps among the rows whose loss was not finite."""
+    """Steps among the rows that were skipped, because their loss or gradient was not finite."""
 
     @property
     def preset(self) -> str:
@@ -86,8 +86,8 @@ def open_run(path: Path, note: Callable[[str], None] = lambda text: None) -> Run
     cost = training_flops(config, recipe.training.sequence_length)
     rows = read_metrics(path, note)
     steps, evaluations = _with_spending(rows, cost)
-    # A row of an evaluation of text that cannot be scored has no loss, either.
-    not_finite = [row["step"] for row in rows if "loss" in row and row["loss"] is None]
+    # A row without a loss may also be of a step without a target token; training goes on after none but skipped ones.
+    not_finite = [row["step"] for row in rows if "skipped" in row]
     return RunRecord(path, path.resolve().name, recipe, config, status, steps, evaluations, not_finite)
 
 
