@@ -209,16 +209,21 @@ def test_a_checkpoint_from_early_in_its_run_is_not_judged_as_a_finished_one(work
     assert report_parameters(replace(loaded, path=unknown), open_split(loaded), max_tokens=32).progress == 1
 
 
+@pytest.mark.parametrize("part", ["embedding", "mu"])  # mu began as zeros
 def test_nothing_is_said_of_weights_that_are_not_finite(
-    inl: Callable[..., Result], workplace: Path, monkeypatch: pytest.MonkeyPatch
+    inl: Callable[..., Result], workplace: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     loaded = load_model(workplace / "runs" / "v5" / "checkpoints" / "step-00000007")
     with torch.no_grad():
-        loaded.model.embedding.table.weight[0, 0] = math.nan
+        names = {"embedding": "embedding.table.weight", "mu": ".mu"}
+        chosen = (own for name, own in loaded.model.named_parameters() if name.endswith(names[part]))
+        next(chosen).view(-1)[0] = math.nan
     found = report_parameters(loaded, open_split(loaded), max_tokens=32)
-    assert [one.effective_rank for one in found.ranks if one.part.startswith("embedding")] == [None]
+    assert (None in [one.effective_rank for one in found.ranks]) == (part == "embedding")
     said = [text for text, _ in parameter_findings(found)]
-    assert any(text.startswith("how far weights have moved since the start is not finite") for text in said)
+    assert any(
+        text.startswith("how far weights have moved since the start is not finite") and part in text for text in said
+    )
     assert not any("nan" in text.replace("finite", "") for text in said)
     monkeypatch.setattr("inl_core.analysis.parameters.report_parameters", lambda *given, **options: found)
     result = inl("inspect-params", "runs/v5")

@@ -114,11 +114,10 @@ def _share_findings(rows: Rows) -> Iterator[Said]:
 def _change_findings(since: str | None, changes: Sequence[PartChange]) -> Iterator[Said]:
     known = {one.part: one.relative for one in changes if one.relative is not None}
     whole = known.pop("all", None)
-    if lost := [part for part, change in known.items() if not isfinite(change)]:
-        yield (
-            f"how far weights have moved since {since} is not finite, so that nothing is said of it: {', '.join(lost)}",
-            "",
-        )
+    # Of a part that began as zeros there is a distance alone.
+    if lost := [one.part for one in changes if one.part != "all" and not isfinite(one.distance)]:
+        said = f"how far weights have moved since {since} is not finite, so that nothing is said of it"
+        yield f"{said}: {', '.join(lost)}", ""
     elif whole is not None and known:
         least, change = min(known.items(), key=lambda item: item[1])
         said = f"since {since} all weights have moved by {whole:.0%} of their size then"
