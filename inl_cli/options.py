@@ -164,7 +164,7 @@ TextOption = Annotated[
 ]
 
 TextColumnOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The column of plain text in .jsonl and .parquet.")
+    str | None, typer.Option(metavar="NAME", help="The column of plain text in .jsonl, .json and .parquet.")
 ]
 
 PromptColumnOption = Annotated[

@@ -12,7 +12,6 @@ from inl_cli.options import (
     AccountOption,
     ContainerOption,
     JsonOption,
-    LeadOption,
     LogsOption,
     MountOption,
     PartitionOption,
@@ -53,10 +52,18 @@ TimeOption = Annotated[
     str | None, typer.Option("--time", metavar="TIME", help="With --slurm: the time limit of each job.")
 ]
 GpusOption = Annotated[
-    int, typer.Option("--gpus", metavar="N", min=0, max=1000, help="With --slurm: GPUs of each run, on one node.")
+    int | None,
+    typer.Option("--gpus", metavar="N", min=0, max=1000, help="With --slurm: GPUs of each run, on a node; default 1."),
 ]
 CpusOption = Annotated[
-    int, typer.Option("--cpus", metavar="N", min=1, max=10_000, help="With --slurm: processors of each process.")
+    int | None,
+    typer.Option("--cpus", metavar="N", min=1, max=10_000, help="With --slurm: processors of each process; default 8."),
+]
+LeadOption = Annotated[
+    int | None,
+    typer.Option(
+        "--lead", metavar="N", min=1, max=65_535, help="With --slurm: seconds left at which it stops; default 300."
+    ),
 ]
 
 
@@ -87,9 +94,9 @@ def sweep(
     dry_run: DryRunOption = False,
     slurm: SlurmOption = False,
     time: TimeOption = None,
-    gpus: GpusOption = 1,
-    cpus: CpusOption = 8,
-    lead: LeadOption = 300,
+    gpus: GpusOption = None,
+    cpus: CpusOption = None,
+    lead: LeadOption = None,
     logs: LogsOption = None,
     partition: PartitionOption = None,
     account: AccountOption = None,
@@ -111,14 +118,24 @@ def sweep(
     console = Console(json=json, quiet=quiet)
     if runs_dir:
         refuse_no_directory(runs_dir, "--runs-dir")
-    of_slurm = (time, logs, partition, account, sbatch, setup, container, mount)
+    of_slurm = {
+        "--time": time,
+        "--gpus": gpus,
+        "--cpus": cpus,
+        "--lead": lead,
+        "--logs": logs,
+        "--partition": partition,
+    }
+    of_slurm |= {"--partition": partition, "--account": account, "--sbatch": sbatch}
+    of_slurm |= {"--setup": setup, "--container": container, "--mount": mount}
     _check_options(grid, seeds, output, slurm=slurm, dry_run=dry_run, of_slurm=of_slurm)
     runs = plan_runs(recipe, grid or (), seeds or (), overrides or (), runs_dir)
     if slurm:
         from inl_cli.job_scripts import Job, Processes, sweep_script
 
         job = Job(time or "", partition, account, sbatch or (), setup or (), container, mount or ())
-        processes = Processes(1, gpus, max(gpus, 1), cpus, "srun", lead, None)
+        gpus = 1 if gpus is None else gpus
+        processes = Processes(1, gpus, max(gpus, 1), cpus or 8, "srun", lead or 300, None)
         script = sweep_script(job, processes, _commands(recipe, runs), logs=logs)
         return console.result({"script": script}, lambda: console.write(script))
     if dry_run:
@@ -146,16 +163,15 @@ def _check_options(
     *,
     slurm: bool,
     dry_run: bool,
-    of_slurm: tuple[Any, ...],
+    of_slurm: dict[str, Any],
 ) -> None:
     if not grid and not seeds:
         raise RecipeError("inl sweep: nothing to sweep; give --grid KEY=VALUE,VALUE or --seeds 0 1 2")
-    if slurm and of_slurm[0] is None:
+    if slurm and of_slurm["--time"] is None:
         raise RecipeError("--slurm: needs --time, the time limit of each job, as 4:00:00")
-    if not slurm and any(of_slurm):
-        raise RecipeError(
-            "--time, --logs, --partition, --account, --sbatch, --setup, --container and --mount: are for --slurm"
-        )
+    given = [name for name, value in of_slurm.items() if value not in (None, [], ())]
+    if given and not slurm:
+        raise RecipeError(f"{', '.join(given)}: only with --slurm")
     if output and (slurm or dry_run):
         raise RecipeError("--output: is written when the runs are done; leave out --slurm and --dry-run")
     check_page(output)
@@ -197,7 +213,9 @@ def _train(console: Console, recipe: Path, runs: "Sequence[PlannedRun]") -> None
             console.info(what)
             code = sessions.train([*command, *(["--quiet"] if console.quiet else [])])
             if code:
-                console.warn(f"{run.path}: failed (exit code {code})")
+                [(_, status)] = _read([run])
+                ending = {"running": "is in use by another process", "done": "is done, but its process failed"}
+                console.warn(f"{run.path}: {ending.get(status.state, 'failed')} (exit code {code})")
 
 
 def _list(console: Console, runs: "Sequence[PlannedRun]") -> None:
@@ -224,7 +242,7 @@ def _loss(status: "RunStatus") -> float | None:
 
 def _hand_over(console: Console, found: "Found", output: Path | None) -> None:
     """The table, and the page of the runs that are done."""
-    from inl_core.analysis.sweep import deviation_of, grid_part, mean_of, summarise
+    from inl_core.analysis.sweep import grid_part, point_data, summarise
 
     points = summarise(found)
     table = grid_part(points)
@@ -240,18 +258,5 @@ def _hand_over(console: Console, found: "Found", output: Path | None) -> None:
         console.info(f"written to {output}")
     elif output:
         console.warn(f"{output}: not written, as a comparison needs two runs that are done")
-    rows = [
-        {
-            "values": point.values,
-            "runs": point.runs,
-            "done": len(point.losses),
-            "loss": mean_of(point.losses),
-            "loss_deviation": deviation_of(point.losses),
-            "bits_per_byte": mean_of(point.bits_per_byte),
-            "bits_per_byte_deviation": deviation_of(point.bits_per_byte),
-            "best": point.is_best,
-        }
-        for point in points
-    ]
-    data = {"points": rows, "runs": [_run_data(*one) for one in found]}
+    data = {"points": [point_data(point) for point in points], "runs": [_run_data(*one) for one in found]}
     console.result(data, lambda: console.table(table.see, table.columns, table.rows))

@@ -141,18 +141,33 @@ def summarise(runs: Sequence[tuple[PlannedRun, RunStatus]]) -> list[Point]:
     return [replace(point, is_best=index == best) for index, point in enumerate(points)]
 
 
+def point_data(point: Point) -> dict[str, Any]:
+    """What `inl sweep --json` says of a point: means and standard deviations over its runs that are done."""
+    return {
+        "values": point.values,
+        "runs": point.runs,
+        "done": len(point.losses),
+        "loss": mean_of(point.losses),
+        "loss_deviation": deviation_of(point.losses),
+        "bits_per_byte": mean_of(point.bits_per_byte),
+        "bits_per_byte_deviation": deviation_of(point.bits_per_byte),
+        "best": point.is_best,
+    }
+
+
 def grid_part(points: Sequence[Point]) -> Part:
     """The points of the grid as a table of a report."""
     keys = list(points[0].values)
     columns = (*keys, "done", "loss", "loss s.d.", "bits per byte", "bits per byte s.d.", "")
+    scores = ("loss", "loss_deviation", "bits_per_byte", "bits_per_byte_deviation")
     rows = [
         (
-            *(str(point.values[key]) for key in keys),
-            f"{len(point.losses)} of {point.runs}",
-            *(fold(scores) for scores in (point.losses, point.bits_per_byte) for fold in (mean_of, deviation_of)),
-            "best" if point.is_best else "",
+            *(str(data["values"][key]) for key in keys),
+            f"{data['done']} of {data['runs']}",
+            *(data[score] for score in scores),
+            "best" if data["best"] else "",
         )
-        for point in points
+        for data in map(point_data, points)
     ]
     see = "Mean and standard deviation over the seeds; a difference below the standard deviation says little."
     return Part("grid", "The points of the grid", see, columns, rows)

@@ -18,8 +18,9 @@ from inl_core.files import RepeatedKey, without_repeated_keys
 
 _BLOCK = 1 << 20  # characters
 _NO_END = "the array does not end"
-_BETWEEN = re.compile(r"[\s,]*")
-_STRICT, _LENIENT = json.JSONDecoder(object_pairs_hook=without_repeated_keys), json.JSONDecoder()
+_SPACE = re.compile(r"\s*")
+_LONGEST_TOKEN = 32  # characters: an error this near the end may be a token that goes on behind what is held
+_STRICT, _LENIENT = json.JSONDecoder(object_pairs_hook=without_repeated_keys), json.JSONDecoder(parse_int=str)
 
 
 def begins_array(head: bytes) -> bool:
@@ -36,14 +37,19 @@ def array_values(path: Path, name: str, compression: str | None) -> Iterator[tup
     with opened(path, compression, name) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig")
         held, number = _more(text, name), 0
-        place = held.find("[") + 1
+        place, is_separated = held.find("[") + 1, True
         while True:
-            place = _BETWEEN.match(held, place).end()  # pyright: ignore[reportOptionalMemberAccess]  matches anything
+            place = _SPACE.match(held, place).end()  # pyright: ignore[reportOptionalMemberAccess]  matches anything
             origin = f"{name}[{number}]"
-            if held.startswith("]", place):
+            if not is_separated and held.startswith(",", place):
+                place, is_separated = place + 1, True
+                continue
+            if held.startswith("]", place) and not (number and is_separated):
                 if (held[place + 1 :] + _more(text, name)).strip():
                     raise ArtefactError(f"{name}: goes on after the end of its array; keep the array alone")
                 return
+            if not is_separated and place < len(held):
+                raise ArtefactError(f"{origin}: no comma before it; mend the file, or fetch it again")
             found, problem = _item(held, place, origin)
             if found is None:
                 held, place = held[place:], 0
@@ -55,7 +61,7 @@ def array_values(path: Path, name: str, compression: str | None) -> Iterator[tup
                 continue
             value, place = found
             yield origin, value
-            number += 1
+            number, is_separated = number + 1, False
 
 
 def _item(held: str, place: int, origin: str) -> tuple[tuple[Any, int] | None, str]:
@@ -63,9 +69,15 @@ def _item(held: str, place: int, origin: str) -> tuple[tuple[Any, int] | None, s
     try:
         try:
             value, end = _STRICT.raw_decode(held, place)
+        except json.JSONDecodeError:
+            raise
         except RepeatedKey as error:
             value, end = BadRow(origin, str(error)), _LENIENT.raw_decode(held, place)[1]
+        except ValueError as error:  # a number of more digits than Python reads
+            value, end = BadRow(origin, f"not JSON: {error}"), _LENIENT.raw_decode(held, place)[1]
     except json.JSONDecodeError as error:
+        if error.pos < len(held) - _LONGEST_TOKEN and not error.msg.startswith("Unterminated string"):
+            raise ArtefactError(f"{origin}: not JSON: {error.msg}; mend the file, or fetch it again") from None
         return None, _NO_END if place == len(held) else f"not JSON: {error.msg}"
     except RecursionError:
         raise ArtefactError(f"{origin}: not JSON: nested too deeply") from None

@@ -37,7 +37,8 @@ def documents_of_rows(
             yield row
             continue
         if not isinstance(row, dict):
-            yield BadRow(origin, f"a JSON {type(row).__name__}, not an object; write one object a line", row)
+            advice = "write one object a line" if format == "JSON Lines" else "each item is to be an object"
+            yield BadRow(origin, f"a JSON {type(row).__name__}, not an object; {advice}", row)
             continue
         if form is None:
             form = infer_form(row, forms)
