@@ -80,8 +80,9 @@ def test_a_run_is_the_recipe_with_its_values() -> None:
         (("--seeds", "1", "1"), "--seeds: the same seed twice"),
         (("--grid", "training.optimizer.learning_rat=1"), "--grid training.optimizer.learning_rat=1: unknown key"),
         (("--seeds", "1", "--slurm"), "--slurm: needs --time"),
-        (("--seeds", "1", "--time", "1:00:00"), "--time, --logs"),
-        (("--seeds", "1", "--container", "a.sqsh"), "--time, --logs"),
+        (("--seeds", "1", "--time", "1:00:00"), "--time: only with --slurm"),
+        (("--seeds", "1", "--gpus", "0", "--lead", "9", "--dry-run"), "--gpus, --lead: only with --slurm"),
+        (("--seeds", "1", "--container", "a.sqsh"), "--container: only with --slurm"),
         (("--seeds", "1", "--dry-run", "--output", "page.html"), "--output: is written when the runs are done"),
     ],
 )
