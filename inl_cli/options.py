@@ -9,7 +9,7 @@ import typer
 
 from inl_cli.completion import complete_preset, complete_recipe, complete_run, complete_set, complete_size
 from inl_core.errors import RecipeError
-from inl_core.files import expand_home, is_directory, output_file, refuse_remote, shortened
+from inl_core.files import HTML, expand_home, is_directory, output_file, refuse_remote, shortened
 
 RUNS = Path("runs")
 """Where a run is looked for that is named without a path."""
@@ -63,9 +63,9 @@ def run_option(*names: str, help: str) -> Any:
 
 
 def check_page(output: Path | None) -> None:
-    """Refuse a directory, a FIFO or a device where a page is to be written, before the work is done."""
+    """Refuse what is no page where a page is to be written, before the work is done."""
     if output:
-        output_file(expand_home(output))
+        output_file(expand_home(output), HTML)
 
 
 def path_argument(metavar: str, help: str) -> Any:

@@ -151,11 +151,20 @@ def refuse_filled(output: Path) -> None:
         raise RecipeError(f"--output {output}: exists and is not an empty directory; name a new one")
 
 
-def output_file(path: Path) -> Path:
+HTML = b"<!doctype html"
+"""How a page begins, and with it what a page may replace."""
+SCRIPT = b"#!"
+"""How a job script begins."""
+
+
+def output_file(path: Path, begins: bytes = b"") -> Path:
     """The file that `--output` names, behind all links: `write_whole` puts a new file in the place of what is there.
 
+    Args:
+        begins: how a file must begin to be replaced, case aside, so that no recipe is lost to a mistyped name.
+
     Raises:
-        RecipeError: there is something else than a regular file, which would be lost, or the place cannot be looked at.
+        RecipeError: there is something else than such a file, which would be lost, or the place cannot be looked at.
     """
     try:
         mode = path.stat().st_mode
@@ -165,6 +174,14 @@ def output_file(path: Path) -> Path:
         raise RecipeError(f"{path}: cannot be written: {error.strerror or error}") from None
     if not stat.S_ISREG(mode):
         raise RecipeError(f"{path}: is {_kind(mode)}; --output names a file, which is replaced, or a new one")
+    if begins:
+        with open_regular(path) as file:
+            start = file.read(len(begins))
+        if start and start.lower() != begins:
+            raise RecipeError(
+                f"{path}: does not begin with {begins.decode()}, so it is no earlier output and is not replaced; "
+                "name another file in --output, or remove it"
+            )
     return Path(os.path.realpath(path))
 
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 from inl_core.errors import ArtefactError, RecipeError
 from inl_core.files import (
+    HTML,
     entry_path,
     open_regular,
     output_file,
@@ -138,6 +139,16 @@ def test_what_is_no_file_is_refused_as_an_output(tmp_path):
     ):
         with pytest.raises(RecipeError, match=f"{path}: .*{reason}"):
             output_file(path)
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
+    page, empty, recipe = tmp_path / "page", tmp_path / "empty", tmp_path / "recipe.yaml"
+    page.write_text("<!DOCTYPE html><p>")
+    empty.touch()
+    recipe.write_text("name: mine")
+    assert [output_file(path, HTML) for path in (page, empty, tmp_path / "new")] == [page, empty, tmp_path / "new"]
+    with pytest.raises(RecipeError, match=f"{recipe}: does not begin with <!doctype html, .* name another file"):
+        output_file(recipe, HTML)
 
 
 def test_an_output_directory_is_new_or_a_directory(tmp_path):

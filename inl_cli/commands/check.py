@@ -25,6 +25,7 @@ from inl_cli.options import (
     QuietOption,
     RecipeArgument,
     SetOption,
+    given_path,
     path_option,
     run_argument,
 )
@@ -165,7 +166,7 @@ def checkpoint(path: CheckedPath, json: JsonOption = False, quiet: QuietOption =
 @explains_memory
 def session(
     recipe: RecipeArgument,
-    run: Annotated[Path, run_argument("RUN", "The run's directory.")],
+    run: Annotated[Path, run_argument("RUN", "The run's directory.", given_path)],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
     stop_after: Annotated[
         int | None, typer.Option(help="Send itself a signal when this step's row is written.")

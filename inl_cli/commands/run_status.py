@@ -6,14 +6,15 @@ from typing import Annotated
 import typer
 
 from inl_cli.console import Console, errors_to_exit_codes
-from inl_cli.options import JsonOption, QuietOption, run_argument
+from inl_cli.options import JsonOption, QuietOption, given_path, run_argument
 
 EXIT_CODES = {"done": 0, "preempted": 75, "resumable": 10, "running": 11, "empty": 12, "failed": 13}
 
 
 @errors_to_exit_codes
 def run_status(
-    run: Annotated[Path, run_argument("RUN", "The run's directory, e.g. runs/tiny.")],
+    # A path and no name: a script asks about the directory that its `inl train --run-dir` was given, and no other.
+    run: Annotated[Path, run_argument("RUN", "The run's directory, e.g. runs/tiny.", given_path)],
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -142,10 +142,10 @@ def prepare(
 
 
 def _deliver(script: str, submit: str, output: Path | None, console: Console) -> None:
-    from inl_core.files import output_file, write_whole
+    from inl_core.files import SCRIPT, output_file, write_whole
 
     if output is not None:
-        write_whole(output_file(output), script)
+        write_whole(output_file(output, SCRIPT), script)
         console.info(f"{output}: `{submit} {output}` submits it, from the directory in which the recipe's paths hold")
     shown = {"output": str(output)} if output else {"script": script}
     console.result(shown, lambda: None if output else console.write(script))

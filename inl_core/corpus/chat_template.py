@@ -100,7 +100,9 @@ def encode_chat(
     text = ""  # since the last special token: what the template and the messages say there is one text
     for place, said in parts:
         if place is not None:
-            text += messages[place]["content"]
+            content = messages[place]["content"]
+            # An answer generated after a role begins with the space that the template has there: it stands once.
+            text += content[text.endswith(" ") and content.startswith(" ") :]
             continue
         for piece in _divided(said, special):
             if piece in special:

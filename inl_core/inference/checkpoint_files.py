@@ -108,9 +108,12 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def check_exists(path: Path, runs: Path = Path("runs")) -> None:
-    """Refuse what a user named as a run or a checkpoint, where there is nothing at all; ArtefactError."""
+    """Refuse what a user named as a run or a checkpoint, where there is no directory; ArtefactError."""
     if not os.path.lexists(path):
         raise ArtefactError(f"{path}: no such run or checkpoint{nearest_run(path, runs)}")
+    if not is_directory(path):
+        what = "a file" if path.exists() else "a link that leads nowhere"
+        raise ArtefactError(f"{path}: is {what}, not a run or a checkpoint{nearest_run(path, runs)}")
 
 
 def nearest_run(path: Path, runs: Path = Path("runs")) -> str:
@@ -119,8 +122,9 @@ def nearest_run(path: Path, runs: Path = Path("runs")) -> str:
         names = sorted(entry.name for entry in runs.iterdir() if is_directory(entry) and entry != path)
     except OSError:
         return ""
-    if near := get_close_matches(path.name, names, n=1):
-        return f"; did you mean {runs / near[0]}?"
+    lower = {name.lower(): name for name in names}
+    if near := get_close_matches(path.name.lower(), lower, n=1):
+        return f"; did you mean {runs / lower[near[0]]}?"
     more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
     return f"; {runs}/ holds {', '.join(names[:_MOST_NAMED])}{more}" if names else ""
 
@@ -168,7 +172,11 @@ def verify_checkpoint(
     if not is_directory(path):
         raise ArtefactError(f"{path}: no such checkpoint")
     if not os.path.lexists(path / MANIFEST):
-        raise ArtefactError(f"{path}: has no {MANIFEST}, so the save never finished; use an earlier checkpoint")
+        if _STEP_NAME.fullmatch(path.name):
+            raise ArtefactError(f"{path}: has no {MANIFEST}, so the save never finished; use an earlier checkpoint")
+        raise ArtefactError(
+            f"{path}: has no {MANIFEST}, so it is no whole checkpoint; name a run, or a checkpoint in it"
+        )
     try:
         manifest = read_manifest(path)
         if _STEP_NAME.fullmatch(path.name) and checkpoint_step(path) != manifest.step:

@@ -3,6 +3,9 @@
 - Each parameter is drawn from its own generator, seeded by (seed, parameter name): adding a part to the model moves no
   other part's start, two presets start alike where they are alike, and the device does not matter.
 - Matrices N(0, 0.6/sqrt(D)); the controller's output N(0, 0.01).
+- An embedding that is also the head, and is normalised after the look-up, starts at N(0, 6.8/D) where D is over 128.
+  Its spread does not matter to the states then, and the logit of the token just read is the spread times D: if that
+  grew with the width, a fresh model would be ever surer that each token comes again (arXiv 2203.03466 on heads).
 - Matrices that write into the residual stream start at N(0, 0.02/sqrt(2L)); with `readout: state`, where a layer adds
   its whole normalised state and small outputs would drown in it, at 1.2/sqrt(inputs) (docs/evidence.md).
 - The factors of a low-rank embedding: E N(0, 0.15/sqrt(R)), P N(0, 4/sqrt(D)). Their product has a full embedding's
@@ -26,6 +29,10 @@ from inl_core.model.stream import Entry, Step
 
 if TYPE_CHECKING:
     from inl_core.model.language_model import IntegratorLanguageModel
+    from inl_core.recipe import ModelConfig
+
+_REFERENCE_WIDTH = 128
+"""The width at which the embedding's spread was found by experiment."""
 
 
 @torch.no_grad()
@@ -72,8 +79,17 @@ def _spread(model: "IntegratorLanguageModel", name: str, num_inputs: int) -> flo
         return 0.02 / math.sqrt(2 * config.num_layers)
     if "controller." in name and name.endswith("output.weight"):  # also each expert's
         return 0.01
-    if config.rank and name == "embedding.table.weight":
-        return 0.15 / math.sqrt(config.rank)
+    if name == "embedding.table.weight":
+        return _table_spread(config)
     if config.rank and name == "embedding.project_up.weight":
         return 4.0 / math.sqrt(config.d_model)
     return 0.6 / math.sqrt(config.d_model)
+
+
+def _table_spread(config: "ModelConfig") -> float:
+    """Standard deviation of the table, V rows of D or R, so that an embedding's channels have that of the embedding."""
+    embedding = config.embedding_std or 0.6 / math.sqrt(config.d_model)
+    is_free = config.tie_head and config.embedding_norm
+    if is_free and not config.embedding_std:
+        embedding *= min(1.0, math.sqrt(_REFERENCE_WIDTH / config.d_model))
+    return embedding / (4.0 * math.sqrt(config.rank / config.d_model)) if config.rank else embedding

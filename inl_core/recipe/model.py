@@ -228,6 +228,8 @@ class ModelConfig(Section):
     """R, when the embedding is a product of two matrices of rank R; auto is max(64, D/8); null is one full matrix."""
     embedding_norm: bool = True
     """RMS-normalise the embeddings after the look-up."""
+    embedding_std: Positive | None = None
+    """Standard deviation with which the channels of embeddings start; null derives it from d_model."""
     embedding_scale: Literal["none", "sqrt_dim"] = "none"
     """sqrt_dim multiplies the embeddings by sqrt(d_model), or sinusoidal positions would outweigh them."""
     tie_head: bool = True

@@ -243,10 +243,11 @@ def _warn_of_higher_rate(run: Path, step: int, old: TrainingSettings, new: Train
         for settings, at in ((old, min(step, old.num_steps - 1)), (new, step))
     )
     if step < new.num_steps and now > _HIGHER_RATE * before:
+        longer = f", since the schedule ends at step {new.num_steps:,} and no longer at {old.num_steps:,}"
+        why = longer if new.num_steps != old.num_steps else ""
         warn(
-            f"{run}: the learning rate, {before:.2e} at step {step:,}, now rises to {now:.2e}, since the schedule ends "
-            f"at step {new.num_steps:,}; the loss may rise for a while. A lower rate is "
-            f"--set training.optimizer.learning_rate={before:.2e}"
+            f"{run}: the learning rate, {before:.2e} at step {step:,}, now rises to {now:.2e}{why}; the loss may rise "
+            "for a while. training.optimizer.learning_rate sets the peak of the schedule"
         )
 
 

@@ -166,7 +166,7 @@ def check_is_run_directory(path: Path) -> None:
     has_files = any(os.path.lexists(real / name) for name in (CONFIG, WEIGHTS))
     if has_files or (is_checkpoint(real) and real.parent.name == "checkpoints"):
         run = Path(os.path.normpath(path / "../.."))
-        advice = f"`inl resume {run}` continues its run" if (run / "recipe.yaml").is_file() else "name a run instead"
+        advice = f"its run is {run}" if (run / "recipe.yaml").is_file() else "name a run instead"
         raise ArtefactError(f"{path}: is a checkpoint; {advice}")
 
 

@@ -70,6 +70,11 @@ def find_weights(model: ModelConfig, *, tell: Callable[[str], None]) -> Starting
             f"model.init_from {path}: a single file; name its directory, or if it holds weights of the reference, the "
             f"directory that `inl import-reference {path} --output DIR` makes"
         )
+    if (path / "adapter_config.json").is_file() and not (path / CONFIG).is_file():
+        raise RecipeError(
+            f"model.init_from {path}: holds an adapter of peft, not a whole model; merge it into its model "
+            "(merge_and_unload), save that with save_pretrained, and name its directory"
+        )
     with naming_key("model.init_from"):
         found = _exported(path, tell) if _is_exported(path) else _checkpoint(path, tell)
     changes = model_differences(found.model, model.with_vocab_size(found.model.vocab_size or 0))

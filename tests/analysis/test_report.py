@@ -57,6 +57,13 @@ def test_the_findings_name_who_is_ahead_and_which_keys_differ(runs: list[Path]) 
     assert "model.preset" in sentences
 
 
+def test_runs_with_the_same_score_are_said_to_be_equal(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, "v5", scores={2: 3.0, 4: 2.0}) for name in ("a", "b")]
+    sentences = "\n".join(finding.sentence for finding in compare_runs(runs).findings)
+    assert "At equal tokens (256) a and b score the same: 2.0000 bits per byte." in sentences
+    assert "ahead" not in sentences
+
+
 def test_scores_of_different_texts_are_not_ranked(tmp_path: Path) -> None:
     texts = [write_run(tmp_path / name, scores={4: 2.0}, scored_on=name) for name in ("a", "b")]
     sentences = [finding.sentence for finding in compare_runs(texts).findings]

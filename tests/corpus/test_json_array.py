@@ -38,12 +38,15 @@ def test_packed_arrays_and_prompts_are_read_too(tmp_path: Path) -> None:
 
 
 def test_rows_that_cannot_be_used_are_set_aside(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[{"text": "x"}, 12, {"text": "y", "text": "z"}, {"body": "b"}, {"text": "w"}]')
+    long = '{"text": "n", "n": ' + "1" * 5000 + "}"
+    rows = ['{"text": "x"}', "12", '{"text": "y", "text": "z"}', '{"body": "b"}', long, '{"text": "w"}']
+    (tmp_path / "a.json").write_text(f"[{', '.join(rows)}]")
     found = list(documents(tmp_path / "a.json"))
     bad = [(row.origin.rsplit("/", 1)[-1], row.reason) for row in found if isinstance(row, BadRow)]
-    assert [origin for origin, _ in bad] == ["a.json[1]", "a.json[2]", "a.json[3]"]
+    assert [origin for origin, _ in bad] == ["a.json[1]", "a.json[2]", "a.json[3]", "a.json[4]"]
     assert "a JSON int, not an object" in bad[0][1]
     assert "stands twice" in bad[1][1]
+    assert "digits" in bad[3][1]
     assert [row.texts for row in found if isinstance(row, Document)] == [("x",), ("w",)]
 
 
@@ -53,6 +56,9 @@ def test_rows_that_cannot_be_used_are_set_aside(tmp_path: Path) -> None:
         ('[{"text": "x"}, {"text": "y"}', r"a\.json\[1\]: the array does not end"),
         ('[{"text": "x"}, {"text": ', r"a\.json\[1\]: not JSON"),
         ('[{"text": "x"}, {text: "y"}]', r"a\.json\[1\]: not JSON: Expecting property name"),
+        ('[{"text": "x"} {"text": "y"}]', r"a\.json\[1\]: no comma before it"),
+        ('[{"text": "x"},, {"text": "y"}]', r"a\.json\[1\]: not JSON: Expecting value"),
+        ('[{"text" "x"}, ' + '{"text": "y"}, ' * 100 + "]", r"a\.json\[0\]: not JSON: Expecting ':' delimiter"),
         ('[{"text": "x"}] [{"text": "y"}]', "goes on after the end of its array"),
         ('[{"text": "x"}, ' + "[" * 100_000, "nested too deeply"),
     ],

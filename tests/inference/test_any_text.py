@@ -99,7 +99,7 @@ BAD_TEXTS = [
     ("a.txt", b"text\0", ArtefactError, "NUL bytes"),
     ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', ArtefactError, r"a\.jsonl:2: `text` is int"),
     ("a.jsonl", b'{"text": ""}\n', ArtefactError, "is empty"),
-    ("a.json", b'[{"text": "a"}]', RecipeError, "write one object a line"),
+    ("a.json", b'[{"text": 1}]', ArtefactError, r"a\.json\[0\]: `text` is int"),
     ("a.txt.gz", b"plain", ArtefactError, "damaged gzip"),
     ("a.parquet", b"plain", ArtefactError, "not a readable Parquet file"),
 ]

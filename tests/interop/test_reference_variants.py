@@ -179,6 +179,9 @@ def test_a_conversation_with_a_released_model_is_written_with_its_chat_tokens(
     assert encode_chat(loaded.tokenizer, loaded.chat_template, messages[:2]) == expected
     whole = encode_chat(loaded.tokenizer, loaded.chat_template, messages, add_generation_prompt=False)
     assert whole == [*expected, *texts[2]]
+    # What the model wrote after <ASSISTANT> stands in the next prompt as it was.
+    messages[2]["content"] = loaded.tokenizer.decode(texts[2])
+    assert encode_chat(loaded.tokenizer, loaded.chat_template, messages, add_generation_prompt=False) == whole
     assert end_of_answer(loaded.tokenizer, loaded.chat_template) == user
 
 

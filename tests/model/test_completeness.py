@@ -35,6 +35,7 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "bias": ({}, True),
     "embedding_rank": ({}, 16),
     "embedding_norm": ({}, False),
+    "embedding_std": ({}, 0.3),
     "embedding_scale": ({}, "sqrt_dim"),
     "tie_head": ({}, False),
     "stream.momentum": ({}, False),

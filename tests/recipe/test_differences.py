@@ -85,6 +85,7 @@ ALTERNATIVES = {
     "model.bias": True,
     "model.embedding_rank": 16,
     "model.embedding_norm": False,
+    "model.embedding_std": 0.02,
     "model.embedding_scale": "sqrt_dim",
     "model.tie_head": False,
     "model.d_model": 128,

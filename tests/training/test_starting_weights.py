@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,14 +92,17 @@ def test_weights_of_another_preset_are_refused_before_anything_is_written(first,
     [
         ({"model.d_model": 64}, 2, "do not fit the recipe: model.d_model (32, not 64)"),
         ({"model.init_from": "nowhere"}, 4, "model.init_from nowhere: no such run or checkpoint"),
-        ({"model.init_from": "pipe"}, 4, "model.init_from pipe: holds no intact checkpoint"),
+        ({"model.init_from": "pipe"}, 4, "model.init_from pipe: is a file, not a run or a checkpoint"),
         ({"model.init_from": "first/weights.safetensors"}, 2, "inl import-reference first/weights.safetensors"),
+        ({"model.init_from": "adapter"}, 2, "model.init_from adapter: holds an adapter of peft"),
         ({"data.tokenizer.vocab_size": 300, "data.directory": "other"}, 4, "first/checkpoints/step-00000004/tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(first, recipe_file, inl, changes, code, expected):
     overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     os.mkfifo("pipe")
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").touch()
     refused = inl("train", recipe_file(model={"init_from": "first"}), "--run-dir", "new", *overrides)
     assert refused.exit_code == code, refused.stderr
     assert expected in refused.stderr

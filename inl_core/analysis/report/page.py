@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inl_core.analysis.report.parts import Report
-from inl_core.files import output_file, write_whole
+from inl_core.files import HTML, output_file, write_whole
 
 _ASSETS = Path(__file__).with_name("assets")
 LIBRARIES = {"vega": "6.4.0", "vega-lite": "6.5.0", "vega-embed": "7.3.0"}
@@ -26,7 +26,7 @@ def write_page(report: Report, path: Path) -> None:
         RecipeError: there is something else than a file.
         OSError: it could not be written.
     """
-    file = output_file(path)
+    file = output_file(path, HTML)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, to_page(report))
 

@@ -77,10 +77,12 @@ def _comparison(runs: Sequence[RunRecord]) -> Iterator[Finding]:
             continue
         amount = next(row["amount"] for row in rows if row["budget"] == budget)
         (score, best), (second, next_best) = found[:2]
-        text = (
-            f"At equal {name} ({_short(amount)}) {best} is ahead: {score:.4f} bits per byte, {next_best} {second:.4f}"
-        )
-        yield Finding(f"{text} ({second - score:.4f} more).", "equal-budgets")
+        begin, lead = f"At equal {name} ({_short(amount)})", f"{second - score:.4f}"
+        if lead == "0.0000":
+            text = f"{begin} {best} and {next_best} score the same: {score:.4f} bits per byte."
+        else:
+            text = f"{begin} {best} is ahead: {score:.4f} bits per byte, {next_best} {second:.4f} ({lead} more)."
+        yield Finding(text, "equal-budgets")
     unfinished = [run.name for run in alike if run.last["step"] < run.recipe.training.num_steps]
     if rows and (unfinished or len({run.last["step"] for run in alike}) > 1):
         yield Finding(

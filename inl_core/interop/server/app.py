@@ -61,13 +61,15 @@ def build_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         yield
         await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="inl serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="inl serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     created = int(time.time())
     card = {"id": settings.name, "object": "model", "created": created, "owned_by": "inl"}
     loaded = engine.loaded
     longest = loaded.model.config.max_seq_len
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])  # load balancers ask with HEAD
     async def health() -> dict[str, Any]:
         return {"status": "ok", "waiting": engine.num_waiting}
 

@@ -38,8 +38,9 @@ class Connection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is being answered."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether no request is being answered, and the client has all of the answer before."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        return is_answered and not self.transport.get_write_buffer_size()
 
     def abort(self) -> None:
         """Cut it off at once."""
