@@ -125,9 +125,12 @@ def sweep(
         "--lead": lead,
         "--logs": logs,
         "--partition": partition,
+        "--account": account,
+        "--sbatch": sbatch,
+        "--setup": setup,
+        "--container": container,
+        "--mount": mount,
     }
-    of_slurm |= {"--partition": partition, "--account": account, "--sbatch": sbatch}
-    of_slurm |= {"--setup": setup, "--container": container, "--mount": mount}
     _check_options(grid, seeds, output, slurm=slurm, dry_run=dry_run, of_slurm=of_slurm)
     runs = plan_runs(recipe, grid or (), seeds or (), overrides or (), runs_dir)
     if slurm:

@@ -50,6 +50,12 @@ def test_rows_that_cannot_be_used_are_set_aside(tmp_path: Path) -> None:
     assert [row.texts for row in found if isinstance(row, Document)] == [("x",), ("w",)]
 
 
+def test_json_in_a_directory_is_left_out_and_how_to_read_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "alpaca.json").write_text(json.dumps(ALPACA))
+    with pytest.raises(RecipeError, match=r"left out: 1 \.json\); a \.json file is read where it is named itself"):
+        read_prompts(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

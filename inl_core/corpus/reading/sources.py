@@ -220,6 +220,7 @@ class _Collection:
             raise RecipeError(
                 f"{self.name}: no text, .jsonl or .parquet file {place}"
                 + (f" (left out: {skipped})" if skipped else "")
+                + self._advice()
             )
         return files
 
@@ -228,9 +229,13 @@ class _Collection:
         if has_directories or skipped:
             kinds = sorted(Counter(file.format for file in files).items())
             counts = ", ".join(f"{count} {format}" for format, count in kinds) or "no"
-            self.note(f"{self.name}: {counts} files" + (f"; left out: {skipped}" if skipped else ""))
+            self.note(f"{self.name}: {counts} files" + (f"; left out: {skipped}" if skipped else "") + self._advice())
         if self.passed_over:
             self.note(f"{self.name}: passed over: {_listed(self.passed_over)}")
+
+    def _advice(self) -> str:
+        """JSON of a directory may be anything, settings above all, so it is read only where a user asks for it."""
+        return "; a .json file is read where it is named itself" if self.left_out[".json"] else ""
 
     def _below(self, root: Path) -> Iterator[SourceFile]:
         """The readable files below a directory, sorted."""
