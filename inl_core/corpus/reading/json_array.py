@@ -76,9 +76,10 @@ def _item(held: str, place: int, origin: str) -> tuple[tuple[Any, int] | None, s
         except ValueError as error:  # a number of more digits than Python reads
             value, end = BadRow(origin, f"not JSON: {error}"), _LENIENT.raw_decode(held, place)[1]
     except json.JSONDecodeError as error:
+        problem = f"not JSON: {error.msg.removesuffix(' at')}"  # some of Python's messages go on with the place
         if error.pos < len(held) - _LONGEST_TOKEN and not error.msg.startswith("Unterminated string"):
-            raise ArtefactError(f"{origin}: not JSON: {error.msg}; mend the file, or fetch it again") from None
-        return None, _NO_END if place == len(held) else f"not JSON: {error.msg}"
+            raise ArtefactError(f"{origin}: {problem}; mend the file, or fetch it again") from None
+        return None, _NO_END if place == len(held) else problem
     except RecursionError:
         raise ArtefactError(f"{origin}: not JSON: nested too deeply") from None
     # A number at the end of what is held may have more digits behind it.

@@ -213,7 +213,6 @@ class _Collection:
                 walked.append(f"{path}{os.sep}")
                 files += self._below(path)
         files = _each_once(files)
-        self._tell(files, has_directories=bool(walked))
         if not files:
             place = "in this directory" if is_one else "among what the pattern matches"
             skipped = _listed(self.left_out + self.passed_over)
@@ -222,6 +221,7 @@ class _Collection:
                 + (f" (left out: {skipped})" if skipped else "")
                 + self._advice()
             )
+        self._tell(files, has_directories=bool(walked))
         return files
 
     def _tell(self, files: list[SourceFile], *, has_directories: bool) -> None:
@@ -293,8 +293,10 @@ def _named_file(path: Path, source: str, note: Note) -> SourceFile:
             f"{name}: unknown kind of compressed file; name it like .txt.{compression} or .jsonl.{compression}"
         )
     if format is None:
-        format, compression = format_of_content(path, name, is_json=path.suffix.lower() == ".json")
-        note(f"{name}: unknown suffix, read as {FORMAT_NAMES[format]}" + (f", {compression}" if compression else ""))
+        is_json = path.suffix.lower() == ".json"  # which may be an array or JSON Lines
+        format, compression = format_of_content(path, name, is_json=is_json)
+        found = FORMAT_NAMES[format] + (f", {compression}" if compression else "")
+        note(f"{name}: {'' if is_json else 'unknown suffix, '}read as {found}")
     return _source_file(path, source, format, compression)
 
 
