@@ -5,7 +5,7 @@ import logging
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -170,3 +170,20 @@ def test_a_client_that_goes_away_is_no_longer_computed_for(
                     httpx.post(f"{served.url}/completions", json=body, timeout=patience)
                 assert blocked.given_up.wait(30)
                 blocked.released.set()
+
+
+def test_a_client_beyond_the_last_connection_is_told_to_come_again_and_health_answers(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_SPARE_CONNECTIONS", -29)  # which makes 4, of which 3 are in use
+    with serving_of(loaded, max_waiting=1) as served, ExitStack() as stack:
+        for _ in range(3):
+            waiting = stack.enter_context(idle_connection(served))
+            waiting.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+            )
+            assert waiting.recv(1 << 10).startswith(b"HTTP/1.1 100 ")  # so the server waits for the body
+        refused = served.post(b"{")
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert httpx.get(served.url.replace("/v1", "/health")).json()["status"] == "ok"

@@ -101,6 +101,18 @@ def build_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     return app
 
 
+def full_house(app: Any) -> Any:
+    """The application for a connection beyond those there may be: /health answers, all else is asked to come again."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/health":
+            return await app(scope, receive, send)
+        body = error_body(429, "as many connections are in use as may be; try again later")
+        await JSONResponse(body, 429, headers=_headers(429) | {"Connection": "close"})(scope, receive, send)
+
+    return answer
+
+
 def _handle_errors(app: FastAPI) -> None:
     def answer(status: int, message: str, **more: Any) -> JSONResponse:
         return JSONResponse(error_body(status, message, **more), status, headers=_headers(status))

@@ -9,6 +9,8 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from inl_core.interop.server.app import full_house
+
 SECONDS_FOR_HEADERS = 10
 """From the beginning of a connection, or the end of the answer before, to the end of a request's headers."""
 SPARE_SECONDS = 10
@@ -20,16 +22,23 @@ EVERY_SECONDS = 1.0
 class Connection(H11Protocol):
     """uvicorn's connection, which knows since when it waits for a request."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        # uvicorn would answer beyond its limit in plain text, and every probe of /health, too.
+        self.most_connections, self.limit_concurrency = self.limit_concurrency, None
+
     def connection_made(self, transport: Any) -> None:
         """A client connects; where there are as many as may be, the one that has been idle longest makes room."""
         super().connection_made(transport)
         self.waits_since = self.loop.time()
-        assert self.limit_concurrency is not None
-        if len(self.connections) >= self.limit_concurrency:
+        assert self.most_connections is not None
+        if len(self.connections) >= self.most_connections:
             others: Any = self.connections - {self}
             idle = [other for other in others if other.is_idle]
-            if idle:  # else uvicorn answers this one's request with 503
+            if idle:
                 min(idle, key=lambda other: other.waits_since).abort()
+            else:
+                self.app = full_house(self.app)
 
     def on_response_complete(self) -> None:
         """The next request may come."""
