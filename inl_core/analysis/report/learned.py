@@ -120,8 +120,8 @@ def _change_findings(since: str | None, changes: Sequence[PartChange]) -> Iterat
         yield f"{said}: {', '.join(lost)}", ""
     elif whole is not None and known:
         least, change = min(known.items(), key=lambda item: item[1])
-        said = f"since {since} all weights have moved by {whole:.0%} of their size then"
-        yield f"{said}, the least {least} by {change:.0%}", ""
+        said = f"since {since} the weights have moved by {whole:.0%} of the size that they had then"
+        yield f"{said}; {least} has moved least, by {change:.0%}", ""
 
 
 def _means(rows: Rows, figure: str) -> dict[str, float]:
