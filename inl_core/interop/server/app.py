@@ -101,8 +101,8 @@ def build_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     return app
 
 
-def full_house(app: Any) -> Any:
-    """The application for a connection beyond those there may be: /health answers, all else is asked to come again."""
+def refuse_all_but_health(app: Any) -> Any:
+    """The application as a connection beyond the last one meets it: /health answers, all else is to come again."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         if scope["path"] == "/health":

@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from inl_core.interop.server.app import full_house
+from inl_core.interop.server.app import refuse_all_but_health
 
 SECONDS_FOR_HEADERS = 10
 """From the beginning of a connection, or the end of the answer before, to the end of a request's headers."""
@@ -38,7 +38,7 @@ class Connection(H11Protocol):
             if idle:
                 min(idle, key=lambda other: other.waits_since).abort()
             else:
-                self.app = full_house(self.app)
+                self.app = refuse_all_but_health(self.app)
 
     def on_response_complete(self) -> None:
         """The next request may come."""
